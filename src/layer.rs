@@ -1,0 +1,126 @@
+//! The loss as a layer that owns, or shares, the head's weight.
+
+use crate::{linear_cross_entropy, Options, Output};
+use candle_core::{Result, Tensor, D};
+use candle_nn::{Init, Linear, VarBuilder};
+
+/// A language-model head and its loss: weight `(V, D)`, optional bias `(V)`, [`Options`].
+///
+/// A `Tensor` is a handle, so a head tied to the token embedding shares its storage:
+/// `LinearCrossEntropy::new(embedding.embeddings().clone(), None, options)`.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_cut_cross_entropy::{LinearCrossEntropy, Options};
+/// use candle_nn::{VarBuilder, VarMap};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let vars = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+/// let head = LinearCrossEntropy::build(64, 1000, false, Options::default(), vb.pp("lm_head"))?;
+/// let hidden = Tensor::randn(0f32, 1., (2, 16, 64), &Device::Cpu)?;
+/// let targets = Tensor::zeros((2, 16), DType::I64, &Device::Cpu)?;
+/// let loss = head.forward(&hidden, &targets)?.loss;
+/// # let _ = loss;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Clone)]
+pub struct LinearCrossEntropy {
+    weight: Tensor,
+    options: Options,
+}
+
+impl LinearCrossEntropy {
+    /// A layer over an existing weight `(V, D)` and bias `(V)`. The bias takes the place of one in
+    /// `options`.
+    pub fn new(weight: Tensor, bias: Option<Tensor>, mut options: Options) -> Self {
+        if let Some(bias) = bias {
+            options = options.bias(&bias);
+        }
+        Self { weight, options }
+    }
+
+    /// Loads, or creates, `weight` of shape `(vocab_size, hidden_size)` and, if asked, `bias`, with
+    /// the initial values of [`candle_nn::linear`].
+    ///
+    /// # Errors
+    /// Those of the `VarBuilder`: a missing tensor, a wrong shape.
+    pub fn build(
+        hidden_size: usize,
+        vocab_size: usize,
+        bias: bool,
+        options: Options,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let weight = vb.get_with_hints(
+            (vocab_size, hidden_size),
+            "weight",
+            candle_nn::init::DEFAULT_KAIMING_NORMAL,
+        )?;
+        let bias = if bias {
+            let bound = 1. / (hidden_size as f64).sqrt();
+            let init = Init::Uniform {
+                lo: -bound,
+                up: bound,
+            };
+            Some(vb.get_with_hints(vocab_size, "bias", init)?)
+        } else {
+            None
+        };
+        Ok(Self::new(weight, bias, options))
+    }
+
+    /// The layer of an existing head, sharing its weights.
+    pub fn from_linear(head: &Linear, options: Options) -> Self {
+        Self::new(head.weight().clone(), head.bias().cloned(), options)
+    }
+
+    /// The weight, `(V, D)`.
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    /// The bias, `(V)`.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.options.bias.as_ref()
+    }
+
+    /// The options the loss is computed with.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// The loss of embeddings `(.., D)` for targets `(..)`.
+    ///
+    /// # Errors
+    /// Those of [`linear_cross_entropy`].
+    pub fn forward(&self, embeddings: &Tensor, targets: &Tensor) -> Result<Output> {
+        linear_cross_entropy(embeddings, &self.weight, targets, &self.options)
+    }
+
+    /// The logits `(.., V)` themselves, bias and softcap included, for sampling: this stores them, so
+    /// hand it the last position only.
+    ///
+    /// # Errors
+    /// Shapes, dtypes or devices that do not match.
+    pub fn logits(&self, embeddings: &Tensor) -> Result<Tensor> {
+        let mut dims = embeddings.dims().to_vec();
+        let hidden = embeddings.dim(D::Minus1)?;
+        let logits = embeddings
+            .reshape(((), hidden))?
+            .matmul(&self.weight.t()?)?;
+        let logits = match self.bias() {
+            Some(bias) => logits.broadcast_add(bias)?,
+            None => logits,
+        };
+        let logits = match self.options.softcap {
+            Some(softcap) => ((logits / softcap)?.tanh()? * softcap)?,
+            None => logits,
+        };
+        if let Some(last) = dims.last_mut() {
+            *last = self.weight.dim(0)?;
+        }
+        logits.reshape(dims)
+    }
+}

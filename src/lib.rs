@@ -1,0 +1,16 @@
+//! Cut Cross-Entropy for [Candle](https://docs.rs/candle-core): the cross-entropy loss of a linear
+//! classifier, and its gradients, without ever storing the `N x V` logits.
+#![deny(missing_docs)]
+
+mod backward;
+mod layer;
+mod loss;
+mod native;
+mod op;
+mod options;
+mod problem;
+
+pub use backward::backward;
+pub use layer::LinearCrossEntropy;
+pub use loss::{linear_cross_entropy, Output};
+pub use options::{Filter, Implementation, Options, Preset, Reduction, Strategy};

@@ -1,0 +1,86 @@
+//! The loss: validate, run, reduce.
+
+use crate::op::{self, KeptTiles};
+use crate::problem::Problem;
+use crate::{Options, Reduction};
+use candle_core::{Result, Tensor};
+use std::sync::Arc;
+
+/// What [`linear_cross_entropy`] returns. Both tensors are f32 and differentiable.
+#[derive(Debug, Clone)]
+pub struct Output {
+    /// The loss: a scalar, or one number a position under [`Reduction::None`].
+    pub loss: Tensor,
+    /// `log sum_j exp z_ij`, one number a position whatever the reduction, 0 where the position
+    /// does not count. Its gradient reaches the inputs too (z-loss).
+    pub lse: Tensor,
+    kept: Arc<KeptTiles>,
+}
+
+impl Output {
+    /// The share of gradient tiles that the filter kept in the last backward through this output,
+    /// in `[0, 1]`: of the gradient that kept more, where both are computed. `None` before a
+    /// backward. On a GPU this waits for the device.
+    pub fn kept_tiles(&self) -> Result<Option<f64>> {
+        self.kept.share()
+    }
+}
+
+/// The cross-entropy of a linear classifier, `-log softmax(softcap(E C^T + b))[y]`, without storing
+/// the logits.
+///
+/// With `z_ij = E_i . C_j + b_j`, capped to `softcap * tanh(z / softcap)` if a softcap is set:
+/// `lse_i = log sum_j exp z_ij` and `loss_i = lse_i - z_{i, y_i}`.
+///
+/// | argument | shape | dtype |
+/// |---|---|---|
+/// | `embeddings` E | `(.., D)` | bf16, f16, f32, f64 |
+/// | `classifier` C | `(V, D)` | that of the embeddings |
+/// | `targets` y | `(..)` | i64, u32, i32 |
+///
+/// Products accumulate in f32 (f64 for f64 inputs). The gradients of the embeddings, the classifier
+/// and the bias have their argument's dtype and shape, and one that is not tracked costs nothing.
+/// [`backward`](crate::backward()) saves memory over `loss.backward()` where the classifier is a `Var`.
+///
+/// # Errors
+/// Shapes, dtypes or devices that do not match, an empty dimension, a `shift` that reaches beyond the
+/// sequence, a softcap or filter threshold out of range, a target outside `[0, V)` that is not the
+/// `ignore_index` (see [`Options::check_targets`]).
+///
+/// # Example
+/// ```
+/// use candle_core::{Device, Tensor, Var};
+/// use candle_cut_cross_entropy::{linear_cross_entropy, Options};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let hidden = Tensor::randn(0f32, 1., (2, 16, 64), &Device::Cpu)?;
+/// let head = Var::randn(0f32, 0.02, (1000, 64), &Device::Cpu)?;
+/// let tokens = Tensor::zeros((2, 16), candle_core::DType::I64, &Device::Cpu)?;
+/// let output = linear_cross_entropy(&hidden, &head, &tokens, &Options::default().shift(1))?;
+/// let grads = output.loss.backward()?;
+/// assert_eq!(grads.get(&head).unwrap().dims(), [1000, 64]);
+/// # Ok(())
+/// # }
+/// ```
+///
+/// Source: Wijmans et al., *Cut Your Losses in Large-Vocabulary Language Models*,
+/// [arXiv 2411.09009](https://arxiv.org/abs/2411.09009).
+pub fn linear_cross_entropy(
+    embeddings: &Tensor,
+    classifier: &Tensor,
+    targets: &Tensor,
+    options: &Options,
+) -> Result<Output> {
+    let problem = Problem::new(embeddings, classifier, targets, options)?;
+    let (packed, kept) = op::apply(&problem)?;
+    let n = problem.positions.len();
+    let loss = match options.reduction {
+        Reduction::None => packed.narrow(0, 0, n)?.reshape(problem.shape.as_slice())?,
+        Reduction::Mean | Reduction::Sum => packed.narrow(0, 2 * n, 1)?.reshape(())?,
+    };
+    Ok(Output {
+        loss,
+        lse: packed.narrow(0, n, n)?.reshape(problem.shape.as_slice())?,
+        kept,
+    })
+}

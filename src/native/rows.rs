@@ -1,0 +1,86 @@
+//! The positions that count, picked on the host.
+
+use crate::problem::Problem;
+use crate::Reduction;
+use candle_core::{bail, DType, Device, Result};
+
+/// The positions that count: parallel lists, in the order of the positions.
+#[derive(Debug, Clone)]
+pub(crate) struct Rows {
+    /// Row of the embeddings.
+    pub embedding: Vec<u32>,
+    /// Position in the result.
+    pub position: Vec<u32>,
+    /// Class.
+    pub target: Vec<u32>,
+    /// Positions in the result, counting or not.
+    pub positions: usize,
+    /// Whether these are all rows of the embeddings, in order.
+    pub all: bool,
+}
+
+impl Rows {
+    /// # Errors
+    /// A target outside `[0, V)` that is not ignore_index: the first one is named.
+    pub fn new(problem: &Problem) -> Result<Self> {
+        let targets = problem
+            .targets
+            .to_device(&Device::Cpu)?
+            .to_dtype(DType::I64)?
+            .to_vec1::<i64>()?;
+        let positions = problem.positions;
+        let vocab = problem.vocab();
+        let mut rows = Self {
+            embedding: Vec::with_capacity(positions.len()),
+            position: Vec::with_capacity(positions.len()),
+            target: Vec::with_capacity(positions.len()),
+            positions: positions.len(),
+            all: false,
+        };
+        for position in 0..positions.len() {
+            let row = positions.row(position);
+            let target = targets[row + positions.shift];
+            if target == problem.settings.ignore_index {
+                continue;
+            }
+            if !(0..vocab as i64).contains(&target) {
+                bail!(
+                    "target {target} at position {:?} is outside [0, {vocab}) and is not ignore_index {}",
+                    index_of(row + positions.shift, problem),
+                    problem.settings.ignore_index
+                )
+            }
+            rows.embedding.push(row as u32);
+            rows.position.push(position as u32);
+            rows.target.push(target as u32);
+        }
+        rows.all = rows.len() == positions.rows();
+        Ok(rows)
+    }
+
+    pub fn len(&self) -> usize {
+        self.target.len()
+    }
+
+    /// What the reduced loss multiplies the sum of the losses by.
+    pub fn scale(&self, reduction: Reduction) -> f64 {
+        match reduction {
+            Reduction::Mean if self.len() > 0 => 1. / self.len() as f64,
+            _ => 1.,
+        }
+    }
+}
+
+/// The index of a target as the user sees it.
+fn index_of(mut flat: usize, problem: &Problem) -> Vec<usize> {
+    let mut dims = problem.shape.clone();
+    if let Some(last) = dims.last_mut() {
+        *last += problem.positions.shift;
+    }
+    let mut index = vec![0; dims.len()];
+    for (i, dim) in index.iter_mut().zip(&dims).rev() {
+        *i = flat % dim;
+        flat /= dim;
+    }
+    index
+}

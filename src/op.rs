@@ -1,0 +1,288 @@
+//! The hook into Candle's autograd.
+//!
+//! An implementation computes a packed f32 vector `[nll (n), lse (n), loss (1)]` over the `n` positions
+//! of the result, where `loss` is the reduced loss. [`CutCrossEntropy`] makes that vector a node of the
+//! user's graph, so that one backward sees every upstream gradient at once.
+
+use crate::backward::deliver;
+use crate::native;
+use crate::problem::{Matrices, Problem};
+use crate::Implementation;
+use candle_core::{
+    bail, CpuStorage, CudaStorage, CustomOp2, CustomOp3, Layout, MetalStorage, Result, Shape,
+    Storage, Tensor,
+};
+use std::sync::{Arc, Mutex};
+
+/// Which gradients are asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    pub embeddings: bool,
+    pub classifier: bool,
+    pub bias: bool,
+}
+
+impl Wanted {
+    pub fn any(self) -> bool {
+        self.embeddings || self.classifier || self.bias
+    }
+}
+
+/// Gradients in the dtype and shape of what they belong to, `None` where not wanted.
+#[derive(Debug, Default)]
+pub(crate) struct Gradients {
+    pub embeddings: Option<Tensor>,
+    pub classifier: Option<Tensor>,
+    pub bias: Option<Tensor>,
+}
+
+/// What a forward leaves behind. Used as often as the user differentiates the graph.
+pub(crate) trait Backward: Send + Sync {
+    /// `upstream` is the gradient of the packed vector, contiguous f32.
+    fn backward(
+        &self,
+        matrices: Matrices<'_>,
+        upstream: &Tensor,
+        wanted: Wanted,
+    ) -> Result<Gradients>;
+}
+
+/// What a forward returns.
+pub(crate) struct Forward {
+    /// `[nll (n), lse (n), loss (1)]`, f32.
+    pub packed: Tensor,
+    pub backward: Box<dyn Backward>,
+}
+
+/// The tiles that the last backward kept, as known on the host or still counted on a device.
+#[derive(Debug, Default)]
+pub(crate) struct KeptTiles(Mutex<Option<Tensor>>);
+
+impl KeptTiles {
+    /// `kept` holds two u32 numbers or f64 numbers: tiles kept, tiles there are.
+    pub fn set(&self, kept: Tensor) {
+        *self.0.lock().unwrap_or_else(|e| e.into_inner()) = Some(kept);
+    }
+
+    pub fn share(&self) -> Result<Option<f64>> {
+        let kept = self.0.lock().unwrap_or_else(|e| e.into_inner()).clone();
+        match kept {
+            None => Ok(None),
+            Some(kept) => {
+                let kept = kept
+                    .to_device(&candle_core::Device::Cpu)?
+                    .to_dtype(candle_core::DType::F64)?
+                    .to_vec1::<f64>()?;
+                Ok(Some(if kept[1] == 0. { 0. } else { kept[0] / kept[1] }))
+            }
+        }
+    }
+}
+
+/// Runs the chosen implementation and makes its result part of the graph.
+pub(crate) fn apply(problem: &Problem) -> Result<(Tensor, Arc<KeptTiles>)> {
+    let wanted = Wanted {
+        embeddings: problem.embeddings.track_op(),
+        classifier: problem.classifier.track_op(),
+        bias: problem.bias.as_ref().is_some_and(Tensor::track_op),
+    };
+    let kept = Arc::new(KeptTiles::default());
+    let forward = forward(problem, wanted, &kept)?;
+    if !wanted.any() {
+        return Ok((forward.packed, kept));
+    }
+    let (embeddings, classifier) = (&problem.embeddings, &problem.classifier);
+    let op = CutCrossEntropy(forward);
+    let packed = match &problem.bias {
+        None => embeddings.apply_op2(classifier, op)?,
+        Some(bias) => embeddings.apply_op3(classifier, bias, op)?,
+    };
+    Ok((packed, kept))
+}
+
+fn forward(problem: &Problem, wanted: Wanted, kept: &Arc<KeptTiles>) -> Result<Forward> {
+    match problem.settings.implementation {
+        Implementation::Cuda => bail!(
+            "Implementation::Cuda needs the feature `cuda` and inputs on a CUDA device, got {:?}",
+            problem.embeddings.device().location()
+        ),
+        Implementation::Native | Implementation::Auto => native::forward(problem, wanted, kept),
+    }
+}
+
+/// The node of the graph: its forward is already computed.
+struct CutCrossEntropy(Forward);
+
+impl CutCrossEntropy {
+    const NAME: &'static str = "cut-cross-entropy";
+
+    fn storage(&self) -> Result<(Storage, Shape)> {
+        let (storage, layout) = self.0.packed.storage_and_layout();
+        Ok((storage.try_clone(layout)?, layout.shape().clone()))
+    }
+
+    fn cpu(&self) -> Result<(CpuStorage, Shape)> {
+        match self.storage()? {
+            (Storage::Cpu(storage), shape) => Ok((storage, shape)),
+            (other, _) => bail!(
+                "{}: inputs on the CPU, result on {:?}",
+                Self::NAME,
+                other.device().location()
+            ),
+        }
+    }
+
+    fn cuda(&self) -> Result<(CudaStorage, Shape)> {
+        match self.storage()? {
+            (Storage::Cuda(storage), shape) => Ok((storage, shape)),
+            (other, _) => bail!(
+                "{}: inputs on CUDA, result on {:?}",
+                Self::NAME,
+                other.device().location()
+            ),
+        }
+    }
+
+    fn metal(&self) -> Result<(MetalStorage, Shape)> {
+        match self.storage()? {
+            (Storage::Metal(storage), shape) => Ok((storage, shape)),
+            (other, _) => bail!(
+                "{}: inputs on Metal, result on {:?}",
+                Self::NAME,
+                other.device().location()
+            ),
+        }
+    }
+
+    fn backward(
+        &self,
+        embeddings: &Tensor,
+        classifier: &Tensor,
+        bias: Option<&Tensor>,
+        upstream: &Tensor,
+    ) -> Result<Gradients> {
+        let wanted = Wanted {
+            embeddings: embeddings.track_op(),
+            classifier: classifier.track_op(),
+            bias: bias.is_some_and(Tensor::track_op),
+        };
+        let detached = (
+            embeddings.detach(),
+            classifier.detach(),
+            bias.map(Tensor::detach),
+        );
+        let matrices = Matrices {
+            embeddings: &detached.0,
+            classifier: &detached.1,
+            bias: detached.2.as_ref(),
+        };
+        let upstream = upstream.detach().contiguous()?;
+        let gradients = self.0.backward.backward(matrices, &upstream, wanted)?;
+        Ok(Gradients {
+            embeddings: deliver(Some(embeddings), gradients.embeddings),
+            classifier: deliver(Some(classifier), gradients.classifier),
+            bias: deliver(bias, gradients.bias),
+        })
+    }
+}
+
+impl CustomOp2 for CutCrossEntropy {
+    fn name(&self) -> &'static str {
+        Self::NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.cpu()
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.cuda()
+    }
+
+    fn metal_fwd(
+        &self,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        self.metal()
+    }
+
+    fn bwd(
+        &self,
+        embeddings: &Tensor,
+        classifier: &Tensor,
+        _res: &Tensor,
+        upstream: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let g = self.backward(embeddings, classifier, None, upstream)?;
+        Ok((g.embeddings, g.classifier))
+    }
+}
+
+impl CustomOp3 for CutCrossEntropy {
+    fn name(&self) -> &'static str {
+        Self::NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.cpu()
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.cuda()
+    }
+
+    fn metal_fwd(
+        &self,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        self.metal()
+    }
+
+    fn bwd(
+        &self,
+        embeddings: &Tensor,
+        classifier: &Tensor,
+        bias: &Tensor,
+        _res: &Tensor,
+        upstream: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let g = self.backward(embeddings, classifier, Some(bias), upstream)?;
+        Ok((g.embeddings, g.classifier, g.bias))
+    }
+}

@@ -1,0 +1,289 @@
+//! What a user can choose about the loss.
+
+use candle_core::{bail, DType, Error, Result, Tensor};
+use std::str::FromStr;
+
+/// How the losses of the positions become one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Reduction {
+    /// The mean over the positions that count; 0 when none does.
+    #[default]
+    Mean,
+    /// The sum over the positions that count.
+    Sum,
+    /// One loss a position, 0 where the target is `ignore_index`.
+    None,
+}
+
+/// Which tiles of the gradient of the logits are too small to matter.
+///
+/// A tile is a block of positions by a block of classes. One whose every
+/// `|softmax(z) - onehot(y)|` is below the threshold is skipped in the backward.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub enum Filter {
+    /// Every tile counts: the exact gradient.
+    Off,
+    /// The machine epsilon of the inputs' dtype, divided by 32: 2^-12 for bf16, 2^-15 for f16,
+    /// 2^-28 for f32, 2^-57 for f64.
+    #[default]
+    Auto,
+    /// A threshold of your own, in `[0, 1)`.
+    Threshold(f64),
+}
+
+impl Filter {
+    /// The threshold for inputs of this dtype; `None` where nothing is to be skipped.
+    pub(crate) fn threshold(self, dtype: DType) -> Result<Option<f64>> {
+        Ok(match self {
+            Filter::Off => None,
+            Filter::Auto => Some(match dtype {
+                DType::BF16 => 2f64.powi(-12),
+                DType::F16 => 2f64.powi(-15),
+                DType::F32 => 2f64.powi(-28),
+                _ => 2f64.powi(-57),
+            }),
+            Filter::Threshold(eps) if (0. ..1.).contains(&eps) => Some(eps),
+            Filter::Threshold(eps) => bail!("filter threshold must be in [0, 1), got {eps}"),
+        })
+    }
+}
+
+/// Which code computes the loss.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Implementation {
+    /// The CUDA kernels where they can run (an NVIDIA GPU of compute capability 8.0 or later, bf16,
+    /// f16 or f32, feature `cuda`), the native implementation elsewhere.
+    #[default]
+    Auto,
+    /// Blocks of rows and classes in Candle tensor operations, on any device; on the CPU, matrix
+    /// products with the passes between them fused in.
+    Native,
+    /// The CUDA kernels, or an error that says why they cannot run.
+    Cuda,
+}
+
+/// How the gradients come about, a trade of time for memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Strategy {
+    /// `Fused` where it is faster within the workspace, else `Recompute`.
+    #[default]
+    Auto,
+    /// The backward computes the logits again: 4 matrix products for loss and gradients.
+    Recompute,
+    /// The forward forms the gradients while it has the logits at hand, for an upstream gradient
+    /// that is one number (reduction mean or sum): 3 products. A forward whose loss is never
+    /// differentiated pays for gradients nobody reads; detach its inputs.
+    Fused,
+}
+
+/// The names users know from the reference implementation.
+///
+/// Every implementation here accumulates gradients in f32 (f64 for f64 inputs), so the presets
+/// differ only in what they filter, and `cce` and `cce_kahan` are the same thing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Preset {
+    /// Filters both gradients: the default.
+    #[default]
+    Cce,
+    /// The same as [`Preset::Cce`].
+    CceKahan,
+    /// Filters the gradient of the embeddings only; the reference's choice for pretraining.
+    CceKahanFullC,
+    /// Filters the gradient of the classifier only.
+    CceKahanFullE,
+    /// Filters nothing. Also known as `cce_kahan_full_c_full_e`.
+    CceExact,
+    /// [`Implementation::Native`] with nothing filtered.
+    Native,
+}
+
+impl Preset {
+    /// Every preset, in the order of their names in the documentation.
+    pub const ALL: [Preset; 6] = [
+        Preset::Cce,
+        Preset::CceKahan,
+        Preset::CceKahanFullC,
+        Preset::CceKahanFullE,
+        Preset::CceExact,
+        Preset::Native,
+    ];
+
+    /// The name on command lines and in tables, such as `cce_exact`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Preset::Cce => "cce",
+            Preset::CceKahan => "cce_kahan",
+            Preset::CceKahanFullC => "cce_kahan_full_c",
+            Preset::CceKahanFullE => "cce_kahan_full_e",
+            Preset::CceExact => "cce_exact",
+            Preset::Native => "native",
+        }
+    }
+}
+
+impl std::fmt::Display for Preset {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Preset {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        if name == "cce_kahan_full_c_full_e" {
+            return Ok(Preset::CceExact);
+        }
+        match Preset::ALL.into_iter().find(|p| p.name() == name) {
+            Some(preset) => Ok(preset),
+            None => bail!(
+                "unknown preset {name:?}, expected one of {}",
+                Preset::ALL.map(Preset::name).join(", ")
+            ),
+        }
+    }
+}
+
+/// The options of [`linear_cross_entropy`](crate::linear_cross_entropy), built up from
+/// [`Options::default`] or [`Options::preset`].
+///
+/// ```
+/// use candle_cut_cross_entropy::{Options, Preset, Reduction};
+///
+/// // Next-token prediction of a Gemma-2 head, exact gradients, one loss a position.
+/// let options = Options::preset(Preset::CceExact)
+///     .shift(1)
+///     .softcap(30.)
+///     .reduction(Reduction::None);
+/// # let _ = options;
+/// ```
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub(crate) bias: Option<Tensor>,
+    pub(crate) ignore_index: i64,
+    pub(crate) softcap: Option<f64>,
+    pub(crate) reduction: Reduction,
+    pub(crate) shift: usize,
+    pub(crate) filter_embeddings: Filter,
+    pub(crate) filter_classifier: Filter,
+    pub(crate) implementation: Implementation,
+    pub(crate) strategy: Strategy,
+    pub(crate) workspace: Option<usize>,
+    pub(crate) check_targets: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            bias: None,
+            ignore_index: -100,
+            softcap: None,
+            reduction: Reduction::default(),
+            shift: 0,
+            filter_embeddings: Filter::default(),
+            filter_classifier: Filter::default(),
+            implementation: Implementation::default(),
+            strategy: Strategy::default(),
+            workspace: None,
+            check_targets: false,
+        }
+    }
+}
+
+impl Options {
+    /// The defaults with the switches of a preset.
+    pub fn preset(preset: Preset) -> Self {
+        let filters = |embeddings, classifier| Self {
+            filter_embeddings: embeddings,
+            filter_classifier: classifier,
+            ..Self::default()
+        };
+        match preset {
+            Preset::Cce | Preset::CceKahan => Self::default(),
+            Preset::CceKahanFullC => filters(Filter::Auto, Filter::Off),
+            Preset::CceKahanFullE => filters(Filter::Off, Filter::Auto),
+            Preset::CceExact => filters(Filter::Off, Filter::Off),
+            Preset::Native => {
+                filters(Filter::Off, Filter::Off).implementation(Implementation::Native)
+            }
+        }
+    }
+
+    /// A bias of shape `(V)` and the dtype of the inputs, added to the logits before the softcap.
+    /// Default: none.
+    pub fn bias(mut self, bias: &Tensor) -> Self {
+        self.bias = Some(bias.clone());
+        self
+    }
+
+    /// The target of positions that do not count: they have loss 0, no gradient, and cost
+    /// nothing. Default: -100.
+    pub fn ignore_index(mut self, ignore_index: i64) -> Self {
+        self.ignore_index = ignore_index;
+        self
+    }
+
+    /// Caps the logits, `z <- softcap * tanh(z / softcap)`, as Gemma 2 does with 30. Takes a number
+    /// or an `Option`. Default: none.
+    pub fn softcap(mut self, softcap: impl Into<Option<f64>>) -> Self {
+        self.softcap = softcap.into();
+        self
+    }
+
+    /// How the positions' losses become one. Default: mean.
+    pub fn reduction(mut self, reduction: Reduction) -> Self {
+        self.reduction = reduction;
+        self
+    }
+
+    /// Position `t` of the embeddings predicts the target at `t + shift` of the same sequence (the
+    /// last dimension of the targets). 1 is next-token prediction. Default: 0.
+    pub fn shift(mut self, shift: usize) -> Self {
+        self.shift = shift;
+        self
+    }
+
+    /// The filter of both gradients. Default: [`Filter::Auto`].
+    pub fn filter(self, filter: Filter) -> Self {
+        self.filter_embeddings(filter).filter_classifier(filter)
+    }
+
+    /// The filter of the gradient of the embeddings.
+    pub fn filter_embeddings(mut self, filter: Filter) -> Self {
+        self.filter_embeddings = filter;
+        self
+    }
+
+    /// The filter of the gradients of the classifier and the bias.
+    pub fn filter_classifier(mut self, filter: Filter) -> Self {
+        self.filter_classifier = filter;
+        self
+    }
+
+    /// Which code computes the loss. Default: the fastest that can run.
+    pub fn implementation(mut self, implementation: Implementation) -> Self {
+        self.implementation = implementation;
+        self
+    }
+
+    /// How the gradients come about. Default: the fastest within the workspace.
+    pub fn strategy(mut self, strategy: Strategy) -> Self {
+        self.strategy = strategy;
+        self
+    }
+
+    /// The bytes that a forward or backward may use beyond its inputs, its outputs and the
+    /// gradients. Default: 64 MiB for the native implementation.
+    pub fn workspace(mut self, bytes: usize) -> Self {
+        self.workspace = Some(bytes);
+        self
+    }
+
+    /// Makes a target outside `[0, V)` an error also on a GPU, where the check has to wait for the
+    /// device. Without it such a target is never read out of bounds and its loss is NaN. The native
+    /// implementation always checks. Default: false.
+    pub fn check_targets(mut self, check: bool) -> Self {
+        self.check_targets = check;
+        self
+    }
+}

@@ -1,0 +1,219 @@
+//! A validated call: what every implementation is given.
+
+use crate::{Filter, Implementation, Options, Reduction, Strategy};
+use candle_core::{bail, DType, Result, Tensor};
+
+/// The settings of a call that the implementations read, thresholds resolved for the dtype.
+#[derive(Debug, Clone)]
+pub(crate) struct Settings {
+    pub softcap: Option<f64>,
+    pub ignore_index: i64,
+    pub reduction: Reduction,
+    pub filter_embeddings: Option<f64>,
+    pub filter_classifier: Option<f64>,
+    pub implementation: Implementation,
+    pub strategy: Strategy,
+    pub workspace: Option<usize>,
+    pub check_targets: bool,
+}
+
+/// Which row of the embeddings and which target belong to a position of the result.
+///
+/// The `batch` sequences hold `time` steps each; the last `shift` steps of one predict nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Positions {
+    pub batch: usize,
+    pub time: usize,
+    pub shift: usize,
+}
+
+impl Positions {
+    /// Positions in the result.
+    pub fn len(&self) -> usize {
+        self.batch * (self.time - self.shift)
+    }
+
+    /// Rows of the embeddings, and number of targets.
+    pub fn rows(&self) -> usize {
+        self.batch * self.time
+    }
+
+    /// The row of the embeddings that makes this prediction; its target is `shift` further on.
+    pub fn row(&self, position: usize) -> usize {
+        let steps = self.time - self.shift;
+        position / steps * self.time + position % steps
+    }
+}
+
+/// The matrices of a call: what a forward and a backward both multiply. All contiguous.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Matrices<'a> {
+    /// `(rows, D)`
+    pub embeddings: &'a Tensor,
+    /// `(V, D)`
+    pub classifier: &'a Tensor,
+    /// `(V)`
+    pub bias: Option<&'a Tensor>,
+}
+
+/// A validated call.
+#[derive(Debug, Clone)]
+pub(crate) struct Problem {
+    /// `(rows, D)`, contiguous, still part of the user's graph.
+    pub embeddings: Tensor,
+    /// `(V, D)`, contiguous.
+    pub classifier: Tensor,
+    /// `(V)`, contiguous.
+    pub bias: Option<Tensor>,
+    /// `(rows)`, contiguous, i64, u32 or i32.
+    pub targets: Tensor,
+    pub positions: Positions,
+    /// The shape of the result under [`Reduction::None`].
+    pub shape: Vec<usize>,
+    pub settings: Settings,
+}
+
+impl Problem {
+    pub fn new(
+        embeddings: &Tensor,
+        classifier: &Tensor,
+        targets: &Tensor,
+        options: &Options,
+    ) -> Result<Self> {
+        let (lead, hidden) = match embeddings.dims() {
+            [lead @ .., hidden] => (lead, *hidden),
+            [] => bail!("embeddings must have shape (.., D), got a scalar"),
+        };
+        let vocab = match classifier.dims() {
+            [vocab, d] if *d == hidden => *vocab,
+            dims => bail!(
+                "classifier must have shape (V, {hidden}) to match embeddings {:?}, got {dims:?}",
+                embeddings.dims()
+            ),
+        };
+        if targets.dims() != lead {
+            bail!(
+                "targets must have shape {lead:?} to match embeddings {:?}, got {:?}",
+                embeddings.dims(),
+                targets.dims()
+            )
+        }
+        if embeddings.elem_count() == 0 || vocab == 0 {
+            bail!(
+                "empty input: embeddings {:?}, classifier {:?}",
+                embeddings.dims(),
+                classifier.dims()
+            )
+        }
+        let dtype = embeddings.dtype();
+        if !matches!(dtype, DType::BF16 | DType::F16 | DType::F32 | DType::F64) {
+            bail!("embeddings must be bf16, f16, f32 or f64, got {dtype:?}")
+        }
+        if !matches!(targets.dtype(), DType::I64 | DType::U32 | DType::I32) {
+            bail!("targets must be i64, u32 or i32, got {:?}", targets.dtype())
+        }
+        let mut like_embeddings = vec![("classifier", classifier)];
+        if let Some(bias) = &options.bias {
+            if bias.dims() != [vocab] {
+                bail!(
+                    "bias must have shape [{vocab}] to match classifier {:?}, got {:?}",
+                    classifier.dims(),
+                    bias.dims()
+                )
+            }
+            like_embeddings.push(("bias", bias));
+        }
+        for (name, tensor) in like_embeddings {
+            if tensor.dtype() != dtype {
+                bail!(
+                    "{name} must have the dtype of embeddings, {dtype:?}, got {:?}",
+                    tensor.dtype()
+                )
+            }
+            same_device(name, tensor, embeddings)?;
+        }
+        same_device("targets", targets, embeddings)?;
+        if let Some(softcap) = options.softcap {
+            if !(softcap > 0. && softcap.is_finite()) {
+                bail!("softcap must be positive and finite, got {softcap}")
+            }
+        }
+        let (positions, shape) = pick_positions(lead, options.shift)?;
+        if embeddings.elem_count() / hidden > u32::MAX as usize || vocab > u32::MAX as usize {
+            bail!(
+                "at most {} rows and classes are supported, got embeddings {:?}, classifier {:?}",
+                u32::MAX,
+                embeddings.dims(),
+                classifier.dims()
+            )
+        }
+        let threshold = |filter: Filter| filter.threshold(dtype);
+        Ok(Self {
+            embeddings: embeddings
+                .reshape((positions.rows(), hidden))?
+                .contiguous()?,
+            classifier: classifier.contiguous()?,
+            bias: match &options.bias {
+                Some(bias) => Some(bias.contiguous()?),
+                None => None,
+            },
+            targets: targets.flatten_all()?.contiguous()?,
+            positions,
+            shape,
+            settings: Settings {
+                softcap: options.softcap,
+                ignore_index: options.ignore_index,
+                reduction: options.reduction,
+                filter_embeddings: threshold(options.filter_embeddings)?,
+                filter_classifier: threshold(options.filter_classifier)?,
+                implementation: options.implementation,
+                strategy: options.strategy,
+                workspace: options.workspace,
+                check_targets: options.check_targets,
+            },
+        })
+    }
+
+    pub fn vocab(&self) -> usize {
+        self.classifier.dims()[0]
+    }
+}
+
+fn same_device(name: &str, tensor: &Tensor, embeddings: &Tensor) -> Result<()> {
+    if !tensor.device().same_device(embeddings.device()) {
+        bail!(
+            "{name} must be on the device of embeddings, {:?}, got {:?}",
+            embeddings.device().location(),
+            tensor.device().location()
+        )
+    }
+    Ok(())
+}
+
+/// The positions of the result and its shape under [`Reduction::None`].
+fn pick_positions(lead: &[usize], shift: usize) -> Result<(Positions, Vec<usize>)> {
+    let mut shape = lead.to_vec();
+    let rows = lead.iter().product();
+    if shift == 0 {
+        let positions = Positions {
+            batch: 1,
+            time: rows,
+            shift,
+        };
+        return Ok((positions, shape));
+    }
+    match shape.last_mut() {
+        Some(time) if shift < *time => {
+            let positions = Positions {
+                batch: rows / *time,
+                time: *time,
+                shift,
+            };
+            *time -= shift;
+            Ok((positions, shape))
+        }
+        _ => bail!(
+            "shift must be less than the last dimension of targets, got shift {shift} for {lead:?}"
+        ),
+    }
+}
