@@ -3,6 +3,8 @@
 #![deny(missing_docs)]
 
 mod backward;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod layer;
 mod loss;
 mod native;

@@ -101,13 +101,31 @@ pub(crate) fn apply(problem: &Problem) -> Result<(Tensor, Arc<KeptTiles>)> {
 }
 
 fn forward(problem: &Problem, wanted: Wanted, kept: &Arc<KeptTiles>) -> Result<Forward> {
-    match problem.settings.implementation {
-        Implementation::Cuda => bail!(
-            "Implementation::Cuda needs the feature `cuda` and inputs on a CUDA device, got {:?}",
-            problem.embeddings.device().location()
-        ),
-        Implementation::Native | Implementation::Auto => native::forward(problem, wanted, kept),
+    if problem.settings.implementation != Implementation::Native {
+        match no_kernels(problem)? {
+            #[cfg(feature = "cuda")]
+            None => return crate::cuda::forward(problem, wanted, kept),
+            Some(why) if problem.settings.implementation == Implementation::Cuda => {
+                bail!("Implementation::Cuda: the CUDA kernels cannot run: {why}")
+            }
+            _ => {}
+        }
     }
+    native::forward(problem, wanted, kept)
+}
+
+/// Why the CUDA kernels cannot run, if they cannot.
+#[cfg(feature = "cuda")]
+fn no_kernels(problem: &Problem) -> Result<Option<String>> {
+    crate::cuda::unsupported(problem)
+}
+
+/// Why the CUDA kernels cannot run.
+#[cfg(not(feature = "cuda"))]
+fn no_kernels(_: &Problem) -> Result<Option<String>> {
+    Ok(Some(
+        "this program was built without the feature `cuda`".into(),
+    ))
 }
 
 /// The node of the graph: its forward is already computed.

@@ -1,7 +1,7 @@
 //! A validated call: what every implementation is given.
 
 use crate::{Filter, Implementation, Options, Reduction, Strategy};
-use candle_core::{bail, DType, Result, Tensor};
+use candle_core::{bail, DType, Error, Result, Tensor};
 
 /// The settings of a call that the implementations read, thresholds resolved for the dtype.
 #[derive(Debug, Clone)]
@@ -176,6 +176,25 @@ impl Problem {
 
     pub fn vocab(&self) -> usize {
         self.classifier.dims()[0]
+    }
+
+    /// The error that names a target, given by its index among all targets.
+    pub fn bad_target(&self, mut flat: usize, target: i64) -> Error {
+        let mut dims = self.shape.clone();
+        if let Some(last) = dims.last_mut() {
+            *last += self.positions.shift;
+        }
+        let mut index = vec![0; dims.len()];
+        for (i, dim) in index.iter_mut().zip(&dims).rev() {
+            *i = flat % dim;
+            flat /= dim;
+        }
+        Error::Msg(format!(
+            "target {target} at position {index:?} is outside [0, {}) and is not ignore_index {}",
+            self.vocab(),
+            self.settings.ignore_index
+        ))
+        .bt()
     }
 }
 

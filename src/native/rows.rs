@@ -2,7 +2,7 @@
 
 use crate::problem::Problem;
 use crate::Reduction;
-use candle_core::{bail, DType, Device, Result};
+use candle_core::{DType, Device, Result};
 
 /// The positions that count: parallel lists, in the order of the positions.
 #[derive(Debug, Clone)]
@@ -44,11 +44,7 @@ impl Rows {
                 continue;
             }
             if !(0..vocab as i64).contains(&target) {
-                bail!(
-                    "target {target} at position {:?} is outside [0, {vocab}) and is not ignore_index {}",
-                    index_of(row + positions.shift, problem),
-                    problem.settings.ignore_index
-                )
+                return Err(problem.bad_target(row + positions.shift, target));
             }
             rows.embedding.push(row as u32);
             rows.position.push(position as u32);
@@ -69,18 +65,4 @@ impl Rows {
             _ => 1.,
         }
     }
-}
-
-/// The index of a target as the user sees it.
-fn index_of(mut flat: usize, problem: &Problem) -> Vec<usize> {
-    let mut dims = problem.shape.clone();
-    if let Some(last) = dims.last_mut() {
-        *last += problem.positions.shift;
-    }
-    let mut index = vec![0; dims.len()];
-    for (i, dim) in index.iter_mut().zip(&dims).rev() {
-        *i = flat % dim;
-        flat /= dim;
-    }
-    index
 }

@@ -1,0 +1,112 @@
+//! Compiles the CUDA kernels under `cuda/` to PTX, if the feature `cuda` is on.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fs};
+
+/// Sources and the virtual architecture each is compiled for.
+const KERNELS: [(&str, &str); 4] = [
+    ("rows", "compute_80"),
+    ("forward_sm80", "compute_80"),
+    ("gradient_sm80", "compute_80"),
+    ("products_sm80", "compute_80"),
+];
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        return;
+    }
+    println!("cargo::rerun-if-changed=cuda");
+    for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH"] {
+        println!("cargo::rerun-if-env-changed={variable}");
+    }
+    if let Err(message) = compile() {
+        eprintln!("{message}");
+        std::process::exit(1);
+    }
+}
+
+fn compile() -> Result<(), String> {
+    let nvcc = nvcc();
+    let version = run(Command::new(&nvcc).arg("--version")).map_err(|e| {
+        format!(
+            "candle-cut-cross-entropy: the feature `cuda` needs NVIDIA's compiler, nvcc 12.0 or later.\n\
+             Tried {}: {e}\nInstall the CUDA toolkit, or set NVCC or CUDA_HOME.",
+            nvcc.display()
+        )
+    })?;
+    let major = version
+        .split("release ")
+        .nth(1)
+        .and_then(|v| v.split('.').next())
+        .and_then(|v| v.parse::<u32>().ok());
+    if major.is_some_and(|major| major < 12) {
+        return Err(format!(
+            "candle-cut-cross-entropy: nvcc 12.0 or later is needed, {} is\n{version}",
+            nvcc.display()
+        ));
+    }
+    let out = PathBuf::from(env::var("OUT_DIR").map_err(|e| e.to_string())?);
+    let children: Vec<_> = KERNELS
+        .map(|(name, arch)| {
+            let source = Path::new("cuda").join(name).with_extension("cu");
+            let ptx = out.join(name).with_extension("ptx");
+            let mut command = Command::new(&nvcc);
+            command
+                .args(["--ptx", "-O3", "-std=c++17", "-arch", arch, "-o"])
+                .arg(&ptx)
+                .arg(&source);
+            // One thread a file: each takes seconds.
+            (source, std::thread::spawn(move || run(&mut command)))
+        })
+        .into_iter()
+        .collect();
+    for (source, child) in children {
+        child
+            .join()
+            .map_err(|_| "the compiler's thread panicked".to_string())?
+            .map_err(|e| {
+                format!(
+                    "candle-cut-cross-entropy: compiling {}: {e}",
+                    source.display()
+                )
+            })?;
+    }
+    Ok(())
+}
+
+/// The compiler by the variables that name it, then by where it usually lies, then by the PATH.
+fn nvcc() -> PathBuf {
+    if let Some(nvcc) = env::var_os("NVCC") {
+        return nvcc.into();
+    }
+    let homes = ["CUDA_HOME", "CUDA_PATH"]
+        .into_iter()
+        .filter_map(env::var_os);
+    for home in homes.chain(["/usr/local/cuda".into()]) {
+        let nvcc = Path::new(&home).join("bin/nvcc");
+        if fs::exists(&nvcc).unwrap_or(false) {
+            return nvcc;
+        }
+    }
+    "nvcc".into()
+}
+
+/// What the program prints, or why it failed and what it printed.
+fn run(command: &mut Command) -> Result<String, String> {
+    let output = command
+        .output()
+        .map_err(|e| format!("cannot run {command:?}: {e}"))?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    if output.status.success() {
+        Ok(text(&output.stdout))
+    } else {
+        Err(format!(
+            "{command:?} failed ({})\n{}{}",
+            output.status,
+            text(&output.stdout),
+            text(&output.stderr)
+        ))
+    }
+}

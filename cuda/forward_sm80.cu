@@ -1,0 +1,198 @@
+// Forward: logits tile by tile, of which only a running (max, sum) per row, the target's logit and, for the
+// gradient filter, the row maximum of every tile of classes leave the chip.
+//
+// A block owns 128 rows and one split of the classes, and walks the split's tiles as one long product, so that
+// the loads of a tile run during the epilogue of the one before. Splits are fixed by the launch: same bits every run.
+#include "mainloop_sm80.cuh"
+
+struct ForwardParams {
+  const void *embeddings;         // (.., hidden)
+  const void *classifier;         // (vocab, hidden)
+  const void *bias;               // (vocab), or null
+  const uint32_t *row_embedding;  // (rows)
+  const int32_t *row_target;      // (rows), -1 for a target out of range
+  const uint32_t *count;          // rows there are
+  float2 *partials;               // (splits, group_rows): running maximum, sum of exp(z - maximum)
+  float *target_logit;            // (rows)
+  __nv_bfloat16 *maxima;          // (class tiles, group_rows), target left out, rounded up; or null
+  int64_t hidden, vocab;
+  uint32_t first_row, group_rows;  // the rows of this launch; group_rows is a multiple of 128
+  uint32_t splits;
+  float softcap;  // 0 for none
+  uint32_t aligned;
+};
+
+template <typename T, int BN> struct ForwardShared {
+  using Loop = Pipeline<T, BN, K_MAJOR, K_MAJOR>;
+  uint8_t stages[Loop::BYTES];
+  float row_max[4][BM];  // of a warp's columns, for the filter
+  int32_t target[BM];
+};
+
+template <typename T, int BN> struct Forward {
+  using Loop = typename ForwardShared<T, BN>::Loop;
+  using Shared = ForwardShared<T, BN>;
+  static constexpr int NB = Accumulators<BN>::BLOCKS_N;
+  static constexpr int WARP_COLUMNS = BN / 4;
+
+  const ForwardParams &p;
+  Shared &shared;
+  Place at;
+  // Lane q of the four that share a row's columns keeps the running state of the thread's rows 2q and 2q + 1.
+  MaxSum running[2];
+
+  __device__ __forceinline__ Forward(const ForwardParams &p, Shared &shared) : p(p), shared(shared) {}
+
+  // From products to logits, in place.
+  __device__ __forceinline__ void finish_logits(Accumulators<BN> &z, int64_t column0) const {
+    const T *bias = (const T *)p.bias;
+#pragma unroll
+    for (int n = 0; n < NB; n++) {
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        const int64_t column = column0 + at.template column<BN>(n) + j;
+        const bool valid = column < p.vocab;
+        const float b = bias && valid ? to_float(bias[column]) : 0.f;
+#pragma unroll
+        for (int m = 0; m < 4; m++) {
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            float &value = z.acc[m][n][half * 2 + j];
+            value += b;
+            if (p.softcap > 0.f) value = apply_softcap(value, p.softcap);
+            if (!valid) value = MASKED;
+          }
+        }
+      }
+    }
+  }
+
+  // The target of this row lies in this warp's columns: the thread that holds its logit writes it out. Returns the
+  // maximum of the thread's logits without it.
+  __device__ __forceinline__ float take_target(const float (*z)[4], int half, int offset, uint32_t row) const {
+    float max = MASKED;
+#pragma unroll
+    for (int n = 0; n < NB; n++) {
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        const float value = z[n][half * 2 + j];
+        if (n * 8 + (at.lane & 3) * 2 + j == offset)
+          p.target_logit[row] = value;
+        else
+          max = fmaxf(max, value);
+      }
+    }
+    return max;
+  }
+
+  __device__ __forceinline__ void reduce_rows(const Accumulators<BN> &z, int64_t column0, uint32_t row0) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const int m = i >> 1, half = i & 1;
+      const int row = at.row(m, half);
+      float max = MASKED;
+#pragma unroll
+      for (int n = 0; n < NB; n++) max = fmaxf(max, fmaxf(z.acc[m][n][half * 2], z.acc[m][n][half * 2 + 1]));
+      float without_target = max;
+      const int64_t offset = shared.target[row] - (column0 + at.warp_n * WARP_COLUMNS);
+      if (offset >= 0 && offset < WARP_COLUMNS) without_target = take_target(z.acc[m], half, (int)offset, row0 + row);
+      max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, 1));
+      max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, 2));
+      float sum = 0.f;
+#pragma unroll
+      for (int n = 0; n < NB; n++)
+        sum += fast_exp(z.acc[m][n][half * 2] - max) + fast_exp(z.acc[m][n][half * 2 + 1] - max);
+      sum += __shfl_xor_sync(0xffffffff, sum, 1);
+      sum += __shfl_xor_sync(0xffffffff, sum, 2);
+      if ((at.lane & 3) == i / 2) running[i & 1].merge(max, sum);
+      if (p.maxima) {
+        without_target = fmaxf(without_target, __shfl_xor_sync(0xffffffff, without_target, 1));
+        without_target = fmaxf(without_target, __shfl_xor_sync(0xffffffff, without_target, 2));
+        if ((at.lane & 3) == 0) shared.row_max[at.warp_n][row] = without_target;
+      }
+    }
+  }
+
+  // One number per row and 128 classes.
+  __device__ __forceinline__ void write_maxima(int64_t column0, uint32_t row_in_group) const {
+    __syncthreads();
+    constexpr int WARPS_PER_TILE = TILE / WARP_COLUMNS;
+    const int row = threadIdx.x % BM, part = threadIdx.x / BM;
+    if (part < BN / TILE && column0 + part * TILE < p.vocab) {
+      float max = MASKED;
+#pragma unroll
+      for (int w = 0; w < WARPS_PER_TILE; w++) max = fmaxf(max, shared.row_max[part * WARPS_PER_TILE + w][row]);
+      p.maxima[(column0 / TILE + part) * p.group_rows + row_in_group + row] = round_up(max);
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    const uint32_t row_tiles = p.group_rows / BM;
+    const uint32_t row_in_group = (blockIdx.x % row_tiles) * BM, split = blockIdx.x / row_tiles;
+    const uint32_t row0 = p.first_row + row_in_group, count = *p.count;
+    if (row0 >= count) return;
+
+    const int64_t tiles = (p.vocab + BN - 1) / BN;
+    const int64_t first = tiles * split / p.splits, last = tiles * (split + 1) / p.splits;
+    const int k_blocks = (int)((p.hidden + BK<T> - 1) / BK<T>);
+    const T *e = (const T *)p.embeddings, *c = (const T *)p.classifier;
+
+    if (threadIdx.x < BM) shared.target[threadIdx.x] = row0 + threadIdx.x < count ? p.row_target[row0 + threadIdx.x] : -1;
+    KMajorLoader<T, BM> a;
+#pragma unroll
+    for (int i = 0; i < a.PER_THREAD; i++) {
+      const uint32_t row = row0 + a.row(i);
+      a.rows[i] = row < count ? e + p.row_embedding[row] * p.hidden : nullptr;
+    }
+
+    // The next tile and step of k to load, and those to finish.
+    int64_t load_tile = first, tile = first;
+    int load_k = 0, k = 0;
+    Accumulators<BN> z;
+    z.clear();
+    const Loop loop{shared_address(shared.stages)};
+    loop.run(
+        z, (int)(last - first) * k_blocks,
+        [&](int, uint32_t a_tile, uint32_t b_tile) {
+          a.load(a_tile, load_k, p.hidden, p.aligned, e);
+          KMajorLoader<T, BN> b;
+#pragma unroll
+          for (int i = 0; i < b.PER_THREAD; i++) {
+            const int64_t row = load_tile * BN + b.row(i);
+            b.rows[i] = row < p.vocab ? c + row * p.hidden : nullptr;
+          }
+          b.load(b_tile, load_k, p.hidden, p.aligned, c);
+          if (++load_k == k_blocks) load_k = 0, load_tile++;
+        },
+        [&](int) {
+          if (++k < k_blocks) return;
+          finish_logits(z, tile * BN);
+          reduce_rows(z, tile * BN, row0);
+          if (p.maxima) write_maxima(tile * BN, row_in_group);
+          z.clear();
+          k = 0, tile++;
+        });
+
+    // The four warps' columns of a row, merged in order.
+    MaxSum(*parts)[BM] = reinterpret_cast<MaxSum(*)[BM]>(shared.stages);
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      if ((at.lane & 3) == i / 2) parts[at.warp_n][at.row(i >> 1, i & 1)] = running[i & 1];
+    __syncthreads();
+    if (threadIdx.x < BM) {
+      MaxSum all = parts[0][threadIdx.x];
+      for (int w = 1; w < 4; w++) all.merge(parts[w][threadIdx.x].max, parts[w][threadIdx.x].sum);
+      p.partials[(int64_t)split * p.group_rows + row_in_group + threadIdx.x] = make_float2(all.max, all.sum);
+    }
+  }
+};
+
+#define FORWARD(NAME, T, BN)                                                                    \
+  extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const ForwardParams p) {        \
+    extern __shared__ __align__(128) uint8_t memory[];                                          \
+    Forward<T, BN>(p, *reinterpret_cast<ForwardShared<T, BN> *>(memory)).run();                 \
+  }
+
+FORWARD(forward_sm80_bf16, __nv_bfloat16, 256)
+FORWARD(forward_sm80_f16, __half, 256)
+FORWARD(forward_sm80_f32, float, 128)

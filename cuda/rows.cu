@@ -1,0 +1,267 @@
+// The kernels around the products, one number or one row at a time: picking the rows that count, merging the
+// partial results of the forward, the gradient filter's tiles, upstream gradients, and writing dE and db.
+#include "common.cuh"
+
+constexpr int ONE_BLOCK = 1024;
+constexpr uint32_t NONE = 0xffffffff;
+
+// Sum over a block of ONE_BLOCK threads, in a fixed order; every thread gets it.
+template <typename N, class Combine> __device__ N block_reduce(N value, Combine combine) {
+  __shared__ N parts[32];
+  for (int i = 16; i; i >>= 1) value = combine(value, __shfl_xor_sync(0xffffffff, value, i));
+  __syncthreads();
+  if ((threadIdx.x & 31) == 0) parts[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = parts[threadIdx.x & 31];
+  for (int i = 16; i; i >>= 1) value = combine(value, __shfl_xor_sync(0xffffffff, value, i));
+  return value;
+}
+
+// ---------------------------------------------------------------- rows that count
+
+struct PickParams {
+  const void *targets;      // (batch * time), i64, u32 or i32
+  uint32_t *row_embedding;  // out, in the order of the positions
+  uint32_t *row_position;
+  int32_t *row_target;      // -1 where out of range
+  uint32_t *count;          // out: rows that count, first target out of range (its index, or NONE)
+  float *packed;            // nll (positions), lse (positions): zeroed where a position does not count
+  int64_t ignore_index;
+  uint32_t positions, time, shift, vocab;
+};
+
+template <typename Target> __device__ void pick_rows(const PickParams &p) {
+  __shared__ uint32_t warp_counts[ONE_BLOCK / 32];
+  const uint32_t lane = threadIdx.x & 31, warp = threadIdx.x / 32, steps = p.time - p.shift;
+  uint32_t total = 0, first_bad = NONE;
+  for (uint32_t start = 0; start < p.positions; start += ONE_BLOCK) {
+    const uint32_t position = start + threadIdx.x;
+    const bool exists = position < p.positions && position >= start;
+    const uint32_t row = exists ? position / steps * p.time + position % steps : 0;
+    const int64_t target = exists ? (int64_t)((const Target *)p.targets)[row + p.shift] : 0;
+    const bool counts = exists && target != p.ignore_index;
+    const uint32_t ballot = __ballot_sync(0xffffffff, counts);
+    if (lane == 0) warp_counts[warp] = __popc(ballot);
+    __syncthreads();
+    uint32_t before = total;
+    for (uint32_t w = 0; w < ONE_BLOCK / 32; w++) {
+      if (w < warp) before += warp_counts[w];
+      total += warp_counts[w];
+    }
+    if (counts) {
+      const uint32_t at = before + __popc(ballot & ((1u << lane) - 1));
+      const bool in_range = target >= 0 && target < (int64_t)p.vocab;
+      if (!in_range) first_bad = min(first_bad, row + p.shift);
+      p.row_embedding[at] = row;
+      p.row_position[at] = position;
+      p.row_target[at] = in_range ? (int32_t)target : -1;
+    } else if (exists) {
+      p.packed[position] = 0.f;
+      p.packed[(int64_t)p.positions + position] = 0.f;
+    }
+    __syncthreads();
+    if (start + ONE_BLOCK < start) break;  // the last block of 2^32 positions
+  }
+  first_bad = block_reduce(first_bad, [](uint32_t a, uint32_t b) { return min(a, b); });
+  if (threadIdx.x == 0) p.count[0] = total, p.count[1] = first_bad;
+}
+
+#define PICK(SUFFIX, T) extern "C" __global__ void __launch_bounds__(ONE_BLOCK) pick_rows_##SUFFIX(const PickParams p) { pick_rows<T>(p); }
+PICK(i64, int64_t)
+PICK(u32, uint32_t)
+PICK(i32, int32_t)
+
+// ---------------------------------------------------------------- forward
+
+struct MergeParams {
+  const float2 *partials;  // (splits, group_rows)
+  const float *target_logit;
+  const uint32_t *row_position;
+  const int32_t *row_target;
+  const uint32_t *count;
+  float *row_max, *row_log_sum;  // out
+  float *packed;                 // out: nll, lse
+  uint32_t first_row, group_rows, splits, positions;
+};
+
+extern "C" __global__ void merge_partials(const MergeParams p) {
+  const uint32_t in_group = blockIdx.x * blockDim.x + threadIdx.x, row = p.first_row + in_group;
+  if (in_group >= p.group_rows || row >= *p.count) return;
+  MaxSum all;
+  for (uint32_t split = 0; split < p.splits; split++) {
+    const float2 part = p.partials[(int64_t)split * p.group_rows + in_group];
+    all.merge(part.x, part.y);
+  }
+  const float log_sum = logf(all.sum);
+  const uint32_t position = p.row_position[row];
+  const bool in_range = p.row_target[row] >= 0;
+  // lse = max + log_sum is kept in two parts: logits of 1e4 leave f32 three digits behind the point.
+  p.packed[position] = in_range ? (all.max - p.target_logit[row]) + log_sum : NAN;
+  p.packed[(int64_t)p.positions + position] = all.max + log_sum;
+  p.row_max[row] = in_range ? all.max : NAN;  // so that the gradient of a bad target is NaN too
+  p.row_log_sum[row] = log_sum;
+}
+
+struct LossParams {
+  float *packed;  // nll (positions), lse (positions), loss (1): out
+  const uint32_t *count;
+  uint32_t positions, mean;
+};
+
+// The sum of the losses, or their mean.
+extern "C" __global__ void __launch_bounds__(ONE_BLOCK) reduce_loss(const LossParams p) {
+  double sum = 0.;
+  for (uint64_t i = threadIdx.x; i < p.positions; i += ONE_BLOCK) sum += p.packed[i];
+  sum = block_reduce(sum, [](double a, double b) { return a + b; });
+  if (threadIdx.x == 0) p.packed[2 * (int64_t)p.positions] = (float)(p.mean && *p.count ? sum / *p.count : sum);
+}
+
+struct KeepParams {
+  const __nv_bfloat16 *maxima;  // (class tiles, group_rows)
+  const float *row_max, *row_log_sum, *target_logit;
+  const int32_t *row_target;
+  const uint32_t *count;
+  uint8_t *keep;  // out: (row tiles, class tiles)
+  uint32_t first_row, group_rows, class_tiles;
+  // Below these a gradient is too small to matter; negative: none is.
+  float embeddings_threshold, classifier_threshold;
+};
+
+// One block a tile, one thread a row. NaN keeps its tile.
+extern "C" __global__ void __launch_bounds__(TILE) keep_tiles(const KeepParams p) {
+  const uint32_t class_tile = blockIdx.x, in_group = blockIdx.y * TILE + threadIdx.x, row = p.first_row + in_group;
+  if (p.first_row + blockIdx.y * TILE >= *p.count) return;
+  bool for_embeddings = false, for_classifier = false;
+  if (row < *p.count) {
+    const float max = p.row_max[row], log_sum = p.row_log_sum[row];
+    float largest = fast_exp((__bfloat162float(p.maxima[(int64_t)class_tile * p.group_rows + in_group]) - max) - log_sum);
+    if (p.row_target[row] / TILE == (int)class_tile && p.row_target[row] >= 0)
+      largest = fmaxf(largest, -expm1f((p.target_logit[row] - max) - log_sum));
+    // exp and expm1 err by a few units in the last place: lean to the side of keeping.
+    largest *= 1.f + 1e-5f;
+    for_embeddings = !(largest < p.embeddings_threshold) || isnan(max + log_sum);
+    for_classifier = !(largest < p.classifier_threshold) || isnan(max + log_sum);
+  }
+  const int e = __syncthreads_or(for_embeddings), c = __syncthreads_or(for_classifier);
+  if (threadIdx.x == 0)
+    p.keep[(int64_t)((p.first_row / TILE) + blockIdx.y) * p.class_tiles + class_tile] =
+        (e ? KEEP_FOR_EMBEDDINGS : 0) | (c ? KEEP_FOR_CLASSIFIER : 0);
+}
+
+struct CountParams {
+  const uint8_t *keep;  // null: every tile
+  const uint32_t *count;
+  float *kept;  // out: tiles that the gradient which keeps more of them keeps, tiles there are
+  uint32_t class_tiles;
+};
+
+extern "C" __global__ void __launch_bounds__(ONE_BLOCK) count_kept(const CountParams p) {
+  const uint64_t tiles = (uint64_t)((*p.count + TILE - 1) / TILE) * p.class_tiles;
+  unsigned long long e = 0, c = 0;
+  if (p.keep) {
+    for (uint64_t i = threadIdx.x; i < tiles; i += ONE_BLOCK)
+      e += p.keep[i] & KEEP_FOR_EMBEDDINGS, c += p.keep[i] / KEEP_FOR_CLASSIFIER;
+  }
+  const auto add = [](unsigned long long a, unsigned long long b) { return a + b; };
+  e = block_reduce(e, add);
+  c = block_reduce(c, add);
+  if (threadIdx.x == 0) p.kept[0] = p.keep ? (float)max(e, c) : (float)tiles, p.kept[1] = (float)tiles;
+}
+
+// ---------------------------------------------------------------- backward
+
+struct ScaleParams {
+  const float *upstream;  // gradient of the packed vector: nll (positions), lse (positions), loss (1)
+  const uint32_t *row_position;
+  const uint32_t *count;
+  float *p_scale, *target_scale;  // out: (rows), of the softmax and of the one-hot
+  float *scale;                   // out: one number, on the finished gradients
+  uint32_t positions, mean;
+};
+
+// With the upstream gradients g of a row's nll (through the reduced loss or not) and h of its lse, the gradient of
+// its logits is (g + h) softmax(z) - g onehot(y). The largest of these goes into `scale` and out of the rows, so
+// that no product of half-precision numbers underflows for a mean over many.
+extern "C" __global__ void __launch_bounds__(ONE_BLOCK) upstream_scales(const ScaleParams p) {
+  const uint32_t count = *p.count;
+  const float loss = p.upstream[2 * (int64_t)p.positions] * (p.mean && count ? 1.f / count : 1.f);
+  float largest = 0.f;
+  for (uint64_t row = threadIdx.x; row < count; row += ONE_BLOCK) {
+    const uint32_t position = p.row_position[row];
+    const float nll = p.upstream[position] + loss, lse = p.upstream[(int64_t)p.positions + position];
+    largest = fmaxf(largest, fmaxf(fabsf(nll), fabsf(nll + lse)));
+  }
+  largest = block_reduce(largest, [](float a, float b) { return fmaxf(a, b); });
+  // A power of two, so that dividing by it and multiplying again rounds nothing.
+  const float scale = largest > 0.f && largest < INFINITY ? exp2f(ceilf(log2f(fmaxf(largest, 1e-30f)))) : 1.f;
+  const float inverse = 1.f / scale;
+  for (uint64_t row = threadIdx.x; row < count; row += ONE_BLOCK) {
+    const uint32_t position = p.row_position[row];
+    const float nll = p.upstream[position] + loss, lse = p.upstream[(int64_t)p.positions + position];
+    p.p_scale[row] = (nll + lse) * inverse;
+    p.target_scale[row] = nll * inverse;
+  }
+  if (threadIdx.x == 0) *p.scale = scale;
+}
+
+struct FinishParams {
+  const float *sums;  // (rows of this launch, hidden)
+  const uint32_t *row_embedding;
+  const uint32_t *count;
+  const float *scale;
+  void *embeddings_grad;  // (.., hidden), zeroed
+  int64_t hidden;
+  uint32_t first_row;
+};
+
+// One block a row.
+template <typename T> __device__ void finish_embeddings(const FinishParams &p) {
+  const uint32_t row = p.first_row + blockIdx.x;
+  if (row >= *p.count) return;
+  const float *from = p.sums + blockIdx.x * p.hidden;
+  T *into = (T *)p.embeddings_grad + p.row_embedding[row] * p.hidden;
+  const float scale = *p.scale;
+  for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x) into[i] = from_float<T>(scale * from[i]);
+}
+
+struct BiasParams {
+  const void *gradient;  // (rows, range)
+  const uint32_t *count;
+  const uint8_t *keep;
+  const float *scale;
+  void *bias_grad;  // (vocab)
+  int64_t vocab, first_class, range;
+  uint32_t class_tiles;
+};
+
+constexpr int BIAS_COLUMNS = 32, BIAS_PARTS = 8;
+
+// A block sums 32 columns, in 8 interleaved parts of the rows.
+template <typename T> __device__ void bias_gradient(const BiasParams &p) {
+  __shared__ float parts[BIAS_PARTS][BIAS_COLUMNS];
+  const int column = threadIdx.x % BIAS_COLUMNS, part = threadIdx.x / BIAS_COLUMNS;
+  const int64_t in_range = (int64_t)blockIdx.x * BIAS_COLUMNS + column, at = p.first_class + in_range;
+  const uint32_t count = *p.count;
+  float sum = 0.f;
+  if (at < p.vocab) {
+    for (uint32_t tile = 0; tile * (uint64_t)TILE < count; tile++) {
+      if (p.keep && !(p.keep[(int64_t)tile * p.class_tiles + at / TILE] & KEEP_FOR_CLASSIFIER)) continue;
+      const uint32_t rows = min((uint32_t)TILE, count - tile * TILE);
+      for (uint32_t i = part; i < rows; i += BIAS_PARTS)
+        sum += to_float(((const T *)p.gradient)[((int64_t)tile * TILE + i) * p.range + in_range]);
+    }
+  }
+  parts[part][column] = sum;
+  __syncthreads();
+  if (part == 0 && at < p.vocab) {
+    for (int i = 1; i < BIAS_PARTS; i++) sum += parts[i][column];
+    ((T *)p.bias_grad)[at] = from_float<T>(*p.scale * sum);
+  }
+}
+
+#define PER_DTYPE(SUFFIX, T)                                                                                      \
+  extern "C" __global__ void finish_embeddings_##SUFFIX(const FinishParams p) { finish_embeddings<T>(p); }       \
+  extern "C" __global__ void __launch_bounds__(BIAS_COLUMNS * BIAS_PARTS) bias_gradient_##SUFFIX(const BiasParams p) { bias_gradient<T>(p); }
+PER_DTYPE(bf16, __nv_bfloat16)
+PER_DTYPE(f16, __half)
+PER_DTYPE(f32, float)

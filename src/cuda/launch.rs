@@ -1,0 +1,252 @@
+//! Memory and kernel launches on a Candle device. Everything runs on the device's one stream, in order.
+
+use candle_core::cuda_backend::cudarc::driver::{
+    sys::{CUdevice_attribute, CUfunction_attribute},
+    CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
+    SyncOnDrop,
+};
+use candle_core::cuda_backend::{CudaStorage, CudaStorageSlice, WrapErr};
+use candle_core::{bail, CudaDevice, DType, Error, Layout, Result, Shape, Storage, Tensor};
+use std::sync::Arc;
+
+/// A file of kernels, compiled by `build.rs`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Module {
+    name: &'static str,
+    ptx: &'static str,
+}
+
+macro_rules! modules {
+    ($($name:ident = $file:literal;)*) => {$(
+        pub(super) const $name: Module = Module {
+            name: concat!("candle_cut_cross_entropy_", $file),
+            ptx: include_str!(concat!(env!("OUT_DIR"), "/", $file, ".ptx")),
+        };
+    )*};
+}
+
+modules! {
+    ROWS = "rows";
+    FORWARD_SM80 = "forward_sm80";
+    GRADIENT_SM80 = "gradient_sm80";
+    PRODUCTS_SM80 = "products_sm80";
+}
+
+/// A CUDA device and its stream.
+#[derive(Debug, Clone)]
+pub(super) struct Gpu {
+    device: CudaDevice,
+    stream: Arc<CudaStream>,
+}
+
+impl Gpu {
+    pub fn new(device: &CudaDevice) -> Self {
+        Self {
+            device: device.clone(),
+            stream: device.cuda_stream(),
+        }
+    }
+
+    pub fn multiprocessors(&self) -> Result<usize> {
+        let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        Ok(self.stream.context().attribute(count).w()? as usize)
+    }
+
+    pub fn compute_capability(&self) -> Result<(i32, i32)> {
+        self.stream.context().compute_capability().w()
+    }
+
+    /// Launches a kernel on its parameters.
+    pub fn launch<P: DeviceRepr>(
+        &self,
+        module: Module,
+        kernel: &str,
+        grid: (usize, usize),
+        threads: u32,
+        shared_bytes: usize,
+        params: &P,
+    ) -> Result<()> {
+        let load = || {
+            self.device
+                .get_or_load_custom_func(kernel, module.name, module.ptx)
+        };
+        let func = load().map_err(|e| explain(e, module))?;
+        if shared_bytes > 48 << 10 {
+            let limit = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            func.set_attribute(limit, shared_bytes as i32).w()?;
+        }
+        let dim = |n: usize, most: usize| match u32::try_from(n) {
+            Ok(n) if n as usize <= most => Ok(n),
+            _ => bail!("{kernel}: a grid of {grid:?} blocks is too large"),
+        };
+        let config = LaunchConfig {
+            grid_dim: (dim(grid.0, i32::MAX as usize)?, dim(grid.1, 65_535)?, 1),
+            block_dim: (threads, 1, 1),
+            shared_mem_bytes: shared_bytes as u32,
+        };
+        let mut builder = func.builder();
+        builder.arg(params);
+        // SAFETY: `params` is laid out as the kernel's parameter; its addresses belong to buffers that the
+        // caller keeps until after this call, and freeing is ordered after the kernel on the same stream.
+        unsafe { builder.launch(config) }.w()?;
+        Ok(())
+    }
+
+    /// Device memory, not initialised.
+    pub fn buffer(&self, bytes: usize) -> Result<Buffer> {
+        self.array::<u8>(bytes.max(1))
+    }
+
+    /// Like [`Gpu::buffer`], for what becomes a tensor.
+    pub fn array<T: DeviceRepr>(&self, len: usize) -> Result<Array<T>> {
+        // SAFETY: kernels write every number before one is read.
+        let slice = unsafe { self.device.alloc::<T>(len)? };
+        Ok(self.own(slice))
+    }
+
+    fn own<T>(&self, slice: CudaSlice<T>) -> Array<T> {
+        let address = slice.device_ptr(&self.stream).0;
+        Array { slice, address }
+    }
+
+    /// A tensor's memory to be written to, and the tensor once [`Unfinished::finish`] is called.
+    pub fn unfinished(
+        &self,
+        dtype: DType,
+        shape: impl Into<Shape>,
+        zeroed: bool,
+    ) -> Result<Unfinished> {
+        let shape = shape.into();
+        let len = shape.elem_count();
+        macro_rules! allocate {
+            ($variant:ident, $ty:ty) => {{
+                let array = match zeroed {
+                    true => self.own(self.device.alloc_zeros::<$ty>(len)?),
+                    false => self.array::<$ty>(len)?,
+                };
+                (array.address, CudaStorageSlice::$variant(array.slice))
+            }};
+        }
+        let (address, slice) = match dtype {
+            DType::BF16 => allocate!(BF16, half::bf16),
+            DType::F16 => allocate!(F16, half::f16),
+            DType::F32 => allocate!(F32, f32),
+            dtype => bail!("no CUDA kernels for {dtype:?}"),
+        };
+        Ok(Unfinished {
+            address,
+            slice,
+            shape,
+        })
+    }
+
+    /// The address of a contiguous tensor, ready to be read on this stream while `read` runs.
+    pub fn read<R>(&self, tensor: &Tensor, read: impl FnOnce(u64) -> Result<R>) -> Result<R> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let Storage::Cuda(storage) = &*storage else {
+            bail!(
+                "expected a CUDA tensor, got one on {:?}",
+                tensor.device().location()
+            )
+        };
+        let (address, _until_read) = self.address(storage, layout)?;
+        read(address)
+    }
+
+    fn address<'a>(
+        &'a self,
+        storage: &'a CudaStorage,
+        layout: &Layout,
+    ) -> Result<(u64, SyncOnDrop<'a>)> {
+        macro_rules! address {
+            ($slice:expr) => {{
+                let (base, guard) = $slice.device_ptr(&self.stream);
+                let offset = layout.start_offset() * storage.slice.dtype_size();
+                (base + offset as u64, guard)
+            }};
+        }
+        Ok(match &storage.slice {
+            CudaStorageSlice::BF16(s) => address!(s),
+            CudaStorageSlice::F16(s) => address!(s),
+            CudaStorageSlice::F32(s) => address!(s),
+            CudaStorageSlice::I64(s) => address!(s),
+            CudaStorageSlice::U32(s) => address!(s),
+            CudaStorageSlice::I32(s) => address!(s),
+            _ => bail!("no CUDA kernels for this dtype"),
+        })
+    }
+
+    /// Copies numbers to the host, once everything before is done.
+    pub fn to_host<T: DeviceRepr>(&self, array: &Array<T>) -> Result<Vec<T>> {
+        self.device.clone_dtoh(&array.slice)
+    }
+}
+
+trait DtypeSize {
+    fn dtype_size(&self) -> usize;
+}
+
+impl DtypeSize for CudaStorageSlice {
+    fn dtype_size(&self) -> usize {
+        match self {
+            CudaStorageSlice::BF16(_) | CudaStorageSlice::F16(_) => 2,
+            CudaStorageSlice::I64(_) => 8,
+            _ => 4,
+        }
+    }
+}
+
+/// Device memory and its address.
+#[derive(Debug)]
+pub(super) struct Array<T> {
+    slice: CudaSlice<T>,
+    pub address: u64,
+}
+
+pub(super) type Buffer = Array<u8>;
+
+/// The memory of a tensor that kernels have yet to write.
+pub(super) struct Unfinished {
+    pub address: u64,
+    slice: CudaStorageSlice,
+    shape: Shape,
+}
+
+impl Unfinished {
+    /// The tensor, once every kernel that writes it is launched.
+    pub fn finish(mut self, gpu: &Gpu) -> Tensor {
+        macro_rules! written {
+            ($slice:expr) => {
+                drop($slice.device_ptr_mut(&gpu.stream))
+            };
+        }
+        match &mut self.slice {
+            CudaStorageSlice::BF16(s) => written!(s),
+            CudaStorageSlice::F16(s) => written!(s),
+            CudaStorageSlice::F32(s) => written!(s),
+            _ => {}
+        }
+        let storage = CudaStorage {
+            slice: self.slice,
+            device: gpu.device.clone(),
+        };
+        let none = candle_core::op::BackpropOp::none();
+        Tensor::from_storage(Storage::Cuda(storage), self.shape, none, false)
+    }
+}
+
+/// Says in words what a driver means that does not take the kernels.
+fn explain(error: Error, module: Module) -> Error {
+    let text = error.to_string();
+    let hint = if text.contains("UNSUPPORTED_PTX_VERSION") {
+        "the driver is older than the CUDA toolkit this program was built with: update the driver or build with an older toolkit"
+    } else if text.contains("NO_BINARY_FOR_GPU") || text.contains("INVALID_PTX") {
+        "the kernels need compute capability 8.0 or later"
+    } else {
+        return error;
+    };
+    Error::Msg(format!(
+        "cannot load the kernels {}: {hint} ({text})",
+        module.name
+    ))
+}

@@ -1,0 +1,169 @@
+//! The parameters of the kernels, field by field as in `cuda/*.cu`. Pointers are device addresses, 0 for null.
+
+use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
+
+macro_rules! params {
+    ($($(#[$doc:meta])* $name:ident { $($field:ident: $ty:ty),* $(,)? })*) => {$(
+        $(#[$doc])*
+        #[repr(C)]
+        #[derive(Debug, Clone, Copy, Default)]
+        pub(super) struct $name { $(pub $field: $ty),* }
+        // SAFETY: plain numbers, laid out as the kernel's struct.
+        unsafe impl DeviceRepr for $name {}
+    )*};
+}
+
+params! {
+    /// `rows.cu`
+    PickParams {
+        targets: u64,
+        row_embedding: u64,
+        row_position: u64,
+        row_target: u64,
+        count: u64,
+        packed: u64,
+        ignore_index: i64,
+        positions: u32,
+        time: u32,
+        shift: u32,
+        vocab: u32,
+    }
+    /// `rows.cu`
+    MergeParams {
+        partials: u64,
+        target_logit: u64,
+        row_position: u64,
+        row_target: u64,
+        count: u64,
+        row_max: u64,
+        row_log_sum: u64,
+        packed: u64,
+        first_row: u32,
+        group_rows: u32,
+        splits: u32,
+        positions: u32,
+    }
+    /// `rows.cu`
+    KeepParams {
+        maxima: u64,
+        row_max: u64,
+        row_log_sum: u64,
+        target_logit: u64,
+        row_target: u64,
+        count: u64,
+        keep: u64,
+        first_row: u32,
+        group_rows: u32,
+        class_tiles: u32,
+        embeddings_threshold: f32,
+        classifier_threshold: f32,
+    }
+    /// `rows.cu`
+    LossParams {
+        packed: u64,
+        count: u64,
+        positions: u32,
+        mean: u32,
+    }
+    /// `rows.cu`
+    CountParams {
+        keep: u64,
+        count: u64,
+        kept: u64,
+        class_tiles: u32,
+    }
+    /// `rows.cu`
+    ScaleParams {
+        upstream: u64,
+        row_position: u64,
+        count: u64,
+        p_scale: u64,
+        target_scale: u64,
+        scale: u64,
+        positions: u32,
+        mean: u32,
+    }
+    /// `rows.cu`
+    FinishParams {
+        sums: u64,
+        row_embedding: u64,
+        count: u64,
+        scale: u64,
+        embeddings_grad: u64,
+        hidden: i64,
+        first_row: u32,
+    }
+    /// `rows.cu`
+    BiasParams {
+        gradient: u64,
+        count: u64,
+        keep: u64,
+        scale: u64,
+        bias_grad: u64,
+        vocab: i64,
+        first_class: i64,
+        range: i64,
+        class_tiles: u32,
+    }
+    /// `forward_sm80.cu`
+    ForwardParams {
+        embeddings: u64,
+        classifier: u64,
+        bias: u64,
+        row_embedding: u64,
+        row_target: u64,
+        count: u64,
+        partials: u64,
+        target_logit: u64,
+        maxima: u64,
+        hidden: i64,
+        vocab: i64,
+        first_row: u32,
+        group_rows: u32,
+        splits: u32,
+        softcap: f32,
+        aligned: u32,
+    }
+    /// `gradient_sm80.cu`
+    GradientParams {
+        embeddings: u64,
+        classifier: u64,
+        bias: u64,
+        row_embedding: u64,
+        row_target: u64,
+        count: u64,
+        row_max: u64,
+        row_log_sum: u64,
+        p_scale: u64,
+        target_scale: u64,
+        keep: u64,
+        gradient: u64,
+        hidden: i64,
+        vocab: i64,
+        first_class: i64,
+        range: i64,
+        first_row: u32,
+        class_tiles: u32,
+        softcap: f32,
+        aligned: u32,
+    }
+    /// `products_sm80.cu`
+    ProductParams {
+        gradient: u64,
+        operand: u64,
+        row_embedding: u64,
+        count: u64,
+        keep: u64,
+        scale: u64,
+        result: u64,
+        hidden: i64,
+        vocab: i64,
+        first_class: i64,
+        range: i64,
+        first_row: u32,
+        rows: u32,
+        class_tiles: u32,
+        accumulate: u32,
+        aligned: u32,
+    }
+}
