@@ -14,7 +14,7 @@ struct ForwardParams {
   const uint32_t *count;          // rows there are
   float2 *partials;               // (splits, group_rows): running maximum, sum of exp(z - maximum)
   float *target_logit;            // (rows)
-  __nv_bfloat16 *maxima;          // (class tiles, group_rows), target left out, rounded up; or null
+  __nv_bfloat16 *maxima;          // (class tiles, group_rows), rounded up; or null
   int64_t hidden, vocab;
   uint32_t first_row, group_rows;  // the rows of this launch; group_rows is a multiple of 128
   uint32_t splits;
@@ -29,7 +29,7 @@ template <typename T, int BN> struct ForwardShared {
   int32_t target[BM];
 };
 
-template <typename T, int BN> struct Forward {
+template <typename T, int BN, bool ALIGNED> struct Forward {
   using Loop = typename ForwardShared<T, BN>::Loop;
   using Shared = ForwardShared<T, BN>;
   static constexpr int NB = Accumulators<BN>::BLOCKS_N;
@@ -46,6 +46,9 @@ template <typename T, int BN> struct Forward {
   // From products to logits, in place.
   __device__ __forceinline__ void finish_logits(Accumulators<BN> &z, int64_t column0) const {
     const T *bias = (const T *)p.bias;
+    const bool capped = p.softcap > 0.f;
+    if (!bias && !capped && column0 + BN <= p.vocab) return;
+    const float inverse_softcap = 1.f / p.softcap;
 #pragma unroll
     for (int n = 0; n < NB; n++) {
 #pragma unroll
@@ -59,7 +62,7 @@ template <typename T, int BN> struct Forward {
           for (int half = 0; half < 2; half++) {
             float &value = z.acc[m][n][half * 2 + j];
             value += b;
-            if (p.softcap > 0.f) value = apply_softcap(value, p.softcap);
+            if (capped) value = p.softcap * fast_tanh(value * inverse_softcap);
             if (!valid) value = MASKED;
           }
         }
@@ -67,22 +70,14 @@ template <typename T, int BN> struct Forward {
     }
   }
 
-  // The target of this row lies in this warp's columns: the thread that holds its logit writes it out. Returns the
-  // maximum of the thread's logits without it.
-  __device__ __forceinline__ float take_target(const float (*z)[4], int half, int offset, uint32_t row) const {
-    float max = MASKED;
+  // The target of this row lies in this warp's columns: the thread that holds its logit writes it out.
+  __device__ __forceinline__ void take_target(const float (*z)[4], int half, int offset, uint32_t row) const {
 #pragma unroll
     for (int n = 0; n < NB; n++) {
 #pragma unroll
-      for (int j = 0; j < 2; j++) {
-        const float value = z[n][half * 2 + j];
-        if (n * 8 + (at.lane & 3) * 2 + j == offset)
-          p.target_logit[row] = value;
-        else
-          max = fmaxf(max, value);
-      }
+      for (int j = 0; j < 2; j++)
+        if (n * 8 + (at.lane & 3) * 2 + j == offset) p.target_logit[row] = z[n][half * 2 + j];
     }
-    return max;
   }
 
   __device__ __forceinline__ void reduce_rows(const Accumulators<BN> &z, int64_t column0, uint32_t row0) {
@@ -93,9 +88,8 @@ template <typename T, int BN> struct Forward {
       float max = MASKED;
 #pragma unroll
       for (int n = 0; n < NB; n++) max = fmaxf(max, fmaxf(z.acc[m][n][half * 2], z.acc[m][n][half * 2 + 1]));
-      float without_target = max;
       const int64_t offset = shared.target[row] - (column0 + at.warp_n * WARP_COLUMNS);
-      if (offset >= 0 && offset < WARP_COLUMNS) without_target = take_target(z.acc[m], half, (int)offset, row0 + row);
+      if (offset >= 0 && offset < WARP_COLUMNS) take_target(z.acc[m], half, (int)offset, row0 + row);
       max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, 1));
       max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, 2));
       float sum = 0.f;
@@ -105,11 +99,7 @@ template <typename T, int BN> struct Forward {
       sum += __shfl_xor_sync(0xffffffff, sum, 1);
       sum += __shfl_xor_sync(0xffffffff, sum, 2);
       if ((at.lane & 3) == i / 2) running[i & 1].merge(max, sum);
-      if (p.maxima) {
-        without_target = fmaxf(without_target, __shfl_xor_sync(0xffffffff, without_target, 1));
-        without_target = fmaxf(without_target, __shfl_xor_sync(0xffffffff, without_target, 2));
-        if ((at.lane & 3) == 0) shared.row_max[at.warp_n][row] = without_target;
-      }
+      if (p.maxima && (at.lane & 3) == 0) shared.row_max[at.warp_n][row] = max;
     }
   }
 
@@ -134,35 +124,43 @@ template <typename T, int BN> struct Forward {
 
     const int64_t tiles = (p.vocab + BN - 1) / BN;
     const int64_t first = tiles * split / p.splits, last = tiles * (split + 1) / p.splits;
-    const int k_blocks = (int)((p.hidden + BK<T> - 1) / BK<T>);
+    const int hidden = (int)p.hidden, k_blocks = (hidden + BK<T> - 1) / BK<T>;
     const T *e = (const T *)p.embeddings, *c = (const T *)p.classifier;
 
     if (threadIdx.x < BM) shared.target[threadIdx.x] = row0 + threadIdx.x < count ? p.row_target[row0 + threadIdx.x] : -1;
-    KMajorLoader<T, BM> a;
+    using Rows = KMajorShare<T, BM>;
+    using Classes = KMajorShare<T, BN>;
+    const T *rows[Rows::COUNT];
 #pragma unroll
-    for (int i = 0; i < a.PER_THREAD; i++) {
-      const uint32_t row = row0 + a.row(i);
-      a.rows[i] = row < count ? e + p.row_embedding[row] * p.hidden : nullptr;
+    for (int i = 0; i < Rows::COUNT; i++) {
+      const uint32_t row = min(row0 + Rows::row(i), count - 1);
+      rows[i] = e + p.row_embedding[row] * p.hidden + Rows::column();
     }
+    const uint32_t valid_rows = existing<Rows::COUNT, Rows::APART>(count - row0 - Rows::row(0));
+    const int64_t apart = Classes::APART * p.hidden;
 
-    // The next tile and step of k to load, and those to finish.
-    int64_t load_tile = first, tile = first;
-    int load_k = 0, k = 0;
+    // What to load next: step of k, this thread's first class there, which of its classes exist.
+    int64_t load_class = first * BN + Classes::row(0);
+    const T *classes = c + load_class * p.hidden + Classes::column();
+    uint32_t valid_classes = existing<Classes::COUNT, Classes::APART>(p.vocab - load_class);
+    int load_k = 0;
+    // What to finish next.
+    int64_t tile = first;
+    int k = 0;
     Accumulators<BN> z;
     z.clear();
     const Loop loop{shared_address(shared.stages)};
     loop.run(
         z, (int)(last - first) * k_blocks,
         [&](int, uint32_t a_tile, uint32_t b_tile) {
-          a.load(a_tile, load_k, p.hidden, p.aligned, e);
-          KMajorLoader<T, BN> b;
-#pragma unroll
-          for (int i = 0; i < b.PER_THREAD; i++) {
-            const int64_t row = load_tile * BN + b.row(i);
-            b.rows[i] = row < p.vocab ? c + row * p.hidden : nullptr;
+          Rows::template load<ALIGNED>(a_tile, [&](int i) { return rows[i]; }, load_k, hidden, valid_rows);
+          Classes::template load<ALIGNED>(b_tile, [&](int i) { return classes + i * apart; }, load_k, hidden, valid_classes);
+          load_k += BK<T>;
+          if (load_k >= hidden) {
+            load_k = 0, load_class += BN;
+            classes = c + load_class * p.hidden + Classes::column();
+            valid_classes = existing<Classes::COUNT, Classes::APART>(p.vocab - load_class);
           }
-          b.load(b_tile, load_k, p.hidden, p.aligned, c);
-          if (++load_k == k_blocks) load_k = 0, load_tile++;
         },
         [&](int) {
           if (++k < k_blocks) return;
@@ -190,7 +188,11 @@ template <typename T, int BN> struct Forward {
 #define FORWARD(NAME, T, BN)                                                                    \
   extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const ForwardParams p) {        \
     extern __shared__ __align__(128) uint8_t memory[];                                          \
-    Forward<T, BN>(p, *reinterpret_cast<ForwardShared<T, BN> *>(memory)).run();                 \
+    auto &shared = *reinterpret_cast<ForwardShared<T, BN> *>(memory);                           \
+    if (p.aligned)                                                                              \
+      Forward<T, BN, true>(p, shared).run();                                                    \
+    else                                                                                        \
+      Forward<T, BN, false>(p, shared).run();                                                   \
   }
 
 FORWARD(forward_sm80_bf16, __nv_bfloat16, 256)

@@ -31,7 +31,7 @@ template <typename T, int BN> struct GradientShared {
   };
 };
 
-template <typename T, int BN> __device__ __forceinline__ void gradient(const GradientParams &p, GradientShared<T, BN> &shared) {
+template <typename T, int BN, bool ALIGNED> __device__ __forceinline__ void gradient(const GradientParams &p, GradientShared<T, BN> &shared) {
   using Loop = typename GradientShared<T, BN>::Loop;
   constexpr int NB = Accumulators<BN>::BLOCKS_N;
   // Blocks that run together share classes: rows first.
@@ -46,31 +46,34 @@ template <typename T, int BN> __device__ __forceinline__ void gradient(const Gra
   }
 
   const T *e = (const T *)p.embeddings, *c = (const T *)p.classifier, *bias = (const T *)p.bias;
-  KMajorLoader<T, BM> a;
+  using Rows = KMajorShare<T, BM>;
+  using Classes = KMajorShare<T, BN>;
+  const T *rows[Rows::COUNT];
 #pragma unroll
-  for (int i = 0; i < a.PER_THREAD; i++) {
-    const uint32_t row = row0 + a.row(i);
-    a.rows[i] = row < count ? e + p.row_embedding[row] * p.hidden : nullptr;
+  for (int i = 0; i < Rows::COUNT; i++) {
+    const uint32_t row = min(row0 + Rows::row(i), count - 1);
+    rows[i] = e + p.row_embedding[row] * p.hidden + Rows::column();
   }
-  KMajorLoader<T, BN> b;
-#pragma unroll
-  for (int i = 0; i < b.PER_THREAD; i++) {
-    const int64_t row = column0 + b.row(i);
-    b.rows[i] = row < p.vocab ? c + row * p.hidden : nullptr;
-  }
+  const uint32_t valid_rows = existing<Rows::COUNT, Rows::APART>(count - row0 - Rows::row(0));
+  const int64_t my_class = column0 + Classes::row(0), apart = Classes::APART * p.hidden;
+  const T *classes = c + my_class * p.hidden + Classes::column();
+  const uint32_t valid_classes = existing<Classes::COUNT, Classes::APART>(p.vocab - my_class);
+  const int hidden = (int)p.hidden;
 
   const Place at;
   Accumulators<BN> z;
   z.clear();
   const Loop loop{shared_address(shared.stages)};
   loop.run(
-      z, (int)((p.hidden + BK<T> - 1) / BK<T>),
+      z, (hidden + BK<T> - 1) / BK<T>,
       [&](int block, uint32_t a_tile, uint32_t b_tile) {
-        a.load(a_tile, block, p.hidden, p.aligned, e);
-        b.load(b_tile, block, p.hidden, p.aligned, c);
+        Rows::template load<ALIGNED>(a_tile, [&](int i) { return rows[i]; }, block * BK<T>, hidden, valid_rows);
+        Classes::template load<ALIGNED>(b_tile, [&](int i) { return classes + i * apart; }, block * BK<T>, hidden, valid_classes);
       },
       [](int) {});
 
+  const bool capped = p.softcap > 0.f;
+  const float inverse_softcap = 1.f / p.softcap;
   T(*staging)[BN] = reinterpret_cast<T(*)[BN]>(shared.gradient);
   // Rotating a row's 16-byte chunks by the row spreads the writes of a warp over the banks.
   const auto rotated = [](int row, int column) {
@@ -95,9 +98,9 @@ template <typename T, int BN> __device__ __forceinline__ void gradient(const Gra
           float value = z.acc[m][n][half * 2 + j];
           if (bias) value += to_float(bias[column0 + column]);
           float derivative = 1.f;
-          if (p.softcap > 0.f) {
-            value = apply_softcap(value, p.softcap);
-            const float t = value / p.softcap;
+          if (capped) {
+            const float t = fast_tanh(value * inverse_softcap);
+            value = p.softcap * t;
             derivative = 1.f - t * t;
           }
           g = p_scale * fast_exp((value - max) - log_sum);
@@ -121,7 +124,11 @@ template <typename T, int BN> __device__ __forceinline__ void gradient(const Gra
 #define GRADIENT(NAME, T, BN, BLOCKS)                                                             \
   extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const GradientParams p) {    \
     extern __shared__ __align__(128) uint8_t memory[];                                            \
-    gradient<T, BN>(p, *reinterpret_cast<GradientShared<T, BN> *>(memory));                       \
+    auto &shared = *reinterpret_cast<GradientShared<T, BN> *>(memory);                            \
+    if (p.aligned)                                                                                \
+      gradient<T, BN, true>(p, shared);                                                           \
+    else                                                                                          \
+      gradient<T, BN, false>(p, shared);                                                          \
   }
 
 // The wide form is faster where every tile is kept, the narrow one skips tile by tile.

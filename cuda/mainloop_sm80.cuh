@@ -37,25 +37,37 @@ template <typename T, int EXTENT> __device__ __forceinline__ uint32_t mn_major_o
   return k * (EXTENT * (int)sizeof(T)) + ((chunk ^ swizzle) * CHUNK);
 }
 
-// Copies one 16-byte chunk of a row of `columns` numbers, from `column` on; zeros where the row has ended or
-// `row` is null. Rows that are not 16-byte aligned are read number by number.
-template <typename T>
-__device__ __forceinline__ void load_chunk(uint32_t dst, const T *row, int64_t column, int64_t columns, bool aligned,
-                                           const T *anywhere) {
-  const bool valid = row != nullptr && column < columns;
-  if (aligned) {
-    cp_async_16(dst, valid ? row + column : anywhere, valid);
-  } else {
-    union { T value[PER_CHUNK<T>]; uint4 bits; } chunk;
-    chunk.bits = make_uint4(0, 0, 0, 0);
-    if (valid) {
+// Stores one chunk whose first `numbers` numbers are at `src`, which need not be aligned; zeros after them.
+template <typename T> __device__ __noinline__ void store_chunk(uint32_t dst, const T *src, int numbers) {
+  union { T value[PER_CHUNK<T>]; uint4 bits; } chunk;
+  chunk.bits = make_uint4(0, 0, 0, 0);
 #pragma unroll
-      for (int i = 0; i < PER_CHUNK<T>; i++)
-        if (column + i < columns) chunk.value[i] = row[column + i];
-    }
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(dst), "r"(chunk.bits.x), "r"(chunk.bits.y),
-                 "r"(chunk.bits.z), "r"(chunk.bits.w) : "memory");
+  for (int i = 0; i < PER_CHUNK<T>; i++)
+    if (i < numbers) chunk.value[i] = src[i];
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(dst), "r"(chunk.bits.x), "r"(chunk.bits.y),
+               "r"(chunk.bits.z), "r"(chunk.bits.w) : "memory");
+}
+
+// Copies a chunk of each of COUNT rows, which lie `step` numbers apart in memory. `left` is how many numbers the rows
+// have from `row(i)` on, at most 0 for none; bit i of `valid` says whether row i exists. What does not exist becomes 0.
+// ALIGNED: rows begin on 16 bytes.
+template <typename T, int COUNT, uint32_t DST_STEP, bool ALIGNED, class Row>
+__device__ __forceinline__ void load_chunks(uint32_t dst, Row row, int left, uint32_t valid) {
+  if (ALIGNED) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) cp_async_16(dst + i * DST_STEP, row(i), left > 0 && (valid >> i & 1));
+  } else {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) store_chunk<T>(dst + i * DST_STEP, row(i), valid >> i & 1 ? left : 0);
   }
+}
+
+// Which of COUNT rows, APART apart, are among the first `rows`, as bits.
+template <int COUNT, int APART> __device__ __forceinline__ uint32_t existing(int64_t rows) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) bits |= (i * APART < rows) << i;
+  return bits;
 }
 
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
@@ -165,9 +177,13 @@ template <> struct Mma<float> {
   __device__ __forceinline__ void add(float (&c)[4], uint32_t x0, uint32_t x1) const {
     const uint32_t b0 = to_tf32(__uint_as_float(x0)), b1 = to_tf32(__uint_as_float(x1));
     const uint32_t r0 = tf32_rest(x0, b0), r1 = tf32_rest(x1, b1);
-    mma_tf32(c, rest, b0, b1);
-    mma_tf32(c, large, r0, r1);
-    mma_tf32(c, large, b0, b1);
+    // Tensor cores add with truncation, which over a long k is an error of its own: add to the sum outside.
+    float part[4] = {0.f, 0.f, 0.f, 0.f};
+    mma_tf32(part, rest, b0, b1);
+    mma_tf32(part, large, r0, r1);
+    mma_tf32(part, large, b0, b1);
+#pragma unroll
+    for (int i = 0; i < 4; i++) c[i] += part[i];
   }
 };
 #undef MMA
@@ -202,15 +218,42 @@ template <typename T, int BN, Major A_MAJOR, Major B_MAJOR> struct Pipeline {
   static constexpr int A_BYTES = BM * BK_BYTES;
   static constexpr int STAGE_BYTES = A_BYTES + BN * BK_BYTES;
   static constexpr int BYTES = STAGES * STAGE_BYTES;
-  static constexpr int STEPS = 2;  // mma steps along k in a stage
 
   uint32_t base;
 
   __device__ __forceinline__ uint32_t a_tile(int stage) const { return base + stage * STAGE_BYTES; }
   __device__ __forceinline__ uint32_t b_tile(int stage) const { return a_tile(stage) + A_BYTES; }
 
-  // Runs `blocks` steps of k. `load(step, a_tile, b_tile)` fills a stage; `after(step)` runs when the products of a
-  // step are issued, and may read and clear the accumulators.
+  // The operands of one step for the warp's tile.
+  struct Operands {
+    uint32_t rows[4][4], columns[BN / 4 / 16][4];
+
+    __device__ __forceinline__ void load(uint32_t a, uint32_t b, int step, const Place &at) {
+#pragma unroll
+      for (int n = 0; n < BN / 4 / 16; n++)
+        Fragments<T>::template load_b<B_MAJOR, BN>(columns[n], b, at.warp_n * (BN / 4) + n * 16, step, at.lane);
+#pragma unroll
+      for (int m = 0; m < 4; m++)
+        Fragments<T>::template load_a<A_MAJOR, BM>(rows[m], a, at.warp_m * 64 + m * 16, step, at.lane);
+    }
+
+    __device__ __forceinline__ void multiply(Accumulators<BN> &sum) const {
+#pragma unroll
+      for (int m = 0; m < 4; m++) {
+        Mma<T> mma;
+        mma.set_a(rows[m]);
+#pragma unroll
+        for (int n = 0; n < BN / 4 / 16; n++) {
+          mma.add(sum.acc[m][2 * n], columns[n][0], columns[n][1]);
+          mma.add(sum.acc[m][2 * n + 1], columns[n][2], columns[n][3]);
+        }
+      }
+    }
+  };
+
+  // Runs `blocks` steps of k. `load(block, a_tile, b_tile)` fills a stage; `after(block)` runs when the products of a
+  // block are issued, and may read and clear the accumulators. The operands of a step are in registers before the
+  // step ahead of it multiplies, across the barrier too.
   template <class Load, class After>
   __device__ __forceinline__ void run(Accumulators<BN> &sum, int blocks, Load load, After after) const {
     const Place at;
@@ -219,79 +262,62 @@ template <typename T, int BN, Major A_MAJOR, Major B_MAJOR> struct Pipeline {
       if (i < blocks) load(i, a_tile(i), b_tile(i));
       cp_async_commit();
     }
+    cp_async_wait<STAGES - 2>();
+    __syncthreads();
+    Operands first, second;
+    if (blocks > 0) first.load(a_tile(0), b_tile(0), 0, at);
     int stage = 0;
     for (int block = 0; block < blocks; block++) {
-      cp_async_wait<STAGES - 2>();
-      // Everybody's part of this stage has arrived, and everybody is done with the stage before it.
-      __syncthreads();
-      const int next = block + STAGES - 1;
-      if (next < blocks) {
-        const int into = stage == 0 ? STAGES - 1 : stage - 1;
-        load(next, a_tile(into), b_tile(into));
-      }
+      second.load(a_tile(stage), b_tile(stage), 1, at);
+      first.multiply(sum);
+      // The stage before this one is free: its last reads came before the barrier.
+      const int next = block + STAGES - 1, into = stage == 0 ? STAGES - 1 : stage - 1;
+      if (next < blocks) load(next, a_tile(into), b_tile(into));
       cp_async_commit();
-      const uint32_t a = a_tile(stage), b = b_tile(stage);
-#pragma unroll
-      for (int step = 0; step < STEPS; step++) multiply(sum, a, b, step, at);
       stage = stage == STAGES - 1 ? 0 : stage + 1;
+      cp_async_wait<STAGES - 2>();
+      __syncthreads();
+      if (block + 1 < blocks) first.load(a_tile(stage), b_tile(stage), 0, at);
+      second.multiply(sum);
       after(block);
     }
     cp_async_wait<0>();
     __syncthreads();
   }
+};
 
-  static __device__ __forceinline__ void multiply(Accumulators<BN> &sum, uint32_t a, uint32_t b, int step, const Place &at) {
-    constexpr int PAIRS = BN / 4 / 16;
-    uint32_t columns[PAIRS][4];
-#pragma unroll
-    for (int n = 0; n < PAIRS; n++)
-      Fragments<T>::template load_b<B_MAJOR, BN>(columns[n], b, at.warp_n * (BN / 4) + n * 16, step, at.lane);
-#pragma unroll
-    for (int m = 0; m < 4; m++) {
-      uint32_t rows[4];
-      Fragments<T>::template load_a<A_MAJOR, BM>(rows, a, at.warp_m * 64 + m * 16, step, at.lane);
-      Mma<T> mma;
-      mma.set_a(rows);
-#pragma unroll
-      for (int n = 0; n < PAIRS; n++) {
-        mma.add(sum.acc[m][2 * n], columns[n][0], columns[n][1]);
-        mma.add(sum.acc[m][2 * n + 1], columns[n][2], columns[n][3]);
-      }
-    }
+// A thread's share of a K-major operand: one chunk of each of COUNT rows.
+template <typename T, int EXTENT> struct KMajorShare {
+  static constexpr int APART = THREADS / (BK_BYTES / CHUNK);
+  static constexpr int COUNT = EXTENT / APART;
+
+  static __device__ __forceinline__ int row(int i) { return (threadIdx.x >> 2) + i * APART; }
+  static __device__ __forceinline__ int column() { return (threadIdx.x & 3) * PER_CHUNK<T>; }
+
+  // `row(i)` points at this thread's column in row i of the operand, at k = 0. The rows are `columns` long.
+  template <bool ALIGNED, class Row>
+  static __device__ __forceinline__ void load(uint32_t tile, Row row, int k, int columns, uint32_t valid) {
+    // Rows 64 apart share a swizzle.
+    load_chunks<T, COUNT, APART * BK_BYTES, ALIGNED>(
+        tile + k_major_offset(threadIdx.x >> 2, threadIdx.x & 3), [&](int i) { return row(i) + k; },
+        columns - k - column(), valid);
   }
 };
 
-// A thread's share of a K-major operand: `PER_THREAD` rows, one chunk of each.
-template <typename T, int EXTENT> struct KMajorLoader {
-  static constexpr int PER_THREAD = EXTENT * (BK_BYTES / CHUNK) / THREADS;
-  const T *rows[PER_THREAD];
-
-  static __device__ __forceinline__ int row(int i) { return (threadIdx.x >> 2) + i * (THREADS / 4); }
-
-  __device__ __forceinline__ void load(uint32_t tile, int block, int64_t columns, bool aligned, const T *anywhere) const {
-    const int chunk = threadIdx.x & 3;
-    const int64_t column = (int64_t)block * BK<T> + chunk * PER_CHUNK<T>;
-#pragma unroll
-    for (int i = 0; i < PER_THREAD; i++)
-      load_chunk(tile + k_major_offset(row(i), chunk), rows[i], column, columns, aligned, anywhere);
-  }
-};
-
-// A thread's share of an MN-major operand: one chunk, in `PER_THREAD` of the tile's k.
-template <typename T, int EXTENT> struct MNMajorLoader {
+// A thread's share of an MN-major operand: one chunk, at each of COUNT values of k.
+template <typename T, int EXTENT> struct MNMajorShare {
   static constexpr int CHUNKS = EXTENT / PER_CHUNK<T>;
-  static constexpr int PER_THREAD = BK<T> * CHUNKS / THREADS;
+  static constexpr int APART = THREADS / CHUNKS;
+  static constexpr int COUNT = BK<T> / APART;
 
-  static __device__ __forceinline__ int k(int i) { return threadIdx.x / CHUNKS + i * (THREADS / CHUNKS); }
+  static __device__ __forceinline__ int k(int i) { return threadIdx.x / CHUNKS + i * APART; }
+  static __device__ __forceinline__ int column() { return threadIdx.x % CHUNKS * PER_CHUNK<T>; }
 
-  // `row_of(k)` points at the row of the matrix that is this k, or is null.
-  template <class RowOf>
-  static __device__ __forceinline__ void load(uint32_t tile, int64_t column0, int64_t columns, bool aligned,
-                                              const T *anywhere, RowOf row_of) {
-    const int chunk = threadIdx.x % CHUNKS;
-#pragma unroll
-    for (int i = 0; i < PER_THREAD; i++)
-      load_chunk(tile + mn_major_offset<T, EXTENT>(k(i), chunk), row_of(k(i)), column0 + chunk * PER_CHUNK<T>, columns,
-                 aligned, anywhere);
+  // `row(i)` points at this thread's column in the row of k(i); `left` is how many numbers follow there.
+  template <bool ALIGNED, class Row>
+  static __device__ __forceinline__ void load(uint32_t tile, Row row, int64_t left, uint32_t valid) {
+    // k that are 8 apart or more share a swizzle.
+    load_chunks<T, COUNT, APART * EXTENT * sizeof(T), ALIGNED>(
+        tile + mn_major_offset<T, EXTENT>(k(0), threadIdx.x % CHUNKS), row, (int)min(left, (int64_t)PER_CHUNK<T>), valid);
   }
 };

@@ -51,7 +51,7 @@ template <class Kept> __device__ __forceinline__ int list_kept(uint16_t *list, u
 }
 
 // dE[row, column] (+)= sum over kept tiles of G[row, class] C[class, column]
-template <typename T, int BN> __device__ __forceinline__ void embeddings_product(const ProductParams &p, ProductShared<T, BN, K_MAJOR> &shared) {
+template <typename T, int BN, bool ALIGNED> __device__ __forceinline__ void embeddings_product(const ProductParams &p, ProductShared<T, BN, K_MAJOR> &shared) {
   using Loop = typename ProductShared<T, BN, K_MAJOR>::Loop;
   constexpr int PER_TILE = TILE / BK<T>;
   const uint32_t row_in_launch = blockIdx.y * BM, row0 = p.first_row + row_in_launch, count = *p.count;
@@ -61,9 +61,11 @@ template <typename T, int BN> __device__ __forceinline__ void embeddings_product
   const int64_t classes = min(p.range, p.vocab - p.first_class);
   const int tiles = (int)((classes + TILE - 1) / TILE);
 
-  KMajorLoader<T, BM> a;
-#pragma unroll
-  for (int i = 0; i < a.PER_THREAD; i++) a.rows[i] = g + (int64_t)(row_in_launch + a.row(i)) * p.range;
+  using Rows = KMajorShare<T, BM>;
+  using Classes = MNMajorShare<T, BN>;
+  const T *rows = g + (int64_t)(row_in_launch + Rows::row(0)) * p.range + Rows::column();
+  const T *columns = c + (p.first_class + Classes::k(0)) * p.hidden + column0 + Classes::column();
+  const int64_t left = p.hidden - column0 - Classes::column();
 
   Accumulators<BN> sum;
   sum.clear();
@@ -75,11 +77,11 @@ template <typename T, int BN> __device__ __forceinline__ void embeddings_product
     loop.run(
         sum, listed * PER_TILE,
         [&](int block, uint32_t a_tile, uint32_t b_tile) {
-          const int64_t k0 = (int64_t)(start + shared.list[block / PER_TILE]) * TILE + block % PER_TILE * BK<T>;
-          a.load(a_tile, (int)(k0 / BK<T>), p.range, true, g);
-          MNMajorLoader<T, BN>::load(b_tile, column0, p.hidden, p.aligned, c, [&](int k) {
-            return k0 + k < classes ? c + (p.first_class + k0 + k) * p.hidden : nullptr;
-          });
+          const int k0 = (start + shared.list[block / PER_TILE]) * TILE + block % PER_TILE * BK<T>;
+          Rows::template load<true>(a_tile, [&](int i) { return rows + (int64_t)i * Rows::APART * p.range; }, k0, (int)p.range, ~0u);
+          const T *here = columns + k0 * p.hidden;
+          Classes::template load<ALIGNED>(b_tile, [&](int i) { return here + i * Classes::APART * p.hidden; }, left,
+                        existing<Classes::COUNT, Classes::APART>(classes - k0 - Classes::k(0)));
         },
         [](int) {});
   }
@@ -105,7 +107,7 @@ template <typename T, int BN> __device__ __forceinline__ void embeddings_product
 }
 
 // dC[class, column] = scale * sum over kept tiles of G[row, class] E[row, column]
-template <typename T, int BN> __device__ __forceinline__ void classifier_product(const ProductParams &p, ProductShared<T, BN, MN_MAJOR> &shared) {
+template <typename T, int BN, bool ALIGNED> __device__ __forceinline__ void classifier_product(const ProductParams &p, ProductShared<T, BN, MN_MAJOR> &shared) {
   using Loop = typename ProductShared<T, BN, MN_MAJOR>::Loop;
   constexpr int PER_TILE = TILE / BK<T>;
   const int64_t class_in_range = (int64_t)blockIdx.y * BM, class0 = p.first_class + class_in_range;
@@ -114,6 +116,12 @@ template <typename T, int BN> __device__ __forceinline__ void classifier_product
   const uint32_t count = min(*p.count, p.rows);
   const T *g = (const T *)p.gradient, *e = (const T *)p.operand;
   const int tiles = (count + TILE - 1) / TILE;
+
+  using Rows = MNMajorShare<T, BM>;
+  using Columns = MNMajorShare<T, BN>;
+  const T *rows = g + Rows::k(0) * p.range + class_in_range + Rows::column();
+  const T *columns = e + column0 + Columns::column();
+  const int64_t left = p.hidden - column0 - Columns::column();
 
   Accumulators<BN> sum;
   sum.clear();
@@ -125,12 +133,16 @@ template <typename T, int BN> __device__ __forceinline__ void classifier_product
     loop.run(
         sum, listed * PER_TILE,
         [&](int block, uint32_t a_tile, uint32_t b_tile) {
-          const uint32_t k0 = (start + shared.list[block / PER_TILE]) * TILE + block % PER_TILE * BK<T>;
-          MNMajorLoader<T, BM>::load(a_tile, class_in_range, p.range, true, g,
-                                     [&](int k) { return g + (int64_t)(k0 + k) * p.range; });
-          MNMajorLoader<T, BN>::load(b_tile, column0, p.hidden, p.aligned, e, [&](int k) {
-            return k0 + k < count ? e + p.row_embedding[k0 + k] * p.hidden : nullptr;
-          });
+          const int k0 = (start + shared.list[block / PER_TILE]) * TILE + block % PER_TILE * BK<T>;
+          const T *here = rows + k0 * p.range;
+          Rows::template load<true>(a_tile, [&](int i) { return here + i * Rows::APART * p.range; }, TILE, ~0u);
+          Columns::template load<ALIGNED>(
+              b_tile,
+              [&](int i) {
+                const uint32_t row = min(k0 + Columns::k(i), count - 1);
+                return columns + p.row_embedding[row] * p.hidden;
+              },
+              left, existing<Columns::COUNT, Columns::APART>((int64_t)count - k0 - Columns::k(0)));
         },
         [](int) {});
   }
@@ -153,15 +165,18 @@ template <typename T, int BN> __device__ __forceinline__ void classifier_product
   }
 }
 
-#define PRODUCTS(SUFFIX, T, BN)                                                                                       \
-  extern "C" __global__ void __launch_bounds__(THREADS, 1) embeddings_product_sm80_##SUFFIX(const ProductParams p) {  \
-    extern __shared__ __align__(128) uint8_t memory[];                                                                \
-    embeddings_product<T, BN>(p, *reinterpret_cast<ProductShared<T, BN, K_MAJOR> *>(memory));                         \
-  }                                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(THREADS, 1) classifier_product_sm80_##SUFFIX(const ProductParams p) {  \
-    extern __shared__ __align__(128) uint8_t memory[];                                                                \
-    classifier_product<T, BN>(p, *reinterpret_cast<ProductShared<T, BN, MN_MAJOR> *>(memory));                        \
+#define PRODUCT(NAME, FUNCTION, T, BN, A_MAJOR)                                             \
+  extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const ProductParams p) {   \
+    extern __shared__ __align__(128) uint8_t memory[];                                     \
+    auto &shared = *reinterpret_cast<ProductShared<T, BN, A_MAJOR> *>(memory);             \
+    if (p.aligned)                                                                         \
+      FUNCTION<T, BN, true>(p, shared);                                                    \
+    else                                                                                   \
+      FUNCTION<T, BN, false>(p, shared);                                                   \
   }
+#define PRODUCTS(SUFFIX, T, BN)                                                             \
+  PRODUCT(embeddings_product_sm80_##SUFFIX, embeddings_product, T, BN, K_MAJOR)            \
+  PRODUCT(classifier_product_sm80_##SUFFIX, classifier_product, T, BN, MN_MAJOR)
 
 PRODUCTS(bf16, __nv_bfloat16, 256)
 PRODUCTS(f16, __half, 256)

@@ -118,12 +118,12 @@ extern "C" __global__ void __launch_bounds__(ONE_BLOCK) reduce_loss(const LossPa
 
 struct KeepParams {
   const __nv_bfloat16 *maxima;  // (class tiles, group_rows)
-  const float *row_max, *row_log_sum, *target_logit;
+  const float *row_max, *row_log_sum;
   const int32_t *row_target;
   const uint32_t *count;
   uint8_t *keep;  // out: (row tiles, class tiles)
   uint32_t first_row, group_rows, class_tiles;
-  // Below these a gradient is too small to matter; negative: none is.
+  // Below these a gradient is too small to matter. Negative: none is; above 1: it is not wanted.
   float embeddings_threshold, classifier_threshold;
 };
 
@@ -131,16 +131,16 @@ struct KeepParams {
 extern "C" __global__ void __launch_bounds__(TILE) keep_tiles(const KeepParams p) {
   const uint32_t class_tile = blockIdx.x, in_group = blockIdx.y * TILE + threadIdx.x, row = p.first_row + in_group;
   if (p.first_row + blockIdx.y * TILE >= *p.count) return;
-  bool for_embeddings = false, for_classifier = false;
+  bool for_embeddings = false, for_classifier = false, target_here = false;
   if (row < *p.count) {
     const float max = p.row_max[row], log_sum = p.row_log_sum[row];
-    float largest = fast_exp((__bfloat162float(p.maxima[(int64_t)class_tile * p.group_rows + in_group]) - max) - log_sum);
-    if (p.row_target[row] / TILE == (int)class_tile && p.row_target[row] >= 0)
-      largest = fmaxf(largest, -expm1f((p.target_logit[row] - max) - log_sum));
-    // exp and expm1 err by a few units in the last place: lean to the side of keeping.
-    largest *= 1.f + 1e-5f;
-    for_embeddings = !(largest < p.embeddings_threshold) || isnan(max + log_sum);
-    for_classifier = !(largest < p.classifier_threshold) || isnan(max + log_sum);
+    // exp errs by a few units in the last place: lean to the side of keeping.
+    const float largest = (1.f + 1e-5f) *
+        fast_exp((__bfloat162float(p.maxima[(int64_t)class_tile * p.group_rows + in_group]) - max) - log_sum);
+    // A target's gradient is p - 1 from the loss and p from lse: one of them is never small.
+    target_here = p.row_target[row] >= 0 && p.row_target[row] / TILE == (int)class_tile;
+    for_embeddings = p.embeddings_threshold <= 1.f && (target_here || !(largest < p.embeddings_threshold));
+    for_classifier = p.classifier_threshold <= 1.f && (target_here || !(largest < p.classifier_threshold));
   }
   const int e = __syncthreads_or(for_embeddings), c = __syncthreads_or(for_classifier);
   if (threadIdx.x == 0)

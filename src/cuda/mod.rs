@@ -369,7 +369,6 @@ fn logits(
                 maxima: maxima.address,
                 row_max: row_max.address,
                 row_log_sum: row_log_sum.address,
-                target_logit: target_logit.address,
                 row_target: rows.target.address,
                 count: rows.count.address,
                 keep: keep.address,

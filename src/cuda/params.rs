@@ -48,7 +48,6 @@ params! {
         maxima: u64,
         row_max: u64,
         row_log_sum: u64,
-        target_logit: u64,
         row_target: u64,
         count: u64,
         keep: u64,
