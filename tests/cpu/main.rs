@@ -1,0 +1,6 @@
+//! What the loss promises, on the CPU.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod grid;
