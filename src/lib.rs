@@ -6,6 +6,7 @@ mod backward;
 mod layer;
 mod loss;
 mod native;
+pub mod objectives;
 mod op;
 mod options;
 mod problem;
