@@ -186,7 +186,7 @@ impl Reference {
                 let g = (p - one_hot).abs();
                 let droppable = g < eps && (d_lse == 0. || p < eps);
                 let dropped = if droppable { d_raw.abs() } else { 0. };
-                let mut add = |to: &mut Gradient, index: usize, factor: f64| {
+                let add = |to: &mut Gradient, index: usize, factor: f64| {
                     to.value[index] += d_raw * factor;
                     to.magnitude[index] += magnitude * factor.abs();
                     to.droppable[index] += dropped * factor.abs();

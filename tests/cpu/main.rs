@@ -3,4 +3,10 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod autograd;
+mod edges;
+mod errors;
+mod golden;
 mod grid;
+mod objectives;
+mod properties;
