@@ -12,6 +12,17 @@ use candle_core::{bail, DType, Result, Tensor, D};
 /// `targets` of shape `(.., T)` give a u8 tensor `(.., T - shift)`, the shape of
 /// [`Output::lse`](crate::Output::lse).
 ///
+/// ```
+/// # use candle_core::{Device, Tensor};
+/// use candle_cut_cross_entropy::{objectives::counted, Options};
+/// # fn main() -> candle_core::Result<()> {
+/// let targets = Tensor::new(&[[5i64, -100, 7]], &Device::Cpu)?;
+/// let mask = counted(&targets, &Options::default().shift(1))?;
+/// assert_eq!(mask.to_vec2::<u8>()?, [[0, 1]]);
+/// # Ok(())
+/// # }
+/// ```
+///
 /// # Errors
 /// `shift >= T`.
 pub fn counted(targets: &Tensor, options: &Options) -> Result<Tensor> {
