@@ -8,6 +8,7 @@ mod cuda;
 mod layer;
 mod loss;
 mod native;
+pub mod objectives;
 mod op;
 mod options;
 mod problem;

@@ -210,7 +210,7 @@ fn same_device(name: &str, tensor: &Tensor, embeddings: &Tensor) -> Result<()> {
 }
 
 /// The positions of the result and its shape under [`Reduction::None`].
-fn pick_positions(lead: &[usize], shift: usize) -> Result<(Positions, Vec<usize>)> {
+pub(crate) fn pick_positions(lead: &[usize], shift: usize) -> Result<(Positions, Vec<usize>)> {
     let mut shape = lead.to_vec();
     let rows = lead.iter().product();
     if shift == 0 {

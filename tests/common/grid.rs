@@ -1,0 +1,212 @@
+//! Every combination of the options, each compared with the f64 reference: the same grid for every
+//! device and implementation.
+
+use super::reference::{Gradients, Reduced, Reference};
+use super::{auto_threshold, gradients_close, output_close, weighted, with_thresholds, Case};
+use candle_core::{DType, Device};
+use candle_cut_cross_entropy::{
+    backward, linear_cross_entropy, Filter, Implementation, Options, Preset, Strategy,
+};
+
+/// Where and how the grid is computed.
+#[derive(Debug)]
+pub struct Grid {
+    pub device: Device,
+    pub implementation: Implementation,
+    pub dtypes: Vec<DType>,
+    /// Takes every `step`-th of the cases of a problem. Best prime to their number, 3 x 7 x 3.
+    pub step: usize,
+}
+
+/// A threshold at which the small problems of the grid have entries on both sides.
+const THRESHOLD: f64 = 0.05;
+
+/// Ways to choose the filters: options, and the thresholds for embeddings and classifier.
+fn filters(dtype: DType) -> Vec<(String, Options, (f64, f64))> {
+    let auto = auto_threshold(dtype);
+    let mut filters: Vec<_> = Preset::ALL
+        .into_iter()
+        .map(|preset| {
+            let eps = match preset {
+                Preset::Cce | Preset::CceKahan => (auto, auto),
+                Preset::CceKahanFullC => (auto, 0.),
+                Preset::CceKahanFullE => (0., auto),
+                Preset::CceExact | Preset::Native => (0., 0.),
+            };
+            (preset.name().to_owned(), Options::preset(preset), eps)
+        })
+        .collect();
+    let options = Options::default().filter(Filter::Threshold(THRESHOLD));
+    filters.push(("threshold".to_owned(), options, (THRESHOLD, THRESHOLD)));
+    filters
+}
+
+const LEADS: [&[usize]; 4] = [&[], &[7], &[3, 5], &[2, 2, 4]];
+const STRATEGIES: [Strategy; 3] = [Strategy::Auto, Strategy::Recompute, Strategy::Fused];
+
+/// The problems of the grid: everything but filters, strategies and upstream gradients. The target
+/// dtypes and the sizes of the matrices take turns.
+fn problems(dtypes: &[DType]) -> Vec<Case> {
+    let mut problems = Vec::new();
+    for &dtype in dtypes {
+        for lead in LEADS {
+            for shift in 0..3 {
+                for reduction in [Reduced::Mean, Reduced::Sum, Reduced::None] {
+                    for (bias, softcap, ignored) in switches() {
+                        if shift > 0 && lead.is_empty() {
+                            continue;
+                        }
+                        let turn = problems.len();
+                        let (hidden, vocab) =
+                            [(8, 40), (5, 17), (16, 33), (3, 70), (24, 12)][turn % 5];
+                        let mut case = Case::random(turn as u64, dtype, lead, hidden, vocab);
+                        case.target_dtype = [DType::I64, DType::U32, DType::I32][turn % 3];
+                        if case.target_dtype == DType::U32 {
+                            case.inputs.ignore_index = u32::MAX as i64;
+                        }
+                        case.inputs.shift = shift;
+                        case.inputs.reduction = reduction;
+                        case.inputs.softcap = softcap.then_some(2.5);
+                        if bias {
+                            case = case.with_bias(turn as u64 + 1);
+                        }
+                        if ignored {
+                            case = case.with_ignored(turn as u64 + 2);
+                        }
+                        problems.push(case);
+                    }
+                }
+            }
+        }
+    }
+    problems
+}
+
+fn switches() -> impl Iterator<Item = (bool, bool, bool)> {
+    (0..8).map(|bits| (bits & 1 > 0, bits & 2 > 0, bits & 4 > 0))
+}
+
+/// Problems with several blocks of rows and classes.
+fn large_problems(dtypes: &[DType]) -> Vec<Case> {
+    let mut problems = Vec::new();
+    for &dtype in dtypes {
+        for (bias, softcap, ignored) in switches() {
+            let seed = problems.len() as u64;
+            let mut case = Case::random(seed + 1000, dtype, &[2, 150], 40, 700);
+            case.inputs.shift = 1;
+            case.inputs.softcap = softcap.then_some(5.);
+            case.inputs.reduction = [Reduced::Mean, Reduced::None, Reduced::Sum][seed as usize % 3];
+            if bias {
+                case = case.with_bias(seed);
+            }
+            if ignored {
+                case = case.with_ignored(seed);
+            }
+            problems.push(case);
+        }
+    }
+    problems
+}
+
+/// Runs the grid and fails with the cases that are wrong. Returns how many were computed.
+pub fn run(grid: &Grid) -> usize {
+    let mut turn = 0;
+    let mut computed = 0;
+    let mut wrong = Vec::new();
+    for case in problems(&grid.dtypes) {
+        run_problem(grid, &case, grid.step, &mut turn, &mut computed, &mut wrong);
+    }
+    // The reference is slow for these, and so is checking them: a tenth of the combinations, in turns.
+    for case in large_problems(&grid.dtypes) {
+        run_problem(grid, &case, 10, &mut turn, &mut computed, &mut wrong);
+    }
+    if !wrong.is_empty() {
+        let count = wrong.len();
+        wrong.truncate(12);
+        panic!(
+            "{count} of {computed} cases are wrong, the first are:\n{}",
+            wrong.join("\n")
+        );
+    }
+    computed
+}
+
+fn run_problem(
+    grid: &Grid,
+    case: &Case,
+    step: usize,
+    turn: &mut usize,
+    computed: &mut usize,
+    wrong: &mut Vec<String>,
+) {
+    let reference = Reference::new(case.inputs.clone());
+    for (of_loss, of_lse) in [(true, false), (false, true), (true, true)] {
+        let upstream = case.upstream(*turn as u64, of_loss, of_lse);
+        let mut known: Vec<((f64, f64), Gradients)> = Vec::new();
+        for (name, options, eps) in filters(case.dtype) {
+            for strategy in STRATEGIES {
+                *turn += 1;
+                if *turn % step != 0 {
+                    continue;
+                }
+                *computed += 1;
+                if !known.iter().any(|(of, _)| *of == eps) {
+                    known.push((eps, with_thresholds(&reference, &upstream, eps)));
+                }
+                let want = &known.iter().find(|(of, _)| *of == eps).unwrap().1;
+                let options = match name.as_str() {
+                    "native" => options.clone(),
+                    _ => options.clone().implementation(grid.implementation),
+                };
+                let options = options.strategy(strategy);
+                let attempt = || -> std::result::Result<(), String> {
+                    let text = |e: candle_core::Error| e.to_string();
+                    let tensors = case.tensors(&grid.device).map_err(text)?;
+                    let options = case.options(options, &tensors);
+                    let output = linear_cross_entropy(
+                        &tensors.embeddings,
+                        &tensors.classifier,
+                        &tensors.targets,
+                        &options,
+                    )
+                    .map_err(text)?;
+                    output_close(&output, case, &reference)?;
+                    let loss = weighted(&output, &upstream).map_err(text)?;
+                    let grads = match *turn % 2 {
+                        0 => loss.backward(),
+                        _ => backward(&loss),
+                    };
+                    let grads = grads.map_err(text)?;
+                    gradients_close(&grads, &tensors, want, case.dtype, reference.logit_scale)
+                };
+                if let Err(error) = attempt() {
+                    wrong.push(format!(
+                        "{} {name} {strategy:?} upstream loss {of_loss} lse {of_lse}\n  {error}",
+                        describe(case)
+                    ));
+                }
+            }
+        }
+    }
+}
+
+fn describe(case: &Case) -> String {
+    let inputs = &case.inputs;
+    format!(
+        "{:?} {:?} D {} V {} targets {:?} bias {} softcap {:?} ignored {} shift {} {:?}",
+        case.dtype,
+        case.lead,
+        inputs.hidden,
+        inputs.vocab,
+        case.target_dtype,
+        inputs.bias.is_some(),
+        inputs.softcap,
+        inputs
+            .targets
+            .iter()
+            .filter(|&&t| t == inputs.ignore_index)
+            .count(),
+        inputs.shift,
+        inputs.reduction
+    )
+}

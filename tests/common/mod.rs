@@ -1,0 +1,468 @@
+//! What the test binaries share: random cases, their tensors, and comparisons with the reference.
+#![allow(dead_code)] // No binary uses all of it.
+
+pub mod grid;
+pub mod reference;
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_cut_cross_entropy::{Filter, Options, Output, Reduction};
+use half::{bf16, f16};
+use reference::{Gradient, Gradients, Inputs, Reduced, Reference, Upstream};
+
+/// SplitMix64: the same numbers on every machine.
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    pub fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// In `[0, 1)`.
+    pub fn uniform(&mut self) -> f64 {
+        (self.bits() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.bits() % n as u64) as usize
+    }
+
+    /// A sum of uniforms with mean 0 and variance 1, near enough to a normal number.
+    pub fn normal(&mut self) -> f64 {
+        (0..12).map(|_| self.uniform()).sum::<f64>() - 6.
+    }
+
+    pub fn normals(&mut self, n: usize, scale: f64) -> Vec<f64> {
+        (0..n).map(|_| self.normal() * scale).collect()
+    }
+}
+
+/// The number that a tensor of this dtype holds for `x`.
+pub fn round_to(dtype: DType, x: f64) -> f64 {
+    match dtype {
+        DType::BF16 => bf16::from_f64(x).to_f64(),
+        DType::F16 => f16::from_f64(x).to_f64(),
+        DType::F32 => x as f32 as f64,
+        _ => x,
+    }
+}
+
+/// How far gradients may be from f64, relative to their Frobenius norm.
+pub fn gradient_tolerance(dtype: DType) -> f64 {
+    match dtype {
+        DType::BF16 => 1e-2,
+        DType::F16 => 1e-3,
+        DType::F32 => 1e-5,
+        _ => 1e-11,
+    }
+}
+
+/// The threshold [`Filter::Auto`] is documented to have.
+pub fn auto_threshold(dtype: DType) -> f64 {
+    let machine_epsilon = match dtype {
+        DType::BF16 => 2f64.powi(-7),
+        DType::F16 => 2f64.powi(-10),
+        DType::F32 => f32::EPSILON as f64,
+        _ => f64::EPSILON,
+    };
+    machine_epsilon / 32.
+}
+
+/// Inputs of a loss, and the dtypes and shape their tensors have.
+#[derive(Debug, Clone)]
+pub struct Case {
+    pub inputs: Inputs,
+    pub dtype: DType,
+    pub target_dtype: DType,
+    /// The leading dimensions: the shape of the targets.
+    pub lead: Vec<usize>,
+}
+
+/// The tensors of a [`Case`].
+pub struct Tensors {
+    pub embeddings: Var,
+    pub classifier: Var,
+    pub bias: Option<Var>,
+    pub targets: Tensor,
+}
+
+impl Case {
+    /// Random inputs with logits of about normal size, no bias, nothing ignored, reduction mean.
+    pub fn random(seed: u64, dtype: DType, lead: &[usize], hidden: usize, vocab: usize) -> Self {
+        let mut random = Random::new(seed);
+        let rows: usize = lead.iter().product();
+        let time = lead.last().copied().unwrap_or(1);
+        let inputs = Inputs {
+            batch: rows / time,
+            time,
+            hidden,
+            vocab,
+            embeddings: random.normals(rows * hidden, 1.),
+            classifier: random.normals(vocab * hidden, 1.5 / (hidden as f64).sqrt()),
+            bias: None,
+            targets: (0..rows).map(|_| random.below(vocab) as i64).collect(),
+            ignore_index: -100,
+            softcap: None,
+            shift: 0,
+            reduction: Reduced::Mean,
+        };
+        let mut case = Self {
+            inputs,
+            dtype,
+            target_dtype: DType::I64,
+            lead: lead.to_vec(),
+        };
+        case.round();
+        case
+    }
+
+    /// Rounds the inputs to the dtype. For those who changed them.
+    pub fn round(&mut self) {
+        let round = |values: &mut Vec<f64>| {
+            for value in values {
+                *value = round_to(self.dtype, *value);
+            }
+        };
+        round(&mut self.inputs.embeddings);
+        round(&mut self.inputs.classifier);
+        if let Some(bias) = &mut self.inputs.bias {
+            round(bias);
+        }
+    }
+
+    pub fn with_bias(mut self, seed: u64) -> Self {
+        self.inputs.bias = Some(Random::new(seed).normals(self.inputs.vocab, 1.));
+        self.round();
+        self
+    }
+
+    /// Ignores about a third of the positions.
+    pub fn with_ignored(mut self, seed: u64) -> Self {
+        let mut random = Random::new(seed);
+        for target in &mut self.inputs.targets {
+            if random.below(3) == 0 {
+                *target = self.inputs.ignore_index;
+            }
+        }
+        self
+    }
+
+    pub fn tensor(&self, values: &[f64], shape: &[usize], device: &Device) -> Result<Tensor> {
+        Tensor::from_slice(values, shape, &Device::Cpu)?
+            .to_dtype(self.dtype)?
+            .to_device(device)
+    }
+
+    pub fn tensors(&self, device: &Device) -> Result<Tensors> {
+        let Inputs { hidden, vocab, .. } = self.inputs;
+        let mut shape = self.lead.clone();
+        shape.push(hidden);
+        let var = |values: &[f64], shape: &[usize]| {
+            Var::from_tensor(&self.tensor(values, shape, device)?)
+        };
+        Ok(Tensors {
+            embeddings: var(&self.inputs.embeddings, &shape)?,
+            classifier: var(&self.inputs.classifier, &[vocab, hidden])?,
+            bias: match &self.inputs.bias {
+                Some(bias) => Some(var(bias, &[vocab])?),
+                None => None,
+            },
+            targets: self.targets(device)?,
+        })
+    }
+
+    fn targets(&self, device: &Device) -> Result<Tensor> {
+        let targets = &self.inputs.targets;
+        let shape = self.lead.as_slice();
+        match self.target_dtype {
+            DType::U32 => {
+                let targets: Vec<u32> = targets.iter().map(|&t| t as u32).collect();
+                Tensor::from_vec(targets, shape, device)
+            }
+            DType::I32 => {
+                let targets: Vec<i32> = targets.iter().map(|&t| t as i32).collect();
+                Tensor::from_vec(targets, shape, device)
+            }
+            _ => Tensor::from_slice(targets, shape, device),
+        }
+    }
+
+    /// These options, with what the case says of the loss itself.
+    pub fn options(&self, options: Options, tensors: &Tensors) -> Options {
+        let options = options
+            .ignore_index(self.inputs.ignore_index)
+            .softcap(self.inputs.softcap)
+            .shift(self.inputs.shift)
+            .reduction(match self.inputs.reduction {
+                Reduced::Mean => Reduction::Mean,
+                Reduced::Sum => Reduction::Sum,
+                Reduced::None => Reduction::None,
+            });
+        match &tensors.bias {
+            Some(bias) => options.bias(bias),
+            None => options,
+        }
+    }
+
+    /// The shape of the result under reduction none.
+    pub fn positions(&self) -> Vec<usize> {
+        let mut shape = self.lead.clone();
+        if let Some(time) = shape.last_mut() {
+            *time -= self.inputs.shift;
+        }
+        shape
+    }
+
+    /// Upstream gradients that differ from position to position, exact in f32.
+    pub fn upstream(&self, seed: u64, of_loss: bool, of_lse: bool) -> Upstream {
+        let mut random = Random::new(seed);
+        let positions = self.positions().iter().product();
+        let mut numbers = |n: usize| -> Vec<f64> {
+            let numbers = (0..n).map(|_| (random.uniform() * 3. - 1.) as f32 as f64);
+            numbers.collect()
+        };
+        let losses = match self.inputs.reduction {
+            Reduced::None => positions,
+            _ => 1,
+        };
+        Upstream {
+            loss: of_loss.then(|| numbers(losses)),
+            lse: of_lse.then(|| numbers(positions)),
+        }
+    }
+}
+
+/// The scalar whose gradients with respect to loss and lse are `upstream`.
+pub fn weighted(output: &Output, upstream: &Upstream) -> Result<Tensor> {
+    let times = |tensor: &Tensor, weights: &[f64]| -> Result<Tensor> {
+        let weights: Vec<f32> = weights.iter().map(|&w| w as f32).collect();
+        let weights = Tensor::from_vec(weights, tensor.shape(), tensor.device())?;
+        (tensor * weights)?.sum_all()
+    };
+    match (&upstream.loss, &upstream.lse) {
+        (Some(loss), None) => times(&output.loss, loss),
+        (None, Some(lse)) => times(&output.lse, lse),
+        (Some(loss), Some(lse)) => times(&output.loss, loss)? + times(&output.lse, lse)?,
+        (None, None) => candle_core::bail!("no upstream gradient"),
+    }
+}
+
+/// All numbers of a tensor.
+pub fn numbers(tensor: &Tensor) -> Result<Vec<f64>> {
+    tensor
+        .to_device(&Device::Cpu)?
+        .to_dtype(DType::F64)?
+        .flatten_all()?
+        .to_vec1()
+}
+
+pub fn norm(values: impl IntoIterator<Item = f64>) -> f64 {
+    values.into_iter().map(|x| x * x).sum::<f64>().sqrt()
+}
+
+/// An error that shows the first few numbers that differ by more than `allowed`.
+fn differing(what: &str, got: &[f64], want: &[f64], allowed: impl Fn(usize) -> f64) -> String {
+    let mut text = String::new();
+    let off = |i: &usize| {
+        let difference = (got[*i] - want[*i]).abs();
+        difference.is_nan() || difference > allowed(*i)
+    };
+    for i in (0..got.len()).filter(off).take(6) {
+        text += &format!("\n    {what}[{i}] = {:e}, want {:e}", got[i], want[i]);
+    }
+    text
+}
+
+/// Whether each number is within `tolerance * scale` of what is wanted.
+pub fn close(
+    what: &str,
+    got: &[f64],
+    want: &[f64],
+    tolerance: f64,
+    scale: f64,
+) -> std::result::Result<(), String> {
+    if got.len() != want.len() {
+        return Err(format!(
+            "{what}: {} numbers, want {}",
+            got.len(),
+            want.len()
+        ));
+    }
+    let allowed = |i: usize| tolerance * scale.max(want[i].abs());
+    let differing = differing(what, got, want, allowed);
+    if differing.is_empty() {
+        Ok(())
+    } else {
+        Err(format!(
+            "{what} differs by more than {tolerance:e} of {scale:e}{differing}"
+        ))
+    }
+}
+
+/// Whether a gradient is right: beyond what a filter may have dropped, entry by entry, its relative
+/// error in Frobenius norm is at most the tolerance of the dtype.
+pub fn gradient_close(
+    what: &str,
+    got: &[f64],
+    want: &Gradient,
+    dtype: DType,
+    logit_scale: f64,
+) -> std::result::Result<(), String> {
+    let Gradient {
+        value,
+        magnitude,
+        droppable,
+    } = want;
+    if got.len() != value.len() {
+        return Err(format!(
+            "{what}: {} numbers, want {}",
+            got.len(),
+            value.len()
+        ));
+    }
+    let tolerance = gradient_tolerance(dtype);
+    // Where the softmax and the one-hot cancel, what is left of either one's rounding.
+    let rounding = match dtype {
+        DType::F64 => 1e-14,
+        _ => 3e-7,
+    } * logit_scale;
+    let allowed = tolerance * norm(value.iter().copied())
+        + rounding * norm(magnitude.iter().copied())
+        + f64::MIN_POSITIVE;
+    let excess = |i: usize| ((got[i] - value[i]).abs() - droppable[i]).max(0.);
+    let error = norm((0..got.len()).map(excess));
+    let finite = got.iter().all(|x| x.is_finite());
+    if finite && error <= allowed {
+        return Ok(());
+    }
+    let max = got.iter().zip(value).map(|(g, w)| (g - w).abs());
+    Err(format!(
+        "{what}: error {:e} of the norm (allowed {:e}), largest difference {:e}{}",
+        error / norm(value.iter().copied()),
+        allowed / norm(value.iter().copied()),
+        max.fold(0., f64::max),
+        differing(what, got, value, |i| {
+            droppable[i] + tolerance * value[i].abs() + rounding * magnitude[i]
+        })
+    ))
+}
+
+/// Whether loss and lse are f32-accurate and have the right shapes.
+pub fn output_close(
+    output: &Output,
+    case: &Case,
+    reference: &Reference,
+) -> std::result::Result<(), String> {
+    let numbers = |tensor: &Tensor| numbers(tensor).map_err(|e| e.to_string());
+    let tolerance = if case.dtype == DType::F64 { 2e-7 } else { 2e-6 };
+    let scale = reference.logit_scale;
+    let (of_loss, loss_shape) = match case.inputs.reduction {
+        Reduced::None => (scale, case.positions()),
+        Reduced::Mean => (scale, vec![]),
+        Reduced::Sum => (scale * reference.nll.len() as f64, vec![]),
+    };
+    if output.loss.dims() != loss_shape || output.lse.dims() != case.positions() {
+        return Err(format!(
+            "loss has shape {:?}, lse {:?}, want {loss_shape:?} and {:?}",
+            output.loss.dims(),
+            output.lse.dims(),
+            case.positions()
+        ));
+    }
+    close(
+        "loss",
+        &numbers(&output.loss)?,
+        &reference.loss,
+        tolerance,
+        of_loss,
+    )?;
+    close(
+        "lse",
+        &numbers(&output.lse)?,
+        &reference.lse,
+        tolerance,
+        scale,
+    )
+}
+
+/// The gradients of the tensors of a case, in the order of [`Gradients`].
+pub fn gradients_close(
+    grads: &candle_core::backprop::GradStore,
+    tensors: &Tensors,
+    want: &Gradients,
+    dtype: DType,
+    logit_scale: f64,
+) -> std::result::Result<(), String> {
+    let vars = [
+        ("dE", Some(&tensors.embeddings), &want.embeddings),
+        ("dC", Some(&tensors.classifier), &want.classifier),
+        ("db", tensors.bias.as_ref(), &want.bias),
+    ];
+    for (what, var, want) in vars {
+        let Some(var) = var else { continue };
+        let Some(grad) = grads.get(var) else {
+            return Err(format!("{what} is missing"));
+        };
+        if grad.dtype() != dtype || grad.dims() != var.dims() {
+            return Err(format!(
+                "{what} is {:?} {:?}, its tensor {dtype:?} {:?}",
+                grad.dtype(),
+                grad.dims(),
+                var.dims()
+            ));
+        }
+        let got = numbers(grad).map_err(|e| e.to_string())?;
+        gradient_close(what, &got, want, dtype, logit_scale)?;
+    }
+    Ok(())
+}
+
+/// Computes a case with these options and compares everything with the reference. `eps` are the
+/// thresholds of the filters of embeddings and classifier that the options set.
+pub fn check(
+    case: &Case,
+    options: Options,
+    device: &Device,
+    upstream: &Upstream,
+    eps: (f64, f64),
+) -> std::result::Result<(), String> {
+    let text = |e: candle_core::Error| e.to_string();
+    let reference = Reference::new(case.inputs.clone());
+    let tensors = case.tensors(device).map_err(text)?;
+    let options = case.options(options, &tensors);
+    let output = candle_cut_cross_entropy::linear_cross_entropy(
+        &tensors.embeddings,
+        &tensors.classifier,
+        &tensors.targets,
+        &options,
+    )
+    .map_err(text)?;
+    output_close(&output, case, &reference)?;
+    let grads = weighted(&output, upstream)
+        .and_then(|loss| loss.backward())
+        .map_err(text)?;
+    let want = with_thresholds(&reference, upstream, eps);
+    gradients_close(&grads, &tensors, &want, case.dtype, reference.logit_scale)
+}
+
+/// The reference's gradients, with what filters of these thresholds may drop.
+pub fn with_thresholds(reference: &Reference, upstream: &Upstream, eps: (f64, f64)) -> Gradients {
+    // Rounding decides for an entry that is at the threshold.
+    let above = |eps: f64| if eps > 0. { eps * 1.02 + 2e-7 } else { 0. };
+    let of_classifier = reference.gradients(upstream, above(eps.1));
+    Gradients {
+        embeddings: reference.gradients(upstream, above(eps.0)).embeddings,
+        ..of_classifier
+    }
+}
+
+/// Options with nothing filtered.
+pub fn exact() -> Options {
+    Options::default().filter(Filter::Off)
+}

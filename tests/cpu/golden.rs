@@ -1,0 +1,210 @@
+//! Against files that PyTorch wrote: see `tests/golden/make.py`.
+
+use crate::common::{close, gradient_tolerance, norm, numbers};
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_cut_cross_entropy::objectives::{dpo_loss, ppo_loss, z_loss, Preferences};
+use candle_cut_cross_entropy::{
+    linear_cross_entropy, Filter, Implementation, Options, Reduction, Strategy,
+};
+use std::collections::{BTreeSet, HashMap};
+
+struct Golden(HashMap<String, Tensor>);
+
+impl Golden {
+    fn load() -> Result<Self> {
+        let path = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/tests/golden/golden.safetensors"
+        );
+        Ok(Self(candle_core::safetensors::load(path, &Device::Cpu)?))
+    }
+
+    fn cases(&self) -> BTreeSet<&str> {
+        self.0
+            .keys()
+            .filter_map(|k| Some(k.split_once('/')?.0))
+            .collect()
+    }
+
+    fn find(&self, case: &str, name: &str) -> Option<&Tensor> {
+        self.0.get(&format!("{case}/{name}"))
+    }
+
+    fn get(&self, case: &str, name: &str) -> &Tensor {
+        self.find(case, name)
+            .unwrap_or_else(|| panic!("no {case}/{name} in the golden file"))
+    }
+
+    fn number(&self, case: &str, name: &str) -> f64 {
+        numbers(self.get(case, name)).unwrap()[0]
+    }
+}
+
+fn assert_gradient(what: &str, got: Option<&Tensor>, want: &Tensor, allowed: f64) {
+    let got = got.unwrap_or_else(|| panic!("{what} is missing"));
+    assert_eq!(got.dtype(), want.dtype(), "{what}");
+    assert_eq!(got.dims(), want.dims(), "{what}");
+    let (got, want) = (numbers(got).unwrap(), numbers(want).unwrap());
+    let error = norm(got.iter().zip(&want).map(|(g, w)| g - w)) / norm(want.iter().copied());
+    assert!(
+        error <= allowed,
+        "{what}: relative error {error:e}, allowed {allowed:e}\n got {got:?}\nwant {want:?}"
+    );
+}
+
+/// Whether the file has a loss here, and not a case of another objective.
+fn is_loss(case: &&str) -> bool {
+    !["dpo", "ppo"].contains(case)
+}
+
+fn check_loss(golden: &Golden, case: &str, options: Options) -> Result<()> {
+    let var = |name: &str| golden.find(case, name).map(Var::from_tensor).transpose();
+    let embeddings = var("embeddings")?.unwrap();
+    let classifier = var("classifier")?.unwrap();
+    let bias = var("bias")?;
+    let targets = golden.get(case, "targets");
+    let mut options = options
+        .shift(golden.number(case, "shift") as usize)
+        .ignore_index(golden.number(case, "ignore_index") as i64)
+        .softcap(
+            golden
+                .find(case, "softcap")
+                .map(|_| golden.number(case, "softcap")),
+        )
+        .reduction(
+            [Reduction::Mean, Reduction::Sum, Reduction::None]
+                [golden.number(case, "reduction") as usize],
+        );
+    if let Some(bias) = &bias {
+        options = options.bias(bias);
+    }
+    let output = linear_cross_entropy(&embeddings, &classifier, targets, &options)?;
+    let z = z_loss(&output.lse, targets, &options)?;
+    let assert_close = |what: &str, got: &Tensor| {
+        let want = golden.get(case, what);
+        assert_eq!(got.dims(), want.dims(), "{case} {what}");
+        assert_eq!(got.dtype(), DType::F32, "{case} {what}");
+        let (got, want) = (numbers(got).unwrap(), numbers(want).unwrap());
+        let result = close(&format!("{case} {what}"), &got, &want, 2e-6, 1.);
+        result.unwrap_or_else(|error| panic!("{error}"));
+    };
+    assert_close("loss", &output.loss);
+    assert_close("lse", &output.lse);
+    assert_close("z", &z);
+
+    let z_weight = golden.number(case, "z_weight");
+    let exact = gradient_tolerance(embeddings.dtype());
+    // The z-loss is made of the f32 lse, so its gradient starts from f32 numbers.
+    let allowed = exact.max(if z_weight > 0. { 1e-6 } else { 0. });
+    // Without it, the backward of an exact zero would hide an lse that is not finite.
+    let total = if z_weight > 0. {
+        (output.loss + z_weight * z)?
+    } else {
+        output.loss
+    };
+    let grads = (total * golden.get(case, "weights"))?
+        .sum_all()?
+        .backward()?;
+    let of = |what: &str| format!("{case} {what}");
+    assert_gradient(
+        &of("dE"),
+        grads.get(&embeddings),
+        golden.get(case, "grad_embeddings"),
+        allowed,
+    );
+    assert_gradient(
+        &of("dC"),
+        grads.get(&classifier),
+        golden.get(case, "grad_classifier"),
+        allowed,
+    );
+    if let Some(bias) = &bias {
+        assert_gradient(
+            &of("db"),
+            grads.get(bias),
+            golden.get(case, "grad_bias"),
+            allowed,
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn losses_and_gradients_are_those_of_pytorch() -> Result<()> {
+    let golden = Golden::load()?;
+    let mut checked = 0;
+    for case in golden.cases().into_iter().filter(is_loss) {
+        for strategy in [Strategy::Recompute, Strategy::Fused] {
+            for implementation in [Implementation::Auto, Implementation::Native] {
+                let options = Options::default()
+                    .filter(Filter::Off)
+                    .strategy(strategy)
+                    .implementation(implementation);
+                check_loss(&golden, case, options)?;
+                checked += 1;
+            }
+        }
+    }
+    assert_eq!(checked, (golden.cases().len() - 2) * 4);
+    Ok(())
+}
+
+#[test]
+fn dpo_loss_and_gradients_are_those_of_pytorch() -> Result<()> {
+    let golden = Golden::load()?;
+    let get = |name: &str| golden.get("dpo", name);
+    let chosen = Var::from_tensor(get("policy_chosen"))?;
+    let rejected = Var::from_tensor(get("policy_rejected"))?;
+    let policy = Preferences {
+        chosen: &chosen,
+        rejected: &rejected,
+    };
+    let reference = Preferences {
+        chosen: get("reference_chosen"),
+        rejected: get("reference_rejected"),
+    };
+    let loss = dpo_loss(policy, reference, golden.number("dpo", "beta"))?;
+    let grads = loss.backward()?;
+    for (what, got, want) in [
+        ("loss", &loss, get("loss")),
+        (
+            "chosen",
+            grads.get(&chosen).unwrap(),
+            get("grad_policy_chosen"),
+        ),
+        (
+            "rejected",
+            grads.get(&rejected).unwrap(),
+            get("grad_policy_rejected"),
+        ),
+    ] {
+        close(what, &numbers(got)?, &numbers(want)?, 1e-12, 1e-2).unwrap();
+    }
+    Ok(())
+}
+
+#[test]
+fn ppo_loss_and_gradients_are_those_of_pytorch() -> Result<()> {
+    let golden = Golden::load()?;
+    let get = |name: &str| golden.get("ppo", name);
+    let log_probs = Var::from_tensor(get("log_probs"))?;
+    let loss = ppo_loss(
+        &log_probs,
+        get("old_log_probs"),
+        get("advantages"),
+        Some(get("mask")),
+        golden.number("ppo", "clip"),
+    )?;
+    let grads = loss.backward()?;
+    for (what, got, want) in [
+        ("loss", &loss, get("loss")),
+        (
+            "log_probs",
+            grads.get(&log_probs).unwrap(),
+            get("grad_log_probs"),
+        ),
+    ] {
+        close(what, &numbers(got)?, &numbers(want)?, 1e-12, 1e-2).unwrap();
+    }
+    Ok(())
+}

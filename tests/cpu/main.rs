@@ -1,0 +1,12 @@
+//! What the loss promises, on the CPU.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod autograd;
+mod edges;
+mod errors;
+mod golden;
+mod grid;
+mod objectives;
+mod properties;

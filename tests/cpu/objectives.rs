@@ -1,0 +1,243 @@
+//! z-loss, perplexity, sequence log-probabilities, DPO and PPO against their formulas in f64.
+
+use crate::common::{close, exact, numbers, Case};
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_cut_cross_entropy::objectives::{
+    counted, dpo_loss, perplexity, ppo_loss, sequence_log_probs, z_loss, Preferences,
+};
+use candle_cut_cross_entropy::{linear_cross_entropy, Options, Output, Reduction};
+
+const REDUCTIONS: [Reduction; 3] = [Reduction::Mean, Reduction::Sum, Reduction::None];
+
+/// Targets `(2, 4)` whose counting positions under shift 1 are `[[0, 1], [2]]`.
+fn targets() -> Result<Tensor> {
+    Tensor::new(&[[-100i64, 3, 1, -100], [7, -100, -100, 2]], &Device::Cpu)
+}
+
+fn options(reduction: Reduction) -> Options {
+    Options::default().shift(1).reduction(reduction)
+}
+
+fn assert_close(what: &str, got: &Tensor, want: &[f64]) {
+    close(what, &numbers(got).unwrap(), want, 1e-6, 1.).unwrap()
+}
+
+fn message<T>(result: Result<T>) -> String {
+    match result {
+        Ok(_) => panic!("an error was expected"),
+        Err(error) => error.to_string(),
+    }
+}
+
+#[test]
+fn positions_count_where_the_shifted_target_is_not_ignored() -> Result<()> {
+    let mask = counted(&targets()?, &options(Reduction::Mean))?;
+    assert_eq!(mask.to_vec2::<u8>()?, [[1, 1, 0], [0, 0, 1]]);
+    let other = Options::default().ignore_index(7);
+    let mask = counted(&targets()?, &other)?;
+    assert_eq!(mask.to_vec2::<u8>()?, [[1, 1, 1, 1], [0, 1, 1, 1]]);
+    let unsigned = Tensor::new(&[5u32, u32::MAX], &Device::Cpu)?;
+    let other = Options::default().ignore_index(u32::MAX as i64);
+    assert_eq!(counted(&unsigned, &other)?.to_vec1::<u8>()?, [1, 0]);
+    Ok(())
+}
+
+#[test]
+fn z_loss_squares_the_lse_of_positions_that_count() -> Result<()> {
+    let lse = Var::new(&[[1f32, -2., 9.], [9., 9., 3.]], &Device::Cpu)?;
+    for (reduction, want, scale) in [
+        (Reduction::Mean, vec![14. / 3.], 1. / 3.),
+        (Reduction::Sum, vec![14.], 1.),
+        (Reduction::None, vec![1., 4., 0., 0., 0., 9.], 1.),
+    ] {
+        let z = z_loss(&lse, &targets()?, &options(reduction))?;
+        assert_close("z", &z, &want);
+        let grads = z.sum_all()?.backward()?;
+        let want = [2., -4., 0., 0., 0., 6.].map(|g| g * scale);
+        assert_close("d lse", grads.get(&lse).unwrap(), &want);
+    }
+    Ok(())
+}
+
+#[test]
+fn z_loss_reaches_embeddings_and_classifier() -> Result<()> {
+    // d(lse^2)/dz = 2 lse softmax(z): the same as an lse with upstream gradient 2 lse.
+    let case = Case::random(1, DType::F64, &[2, 5], 6, 11).with_ignored(2);
+    let tensors = case.tensors(&Device::Cpu)?;
+    let options = case.options(exact(), &tensors).reduction(Reduction::Sum);
+    let run = || -> Result<Output> {
+        linear_cross_entropy(
+            &tensors.embeddings,
+            &tensors.classifier,
+            &tensors.targets,
+            &options,
+        )
+    };
+    let output = run()?;
+    let z = z_loss(&output.lse, &tensors.targets, &options)?.backward()?;
+    let weights = (output.lse.detach() * 2.)?;
+    let weighted = (run()?.lse * weights)?.sum_all()?.backward()?;
+    for var in [&tensors.embeddings, &tensors.classifier] {
+        let want = numbers(weighted.get(var).unwrap())?;
+        assert!(want.iter().any(|g| g.abs() > 1e-3));
+        close("gradient", &numbers(z.get(var).unwrap())?, &want, 1e-6, 1.).unwrap();
+    }
+    Ok(())
+}
+
+#[test]
+fn perplexity_is_the_same_from_every_reduction() -> Result<()> {
+    let case = Case::random(3, DType::F32, &[2, 6], 8, 20).with_ignored(4);
+    let tensors = case.tensors(&Device::Cpu)?;
+    let reference = crate::common::reference::Reference::new(case.inputs.clone());
+    let want = reference.loss[0].exp();
+    for reduction in REDUCTIONS {
+        let options = case.options(exact(), &tensors).reduction(reduction);
+        let loss = linear_cross_entropy(
+            &tensors.embeddings,
+            &tensors.classifier,
+            &tensors.targets,
+            &options,
+        )?
+        .loss;
+        let perplexity = perplexity(&loss, &tensors.targets, &options)?;
+        assert_eq!(perplexity.rank(), 0);
+        close("perplexity", &numbers(&perplexity)?, &[want], 1e-5, 1.).unwrap();
+    }
+    Ok(())
+}
+
+#[test]
+fn nothing_that_counts_gives_perplexity_one_and_z_loss_zero() -> Result<()> {
+    let ignored = Tensor::full(-100i64, (2, 3), &Device::Cpu)?;
+    for reduction in REDUCTIONS {
+        let options = Options::default().reduction(reduction);
+        let zeros = match reduction {
+            Reduction::None => Tensor::zeros((2, 3), DType::F32, &Device::Cpu)?,
+            _ => Tensor::zeros((), DType::F32, &Device::Cpu)?,
+        };
+        assert_close(
+            "perplexity",
+            &perplexity(&zeros, &ignored, &options)?,
+            &[1.],
+        );
+        let lse = Tensor::ones((2, 3), DType::F32, &Device::Cpu)?;
+        let z = z_loss(&lse, &ignored, &options)?;
+        assert!(numbers(&z)?.iter().all(|z| *z == 0.), "{reduction:?}: {z}");
+    }
+    Ok(())
+}
+
+#[test]
+fn log_probs_of_a_sequence_are_summed_over_what_counts() -> Result<()> {
+    let nll = Var::new(&[[1f32, 2., 0.], [0.5, 0., f32::INFINITY]], &Device::Cpu)?;
+    let all = sequence_log_probs(&nll, None)?;
+    assert_eq!(all.to_vec1::<f32>()?, [-3., f32::NEG_INFINITY]);
+    let mask = Tensor::new(&[[1u8, 0, 1], [1, 1, 0]], &Device::Cpu)?;
+    let masked = sequence_log_probs(&nll, Some(&mask))?;
+    assert_eq!(masked.to_vec1::<f32>()?, [-1., -0.5]);
+    let grads = masked.sum_all()?.backward()?;
+    let want = [-1., 0., -1., -1., -1., 0.];
+    assert_close("d nll", grads.get(&nll).unwrap(), &want);
+    Ok(())
+}
+
+#[test]
+fn dpo_loss_is_stable_for_large_margins() -> Result<()> {
+    let zeros = Tensor::zeros(2, DType::F32, &Device::Cpu)?;
+    let reference = Preferences {
+        chosen: &zeros,
+        rejected: &zeros,
+    };
+    let chosen = Var::new(&[-2000f32, 2000.], &Device::Cpu)?;
+    let policy = Preferences {
+        chosen: &chosen,
+        rejected: &zeros,
+    };
+    let loss = dpo_loss(policy, reference, 1.)?;
+    // -log sigmoid(-2000) = 2000, -log sigmoid(2000) = 0
+    assert_close("loss", &loss, &[1000.]);
+    let grads = loss.backward()?;
+    assert_close("d chosen", grads.get(&chosen).unwrap(), &[-0.5, 0.]);
+    Ok(())
+}
+
+#[test]
+fn ppo_loss_stops_the_gradient_of_clipped_ratios() -> Result<()> {
+    let old = Tensor::zeros(4, DType::F32, &Device::Cpu)?;
+    let ratios = [1.5f32, 1.5, 0.5, 0.5];
+    let log_probs = Var::new(&ratios.map(f32::ln), &Device::Cpu)?;
+    let advantages = Tensor::new(&[1f32, -1., 1., -1.], &Device::Cpu)?;
+    let loss = ppo_loss(&log_probs, &old, &advantages, None, 0.2)?;
+    // min(1.5, 1.2), min(-1.5, -1.2), min(0.5, 0.8), min(-0.5, -0.8)
+    assert_close("loss", &loss, &[-(1.2 - 1.5 + 0.5 - 0.8) / 4.]);
+    let grads = loss.backward()?;
+    let want = [0., 1.5 / 4., -0.5 / 4., 0.];
+    assert_close("d log_probs", grads.get(&log_probs).unwrap(), &want);
+    Ok(())
+}
+
+#[test]
+fn ppo_loss_ignores_what_stands_under_the_mask() -> Result<()> {
+    let log_probs = Var::new(&[0f32, f32::INFINITY, f32::NAN], &Device::Cpu)?;
+    let zeros = Tensor::zeros(3, DType::F32, &Device::Cpu)?;
+    let ones = Tensor::ones(3, DType::F32, &Device::Cpu)?;
+    let mask = Tensor::new(&[1u8, 0, 0], &Device::Cpu)?;
+    let loss = ppo_loss(&log_probs, &zeros, &ones, Some(&mask), 0.2)?;
+    assert_close("loss", &loss, &[-1.]);
+    let grads = loss.backward()?;
+    assert_close(
+        "d log_probs",
+        grads.get(&log_probs).unwrap(),
+        &[-1., 0., 0.],
+    );
+    Ok(())
+}
+
+#[test]
+fn objectives_say_what_shape_they_want() -> Result<()> {
+    let cpu = &Device::Cpu;
+    let tensor = |n: usize| Tensor::zeros(n, DType::F32, cpu);
+    let (two, three) = (tensor(2)?, tensor(3)?);
+    let pair = |chosen, rejected| Preferences { chosen, rejected };
+    let options = Options::default();
+    let none = options.clone().reduction(Reduction::None);
+    let y = Tensor::zeros(3, DType::I64, cpu)?;
+    let scalar = Tensor::zeros((), DType::F32, cpu)?;
+    for (got, pieces) in [
+        (z_loss(&two, &y, &options), ["lse", "[3]", "[2]"]),
+        (
+            z_loss(&three, &y, &options.clone().shift(3)),
+            ["shift", "3", "[3]"],
+        ),
+        (perplexity(&two, &y, &options), ["loss", "scalar", "[2]"]),
+        (perplexity(&two, &y, &none), ["loss", "[3]", "[2]"]),
+        (
+            sequence_log_probs(&scalar, None),
+            ["nll", "(.., T)", "scalar"],
+        ),
+        (sequence_log_probs(&two, Some(&two)), ["mask", "u8", "F32"]),
+        (
+            dpo_loss(pair(&two, &three), pair(&two, &two), 0.1),
+            ["policy.rejected", "[2]", "[3]"],
+        ),
+        (
+            dpo_loss(pair(&two, &two), pair(&two, &two), 0.),
+            ["beta", "positive", "0"],
+        ),
+        (
+            ppo_loss(&two, &three, &two, None, 0.2),
+            ["old_log_probs", "[2]", "[3]"],
+        ),
+        (
+            ppo_loss(&two, &two, &two, None, 1.),
+            ["clip", "(0, 1)", "1"],
+        ),
+    ] {
+        let message = message(got);
+        for piece in pieces {
+            assert!(message.contains(piece), "{piece:?} is not in {message:?}");
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,145 @@
+"""Writes golden.safetensors: losses and gradients by PyTorch, for tests/cpu/golden.rs.
+
+    pip install torch safetensors --extra-index-url https://download.pytorch.org/whl/cpu
+    python tests/golden/make.py
+
+The tensors of a case are named `case/tensor`. Inputs have the case's dtype. bf16 cases multiply in f32,
+as the crate does, and get their gradients in bf16.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+IGNORE_INDEX = -100
+REDUCTIONS = ["mean", "sum", "none"]
+DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16}
+
+CASES = {
+    "plain": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "bias": {"bias": True},
+    "softcap": {"softcap": 2.0},
+    "ignored": {"ignored": True},
+    "ignored_none": {"ignored": True, "reduction": "none"},
+    "ignore_index": {"ignored": True, "ignore_index": 3},
+    "shift_1": {"shift": 1},
+    "shift_2_rank_3": {"shift": 2, "lead": (2, 2, 4), "reduction": "none"},
+    "z_loss": {"z_weight": 0.1},
+    "z_loss_ignored_shift": {"z_weight": 0.1, "ignored": True, "shift": 1},
+    "z_loss_none": {"z_weight": 0.1, "reduction": "none", "ignored": True},
+    "everything_mean": {
+        "bias": True, "softcap": 3.0, "ignored": True, "shift": 1, "z_weight": 0.05,
+    },
+    "everything_sum": {
+        "bias": True, "softcap": 3.0, "ignored": True, "shift": 1, "z_weight": 0.05, "reduction": "sum",
+    },
+    "everything_none": {
+        "bias": True, "softcap": 3.0, "ignored": True, "shift": 1, "z_weight": 0.05, "reduction": "none",
+    },
+}
+
+
+def linear_cross_entropy_case(
+    dtype, lead=(2, 5), reduction="mean", bias=False, softcap=None, ignored=False,
+    ignore_index=IGNORE_INDEX, shift=0, z_weight=0.0, hidden=6, vocab=13,
+):
+    e = torch.randn(*lead, hidden, dtype=torch.float64).to(dtype).requires_grad_()
+    c = (torch.randn(vocab, hidden, dtype=torch.float64) * 0.6).to(dtype).requires_grad_()
+    b = torch.randn(vocab, dtype=torch.float64).to(dtype).requires_grad_() if bias else None
+    y = torch.randint(0, vocab, lead)
+    if ignored:
+        y = torch.where(torch.rand(lead) < 0.35, ignore_index, y)
+
+    wide = torch.float32 if dtype == torch.bfloat16 else dtype
+    predicting = e[..., : lead[-1] - shift, :].to(wide)
+    labels = y[..., shift:]
+    logits = predicting @ c.to(wide).T
+    if bias:
+        logits = logits + b.to(wide)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    flat = F.cross_entropy(
+        logits.reshape(-1, vocab), labels.reshape(-1), ignore_index=ignore_index, reduction=reduction
+    )
+    loss = flat.reshape(labels.shape) if reduction == "none" else flat
+    counted = labels != ignore_index
+    lse = torch.where(counted, torch.logsumexp(logits, -1), 0.0)
+    squares = lse**2
+    z = {
+        "none": squares,
+        "sum": squares.sum(),
+        "mean": squares.sum() / counted.sum(),
+    }[reduction]
+    weights = torch.rand(loss.shape, dtype=torch.float32)
+    ((loss + z_weight * z) * weights.to(wide)).sum().backward()
+
+    tensors = {
+        "embeddings": e, "classifier": c, "targets": y,
+        "loss": loss, "lse": lse, "z": z, "weights": weights,
+        "grad_embeddings": e.grad, "grad_classifier": c.grad,
+        "shift": torch.tensor(shift), "ignore_index": torch.tensor(ignore_index),
+        "reduction": torch.tensor(REDUCTIONS.index(reduction)),
+        "z_weight": torch.tensor(z_weight, dtype=torch.float64),
+    }
+    if bias:
+        tensors |= {"bias": b, "grad_bias": b.grad}
+    if softcap is not None:
+        tensors["softcap"] = torch.tensor(softcap, dtype=torch.float64)
+    return tensors
+
+
+def dpo_case(beta):
+    names = ["policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected"]
+    # The last pair is one that policy and reference agree on, where the loss is ln 2.
+    inputs = {n: -10 * torch.rand(6, dtype=torch.float64) for n in names}
+    for answer in ["chosen", "rejected"]:
+        inputs[f"policy_{answer}"][-1] = inputs[f"reference_{answer}"][-1]
+    for n in names[:2]:
+        inputs[n].requires_grad_()
+    pc, pr, rc, rr = (inputs[n] for n in names)
+    loss = -F.logsigmoid(beta * ((pc - pr) - (rc - rr))).mean()
+    loss.backward()
+    return inputs | {
+        "loss": loss, "beta": torch.tensor(beta, dtype=torch.float64),
+        "grad_policy_chosen": pc.grad, "grad_policy_rejected": pr.grad,
+    }
+
+
+def ppo_case(clip):
+    shape = (3, 8)
+    log_probs = (-3 * torch.rand(shape, dtype=torch.float64)).requires_grad_()
+    old = log_probs.detach() + 0.4 * torch.randn(shape, dtype=torch.float64)
+    advantages = torch.randn(shape, dtype=torch.float64)
+    mask = (torch.rand(shape) < 0.7).to(torch.uint8)
+    ratio = torch.exp(log_probs - old)
+    per_token = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    loss = (per_token * mask).sum() / mask.sum()
+    loss.backward()
+    return {
+        "log_probs": log_probs, "old_log_probs": old, "advantages": advantages, "mask": mask,
+        "clip": torch.tensor(clip, dtype=torch.float64), "loss": loss, "grad_log_probs": log_probs.grad,
+    }
+
+
+def main():
+    torch.manual_seed(20261125)
+    cases = {}
+    for dtype_name, dtype in DTYPES.items():
+        for name, settings in CASES.items():
+            cases[f"{dtype_name}_{name}"] = linear_cross_entropy_case(dtype, **settings)
+    cases["dpo"] = dpo_case(0.3)
+    cases["ppo"] = ppo_case(0.2)
+    tensors = {
+        f"{case}/{name}": tensor.detach().contiguous().clone()
+        for case, tensors in cases.items()
+        for name, tensor in tensors.items()
+    }
+    save_file(tensors, Path(__file__).with_name("golden.safetensors"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+//! The memory of a forward and backward on the CPU, counted by the allocator: a binary of its own, and
+//! one test, so that nothing else allocates.
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_cut_cross_entropy::{backward, linear_cross_entropy, Filter, Options, Strategy};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+/// The system's allocator, with the bytes in use and the most there were.
+struct Counting;
+
+static IN_USE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+fn grow(bytes: usize) {
+    let now = IN_USE.fetch_add(bytes, Relaxed) + bytes;
+    PEAK.fetch_max(now, Relaxed);
+}
+
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        grow(layout.size());
+        System.alloc(layout)
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        grow(layout.size());
+        System.alloc_zeroed(layout)
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        IN_USE.fetch_sub(layout.size(), Relaxed);
+        System.dealloc(pointer, layout)
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        // Both blocks may exist for a moment.
+        grow(size);
+        let moved = System.realloc(pointer, layout, size);
+        IN_USE.fetch_sub(layout.size(), Relaxed);
+        moved
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+const MIB: usize = 1 << 20;
+
+#[test]
+fn forward_and_backward_stay_within_the_workspace() -> Result<()> {
+    let (n, hidden, vocab) = (512, 128, 32000);
+    let device = &Device::Cpu;
+    let mut too_much = Vec::new();
+    for (dtype, ignored, filter) in [
+        (DType::F32, false, Filter::Off),
+        (DType::F32, true, Filter::Auto),
+        (DType::BF16, false, Filter::Auto),
+    ] {
+        let random = |rows: usize, std: f32| -> Result<Var> {
+            Var::from_tensor(&Tensor::randn(0f32, std, (rows, hidden), device)?.to_dtype(dtype)?)
+        };
+        let (embeddings, classifier) = (random(n, 1.)?, random(vocab, 0.05)?);
+        let targets = (0..n as i64).map(|i| match i % 4 {
+            0 if ignored => -100,
+            _ => i * 61,
+        });
+        let targets = Tensor::from_iter(targets, device)?;
+        let gradients = (n + vocab) * hidden * dtype.size_in_bytes();
+        for strategy in [Strategy::Auto, Strategy::Recompute, Strategy::Fused] {
+            for workspace in [64 * MIB, 16 * MIB] {
+                let options = Options::default()
+                    .strategy(strategy)
+                    .filter(filter)
+                    .workspace(workspace);
+                let before = IN_USE.load(Relaxed);
+                PEAK.store(before, Relaxed);
+                let loss = linear_cross_entropy(&embeddings, &classifier, &targets, &options)?.loss;
+                let grads = backward(&loss)?;
+                let peak = PEAK.load(Relaxed) - before;
+                assert!(grads.get(&classifier).is_some());
+                // The gradients themselves are counted too: the count is not of nothing.
+                assert!(peak > gradients);
+                if peak - gradients > workspace + MIB {
+                    too_much.push(format!(
+                        "{dtype:?} ignored {ignored} {strategy:?} {filter:?}: {:.1} MiB beyond \
+                             the gradients, the workspace is {} MiB",
+                        (peak - gradients) as f64 / MIB as f64,
+                        workspace / MIB
+                    ));
+                }
+            }
+        }
+    }
+    assert!(too_much.is_empty(), "{}", too_much.join("\n"));
+    Ok(())
+}
