@@ -252,34 +252,40 @@ template <typename T, int BN, Major A_MAJOR, Major B_MAJOR> struct Pipeline {
   };
 
   // Runs `blocks` steps of k. `load(block, a_tile, b_tile)` fills a stage; `after(block)` runs when the products of a
-  // block are issued, and may read and clear the accumulators. The operands of a step are in registers before the
-  // step ahead of it multiplies, across the barrier too.
+  // block are issued, and may read and clear the accumulators.
+  //
+  // The operands of a step are in registers before the step ahead of it multiplies. So that no barrier lies between
+  // (the compiler moves products across it, and then they wait for their operands), a barrier vouches for two stages:
+  // the one to multiply and the one after.
   template <class Load, class After>
   __device__ __forceinline__ void run(Accumulators<BN> &sum, int blocks, Load load, After after) const {
+    if (blocks == 0) return;
     const Place at;
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
       if (i < blocks) load(i, a_tile(i), b_tile(i));
       cp_async_commit();
     }
-    cp_async_wait<STAGES - 2>();
+    cp_async_wait<STAGES - 3>();
     __syncthreads();
     Operands first, second;
-    if (blocks > 0) first.load(a_tile(0), b_tile(0), 0, at);
+    first.load(a_tile(0), b_tile(0), 0, at);
     int stage = 0;
     for (int block = 0; block < blocks; block++) {
+      const int before = stage == 0 ? STAGES - 1 : stage - 1, after_this = stage == STAGES - 1 ? 0 : stage + 1;
       second.load(a_tile(stage), b_tile(stage), 1, at);
       first.multiply(sum);
-      // The stage before this one is free: its last reads came before the barrier.
-      const int next = block + STAGES - 1, into = stage == 0 ? STAGES - 1 : stage - 1;
-      if (next < blocks) load(next, a_tile(into), b_tile(into));
-      cp_async_commit();
-      stage = stage == STAGES - 1 ? 0 : stage + 1;
-      cp_async_wait<STAGES - 2>();
-      __syncthreads();
-      if (block + 1 < blocks) first.load(a_tile(stage), b_tile(stage), 0, at);
+      // Past the last block this reads a stage that is never used.
+      first.load(a_tile(after_this), b_tile(after_this), 0, at);
       second.multiply(sum);
+      // The last reads of the stage before this one came before the last barrier.
+      const int next = block + STAGES - 1;
+      if (next < blocks) load(next, a_tile(before), b_tile(before));
+      cp_async_commit();
       after(block);
+      stage = after_this;
+      cp_async_wait<STAGES - 3>();
+      __syncthreads();
     }
     cp_async_wait<0>();
     __syncthreads();

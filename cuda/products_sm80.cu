@@ -130,19 +130,24 @@ template <typename T, int BN, bool ALIGNED> __device__ __forceinline__ void clas
     const int listed = list_kept(shared.list, shared.listed, start, min(MAX_LIST, tiles - start), [&](int tile) {
       return !p.keep || (p.keep[(int64_t)tile * p.class_tiles + class0 / TILE] & KEEP_FOR_CLASSIFIER);
     });
+    // Where the rows of a step lie is looked up a step ahead, so that its loads need not wait for it.
+    const int blocks = listed * PER_TILE;
+    const auto first_k = [&](int block) { return (start + shared.list[block / PER_TILE]) * TILE + block % PER_TILE * BK<T>; };
+    uint32_t index[Columns::COUNT];
+    const auto look_up = [&](int block) {
+#pragma unroll
+      for (int i = 0; i < Columns::COUNT; i++) index[i] = p.row_embedding[min(first_k(block) + Columns::k(i), count - 1)];
+    };
+    if (blocks > 0) look_up(0);
     loop.run(
-        sum, listed * PER_TILE,
+        sum, blocks,
         [&](int block, uint32_t a_tile, uint32_t b_tile) {
-          const int k0 = (start + shared.list[block / PER_TILE]) * TILE + block % PER_TILE * BK<T>;
+          const int k0 = first_k(block);
           const T *here = rows + k0 * p.range;
           Rows::template load<true>(a_tile, [&](int i) { return here + i * Rows::APART * p.range; }, TILE, ~0u);
-          Columns::template load<ALIGNED>(
-              b_tile,
-              [&](int i) {
-                const uint32_t row = min(k0 + Columns::k(i), count - 1);
-                return columns + p.row_embedding[row] * p.hidden;
-              },
-              left, existing<Columns::COUNT, Columns::APART>((int64_t)count - k0 - Columns::k(0)));
+          Columns::template load<ALIGNED>(b_tile, [&](int i) { return columns + index[i] * p.hidden; }, left,
+                                          existing<Columns::COUNT, Columns::APART>((int64_t)count - k0 - Columns::k(0)));
+          if (block + 1 < blocks) look_up(block + 1);
         },
         [](int) {});
   }
