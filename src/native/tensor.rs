@@ -351,6 +351,7 @@ impl Saved {
     /// its logits is `(g + h) softmax(z) - g onehot(y)`.
     fn row_scales(&self, upstream: &Tensor) -> Result<(Tensor, Tensor)> {
         let n = self.rows.rows.positions;
+        let upstream = upstream.to_dtype(self.lse.dtype())?;
         let pick = |start: usize| -> Result<Tensor> {
             upstream
                 .narrow(0, start, n)?
@@ -359,7 +360,6 @@ impl Saved {
         let loss = (upstream.narrow(0, 2 * n, 1)? * self.rows.rows.scale(self.settings.reduction))?;
         let nll = pick(0)?.broadcast_add(&loss)?;
         let p = (&nll + pick(n)?)?;
-        let column = |t: Tensor| t.to_dtype(self.lse.dtype())?.unsqueeze(1);
-        Ok((column(p)?, column(nll)?))
+        Ok((p.unsqueeze(1)?, nll.unsqueeze(1)?))
     }
 }
