@@ -44,6 +44,11 @@ pub(super) struct RowLoss {
     pub nll: f64,
 }
 
+/// Whether `x` is to be kept: a NaN is.
+fn at_least(x: f64, threshold: f64) -> bool {
+    x >= threshold || x.is_nan()
+}
+
 /// The tiles of a gradient: bits of [`Kept`].
 pub(super) const EMBEDDINGS: u8 = 1;
 pub(super) const CLASSIFIER: u8 = 2;
@@ -101,9 +106,9 @@ impl Kept {
                     let keeps = |row: usize| {
                         if targets[rows.start + row] as usize / TILE == tile {
                             let rest = -(-losses[row].nll).exp_m1();
-                            !(rest < eps)
+                            at_least(rest, eps)
                         } else {
-                            !(statistics[row].0.to_f64() - losses[row].lse < log_eps)
+                            at_least(statistics[row].0.to_f64() - losses[row].lse, log_eps)
                         }
                     };
                     if group.into_iter().any(keeps) {
