@@ -10,7 +10,7 @@ use crate::{Reduction, Strategy};
 
 /// Rows of a block from which on forming the gradients in the forward is faster: with fewer, every
 /// block reads and writes a gradient of the classifier that its product does not pay for.
-const WORTH_FUSING: usize = 32;
+const WORTH_FUSING: usize = 128;
 /// Rows of a block that a tile is multiplied with in one go where the logits are computed again.
 const RECOMPUTE_ROWS: usize = 512;
 /// What `gemm` allocates on a thread beyond its operands: packed blocks of both.
