@@ -175,7 +175,7 @@ pub(super) struct Sums<'a, R> {
 pub(super) struct Inputs<'a, T: Element> {
     pub embeddings: &'a [T],
     pub classifier: &'a [T],
-    pub bias: Option<Cow<'a, [T::Real]>>,
+    pub bias: Option<Vec<T::Real>>,
     pub hidden: usize,
     pub vocab: usize,
     pub rows: &'a Rows,

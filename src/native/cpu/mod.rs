@@ -20,7 +20,6 @@ use element::{Element, Real};
 use half::{bf16, f16};
 use plan::Plan;
 use rayon::prelude::*;
-use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
@@ -68,7 +67,7 @@ fn with_inputs<T: Element, O>(
         Some(bias) => Some(with_slice::<T, _>(bias, |values| {
             let mut wide = vec![T::Real::default(); values.len()];
             T::widen(values, &mut wide);
-            Ok(Cow::Owned(wide))
+            Ok(wide)
         })?),
     };
     with_slice::<T, _>(matrices.embeddings, |embeddings| {
