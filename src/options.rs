@@ -72,7 +72,9 @@ pub enum Strategy {
     Recompute,
     /// The forward forms the gradients while it has the logits at hand, for an upstream gradient
     /// that is one number (reduction mean or sum): 3 products. A forward whose loss is never
-    /// differentiated pays for gradients nobody reads; detach its inputs.
+    /// differentiated pays for gradients nobody reads; detach its inputs. Where it cannot be done
+    /// (reduction none, a workspace too small for a block of rows with all classes, Candle tensor
+    /// operations), and for any other upstream gradient or a second backward, this is `Recompute`.
     Fused,
 }
 

@@ -1,0 +1,564 @@
+//! The implementation for tensors in main memory: matrix products of blocks of the logits on all
+//! threads, everything between the products done while a block's tile is in a core's cache.
+//!
+//! Half-precision inputs are widened tile by tile, and every sum is an f32 one (f64 for f64 inputs).
+//! Tiles are handed to the threads in any order, but every sum has one order: a run repeats bit by bit.
+
+mod blocks;
+mod element;
+mod passes;
+mod plan;
+mod product;
+
+use super::rows::Rows;
+use crate::op::{Backward, Forward, Gradients, KeptTiles, Wanted};
+use crate::problem::{Matrices, Problem, Settings};
+use crate::Reduction;
+use blocks::{blocks, Inputs, Kept, RowLoss, Scale, Softmax, Sums, CLASSIFIER, EMBEDDINGS, TILE};
+use candle_core::{DType, Device, Result, Storage, Tensor};
+use element::{Element, Real};
+use half::{bf16, f16};
+use plan::Plan;
+use rayon::prelude::*;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+pub(super) fn forward(
+    problem: &Problem,
+    rows: Rows,
+    wanted: Wanted,
+    kept: Arc<KeptTiles>,
+) -> Result<Forward> {
+    match problem.embeddings.dtype() {
+        DType::BF16 => forward_of::<bf16>(problem, rows, wanted, kept),
+        DType::F16 => forward_of::<f16>(problem, rows, wanted, kept),
+        DType::F64 => forward_of::<f64>(problem, rows, wanted, kept),
+        _ => forward_of::<f32>(problem, rows, wanted, kept),
+    }
+}
+
+/// Calls `f` with the values of a contiguous tensor.
+fn with_slice<T: Element, O>(tensor: &Tensor, f: impl FnOnce(&[T]) -> Result<O>) -> Result<O> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => {
+            let values = T::cpu_storage_as_slice(storage)?;
+            let start = layout.start_offset();
+            f(&values[start..start + layout.shape().elem_count()])
+        }
+        other => candle_core::bail!(
+            "expected a tensor on the CPU, got one on {:?}",
+            other.device().location()
+        ),
+    }
+}
+
+/// Calls `f` with the operands of a call.
+fn with_inputs<T: Element, O>(
+    matrices: Matrices<'_>,
+    rows: &Rows,
+    settings: &Settings,
+    lanes: usize,
+    f: impl FnOnce(&Inputs<'_, T>) -> Result<O>,
+) -> Result<O> {
+    let (vocab, hidden) = matrices.classifier.dims2()?;
+    let bias = match matrices.bias {
+        None => None,
+        Some(bias) => Some(with_slice::<T, _>(bias, |values| {
+            let mut wide = vec![T::Real::default(); values.len()];
+            T::widen(values, &mut wide);
+            Ok(wide)
+        })?),
+    };
+    with_slice::<T, _>(matrices.embeddings, |embeddings| {
+        with_slice::<T, _>(matrices.classifier, |classifier| {
+            f(&Inputs {
+                embeddings,
+                classifier,
+                bias,
+                hidden,
+                vocab,
+                rows,
+                softcap: settings.softcap.map(T::Real::from_f64),
+                lanes,
+            })
+        })
+    })
+}
+
+/// Gradients that the forward has formed, for an upstream gradient of 1 of the reduced loss.
+struct Formed<T> {
+    embeddings: Option<Vec<T>>,
+    classifier: Option<Vec<T>>,
+    bias: Option<Vec<T>>,
+}
+
+struct Saved<T: Element> {
+    rows: Rows,
+    softmax: Vec<Softmax<T::Real>>,
+    kept: Kept,
+    settings: Settings,
+    plan: Plan,
+    formed: Mutex<Option<Formed<T>>>,
+    report: Arc<KeptTiles>,
+}
+
+fn forward_of<T: Element>(
+    problem: &Problem,
+    rows: Rows,
+    wanted: Wanted,
+    report: Arc<KeptTiles>,
+) -> Result<Forward> {
+    let detached = (
+        problem.embeddings.detach(),
+        problem.classifier.detach(),
+        problem.bias.as_ref().map(Tensor::detach),
+    );
+    let matrices = Matrices {
+        embeddings: &detached.0,
+        classifier: &detached.1,
+        bias: detached.2.as_ref(),
+    };
+    let settings = problem.settings.clone();
+    let n = rows.len();
+    let (vocab, hidden) = matrices.classifier.dims2()?;
+    let plan = Plan::new::<T>(
+        &rows,
+        vocab,
+        hidden,
+        matrices.bias.is_some(),
+        &settings,
+        wanted,
+    );
+    let mut kept = Kept::new(
+        n,
+        vocab.div_ceil(TILE),
+        settings.filter_embeddings,
+        settings.filter_classifier,
+    );
+    let mut softmax = Vec::with_capacity(n);
+    let mut losses = Vec::with_capacity(n);
+    let mut formed = None;
+    if n > 0 {
+        with_inputs::<T, _>(matrices, &rows, &settings, plan.lanes, |inputs| {
+            match plan.fused_rows {
+                Some(block) => {
+                    let scale = T::Real::from_f64(rows.scale(settings.reduction));
+                    formed = Some(fused(
+                        inputs,
+                        block,
+                        scale,
+                        wanted,
+                        &mut kept,
+                        &mut softmax,
+                        &mut losses,
+                    ));
+                }
+                None => {
+                    for block in blocks(n, plan.rows) {
+                        let embeddings = inputs.block_embeddings(&block);
+                        losses.extend(inputs.forward(
+                            &embeddings,
+                            &block,
+                            None,
+                            &mut kept,
+                            &mut softmax,
+                        ));
+                    }
+                }
+            }
+            Ok(())
+        })?;
+    }
+    let packed = pack(&rows, &losses, settings.reduction)?;
+    let backward = Box::new(Saved::<T> {
+        rows,
+        softmax,
+        kept,
+        settings,
+        plan,
+        formed: Mutex::new(formed),
+        report,
+    });
+    Ok(Forward { packed, backward })
+}
+
+/// `[nll, lse, loss]` of all positions.
+fn pack(rows: &Rows, losses: &[RowLoss], reduction: Reduction) -> Result<Tensor> {
+    let mut packed = vec![0f32; 2 * rows.positions + 1];
+    for (position, loss) in rows.position.iter().zip(losses) {
+        packed[*position as usize] = loss.nll as f32;
+        packed[rows.positions + *position as usize] = loss.lse as f32;
+    }
+    let sum: f64 = losses.iter().map(|loss| loss.nll).sum();
+    packed[2 * rows.positions] = (sum * rows.scale(reduction)) as f32;
+    let len = packed.len();
+    Tensor::from_vec(packed, len, &Device::Cpu)
+}
+
+/// The forward that forms the gradients while a block of rows has its logits in memory.
+fn fused<T: Element>(
+    inputs: &Inputs<'_, T>,
+    block_rows: usize,
+    scale: T::Real,
+    wanted: Wanted,
+    kept: &mut Kept,
+    softmax: &mut Vec<Softmax<T::Real>>,
+    losses: &mut Vec<RowLoss>,
+) -> Formed<T> {
+    let n = inputs.rows.len();
+    let tiles = 0..inputs.tiles();
+    let zeros = |wanted: bool, len: usize| wanted.then(|| vec![T::Real::default(); len]);
+    let mut classifier = zeros(wanted.classifier, inputs.vocab * inputs.hidden);
+    let mut bias = zeros(wanted.bias, inputs.vocab);
+    let mut embeddings = wanted.embeddings.then(|| EmbeddingsGradient::new(inputs));
+    let scale = Scale {
+        softmax: scale,
+        one_hot: scale,
+    };
+    let scales = vec![scale; n];
+    let mut logits = vec![T::Real::default(); block_rows * tiles.len() * TILE];
+    for block in blocks(n, block_rows) {
+        let logits = &mut logits[..block.len() * tiles.len() * TILE];
+        let values = inputs.block_embeddings(&block);
+        losses.extend(inputs.forward(&values, &block, Some(&mut *logits), kept, softmax));
+        if let Some(embeddings) = &mut embeddings {
+            embeddings.begin(&block);
+        }
+        let mut sums = Sums {
+            embeddings: embeddings.as_mut().map(|e| e.block(&block)),
+            classifier: classifier.as_deref_mut(),
+            bias: bias.as_deref_mut(),
+            first: block.start == 0,
+        };
+        inputs.backward(
+            &values, &block, &tiles, logits, false, kept, softmax, &scales, &mut sums,
+        );
+        if let Some(embeddings) = &mut embeddings {
+            embeddings.end(inputs);
+        }
+    }
+    drop(logits);
+    Formed {
+        embeddings: embeddings.map(EmbeddingsGradient::finish),
+        classifier: classifier.map(T::from_real),
+        bias: bias.map(T::from_real),
+    }
+}
+
+/// The gradient of the embeddings while it is summed up.
+struct EmbeddingsGradient<T: Element> {
+    hidden: usize,
+    /// Sums of the rows that count, from row `start` on.
+    sums: Vec<T::Real>,
+    start: usize,
+    /// Where they go when complete; `None` where the sums are themselves the gradient.
+    out: Option<Vec<T>>,
+}
+
+impl<T: Element> EmbeddingsGradient<T> {
+    fn new(inputs: &Inputs<'_, T>) -> Self {
+        let len = inputs.embeddings.len();
+        let direct = T::REAL && inputs.rows.all;
+        Self {
+            hidden: inputs.hidden,
+            sums: vec![T::Real::default(); if direct { len } else { 0 }],
+            start: 0,
+            out: (!direct).then(|| vec![T::from_f64(0.); len]),
+        }
+    }
+
+    fn begin(&mut self, rows: &Range<usize>) {
+        if self.out.is_some() {
+            self.start = rows.start;
+            self.sums.clear();
+            self.sums
+                .resize(rows.len() * self.hidden, T::Real::default());
+        }
+    }
+
+    fn block(&mut self, rows: &Range<usize>) -> &mut [T::Real] {
+        let start = (rows.start - self.start) * self.hidden;
+        &mut self.sums[start..start + rows.len() * self.hidden]
+    }
+
+    fn end(&mut self, inputs: &Inputs<'_, T>) {
+        if let Some(out) = &mut self.out {
+            let rows = &inputs.rows.embedding[self.start..];
+            for (sum, row) in self.sums.chunks(self.hidden).zip(rows) {
+                T::narrow(sum, &mut out[*row as usize * self.hidden..][..self.hidden]);
+            }
+        }
+    }
+
+    fn finish(self) -> Vec<T> {
+        self.out.unwrap_or_else(|| T::from_real(self.sums))
+    }
+}
+
+impl<T: Element> Backward for Saved<T> {
+    fn backward(
+        &self,
+        matrices: Matrices<'_>,
+        upstream: &Tensor,
+        wanted: Wanted,
+    ) -> Result<Gradients> {
+        self.report_kept(wanted)?;
+        let upstream = upstream.to_vec1::<f32>()?;
+        let gradients = match self.take_formed(&upstream, wanted) {
+            Some(formed) => formed,
+            None => with_inputs::<T, _>(
+                matrices,
+                &self.rows,
+                &self.settings,
+                self.plan.lanes,
+                |inputs| Ok(self.recompute(inputs, &upstream, wanted)),
+            )?,
+        };
+        let tensor = |values: Option<Vec<T>>, of: Option<&Tensor>| match (values, of) {
+            (Some(values), Some(of)) => {
+                Tensor::from_vec(values, of.shape(), &Device::Cpu).map(Some)
+            }
+            _ => Ok(None),
+        };
+        Ok(Gradients {
+            embeddings: tensor(gradients.embeddings, Some(matrices.embeddings))?,
+            classifier: tensor(gradients.classifier, Some(matrices.classifier))?,
+            bias: tensor(gradients.bias, matrices.bias)?,
+        })
+    }
+}
+
+impl<T: Element> Saved<T> {
+    fn report_kept(&self, wanted: Wanted) -> Result<()> {
+        let count = |wanted: bool, gradient: u8| wanted.then(|| self.kept.count(gradient));
+        let embeddings = count(wanted.embeddings, EMBEDDINGS);
+        let classifier = count(wanted.classifier || wanted.bias, CLASSIFIER);
+        if let Some((kept, all)) = embeddings.max(classifier) {
+            self.report
+                .set(Tensor::new(&[kept as f64, all as f64], &Device::Cpu)?);
+        }
+        Ok(())
+    }
+
+    /// The gradients that the forward formed, scaled, the first time that they are wanted and fit.
+    fn take_formed(&self, upstream: &[f32], wanted: Wanted) -> Option<Formed<T>> {
+        let (of_loss, others) = upstream.split_last()?;
+        if others.iter().any(|u| *u != 0.) || (*of_loss != 1. && !T::SCALES_EXACTLY) {
+            return None;
+        }
+        let mut formed = self
+            .formed
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .take()?;
+        if (wanted.embeddings && formed.embeddings.is_none())
+            || (wanted.classifier && formed.classifier.is_none())
+            || (wanted.bias && formed.bias.is_none())
+        {
+            return None;
+        }
+        if *of_loss != 1. {
+            let factor = T::Real::from_f64(*of_loss as f64);
+            let values = [
+                &mut formed.embeddings,
+                &mut formed.classifier,
+                &mut formed.bias,
+            ];
+            for values in values.into_iter().flatten() {
+                values.par_chunks_mut(1 << 14).for_each_init(
+                    Vec::new,
+                    |wide: &mut Vec<T::Real>, values| {
+                        wide.resize(values.len(), T::Real::default());
+                        T::widen(values, wide);
+                        passes::scale(wide, factor);
+                        T::narrow(wide, values);
+                    },
+                );
+            }
+        }
+        Some(formed)
+    }
+
+    fn recompute(&self, inputs: &Inputs<'_, T>, upstream: &[f32], wanted: Wanted) -> Formed<T> {
+        let scales = self.scales(upstream);
+        let classes_too = wanted.classifier || wanted.bias;
+        if !classes_too || (wanted.embeddings && !self.plan.one_sweep) {
+            return Formed {
+                embeddings: wanted.embeddings.then(|| self.sweep_rows(inputs, &scales)),
+                ..self.sweep_classes(
+                    inputs,
+                    &scales,
+                    Wanted {
+                        embeddings: false,
+                        ..wanted
+                    },
+                )
+            };
+        }
+        self.sweep_classes(inputs, &scales, wanted)
+    }
+
+    /// The gradient of the embeddings alone, block of rows by block of rows.
+    fn sweep_rows(&self, inputs: &Inputs<'_, T>, scales: &[Scale<T::Real>]) -> Vec<T> {
+        let mut gradient = EmbeddingsGradient::new(inputs);
+        let mut logits = Vec::new();
+        for block in blocks(self.rows.len(), self.plan.rows) {
+            let values = inputs.block_embeddings(&block);
+            gradient.begin(&block);
+            for tiles in blocks(inputs.tiles(), self.plan.tiles) {
+                logits.resize(block.len() * tiles.len() * TILE, T::Real::default());
+                let mut sums = Sums {
+                    embeddings: Some(gradient.block(&block)),
+                    classifier: None,
+                    bias: None,
+                    first: false,
+                };
+                inputs.backward(
+                    &values,
+                    &block,
+                    &tiles,
+                    &mut logits,
+                    true,
+                    &self.kept,
+                    &self.softmax,
+                    scales,
+                    &mut sums,
+                );
+            }
+            gradient.end(inputs);
+        }
+        gradient.finish()
+    }
+
+    /// The gradients wanted, range of classes by range of classes.
+    fn sweep_classes(
+        &self,
+        inputs: &Inputs<'_, T>,
+        scales: &[Scale<T::Real>],
+        wanted: Wanted,
+    ) -> Formed<T> {
+        let n = self.rows.len();
+        let hidden = inputs.hidden;
+        let mut embeddings = wanted.embeddings.then(|| {
+            let mut gradient = EmbeddingsGradient::new(inputs);
+            gradient.begin(&(0..n));
+            gradient
+        });
+        let mut classifier = ClassesGradient::<T>::new(wanted.classifier, inputs.vocab * hidden);
+        let mut bias = ClassesGradient::<T>::new(wanted.bias, inputs.vocab);
+        let mut logits = Vec::new();
+        let ranges = if wanted.classifier || wanted.bias {
+            inputs.tiles()
+        } else {
+            0
+        };
+        for tiles in blocks(ranges, self.plan.tiles) {
+            let classes = inputs.classes(&tiles);
+            let of_classes = classes.start * hidden..classes.end * hidden;
+            classifier.begin(of_classes.len());
+            bias.begin(classes.len());
+            for block in blocks(n, self.plan.rows) {
+                let values = inputs.block_embeddings(&block);
+                logits.resize(block.len() * tiles.len() * TILE, T::Real::default());
+                let mut sums = Sums {
+                    embeddings: embeddings.as_mut().map(|e| e.block(&block)),
+                    classifier: classifier.range(&of_classes),
+                    bias: bias.range(&classes),
+                    first: block.start == 0,
+                };
+                inputs.backward(
+                    &values,
+                    &block,
+                    &tiles,
+                    &mut logits,
+                    true,
+                    &self.kept,
+                    &self.softmax,
+                    scales,
+                    &mut sums,
+                );
+            }
+            classifier.end(&of_classes);
+            bias.end(&classes);
+        }
+        if let Some(embeddings) = &mut embeddings {
+            embeddings.end(inputs);
+        }
+        Formed {
+            embeddings: embeddings.map(EmbeddingsGradient::finish),
+            classifier: classifier.finish(),
+            bias: bias.finish(),
+        }
+    }
+
+    /// With the upstream gradients `g` of a row's nll (through the reduced loss or not) and `h` of
+    /// its lse, the gradient of its logits is `(g + h) softmax(z) - g onehot(y)`.
+    fn scales(&self, upstream: &[f32]) -> Vec<Scale<T::Real>> {
+        let positions = self.rows.positions;
+        let loss = upstream[2 * positions] as f64 * self.rows.scale(self.settings.reduction);
+        let scale = |position: &u32| {
+            let nll = upstream[*position as usize] as f64 + loss;
+            let lse = upstream[positions + *position as usize] as f64;
+            Scale {
+                softmax: T::Real::from_f64(nll + lse),
+                one_hot: T::Real::from_f64(nll),
+            }
+        };
+        self.rows.position.iter().map(scale).collect()
+    }
+}
+
+/// The gradient of the classifier or the bias while it is summed up, range of classes by range.
+struct ClassesGradient<T: Element> {
+    wanted: bool,
+    /// All of the gradient, or of the range at hand what is then rounded into `out`.
+    sums: Vec<T::Real>,
+    out: Vec<T>,
+}
+
+impl<T: Element> ClassesGradient<T> {
+    fn new(wanted: bool, len: usize) -> Self {
+        let len = if wanted { len } else { 0 };
+        Self {
+            wanted,
+            sums: vec![T::Real::default(); if T::REAL { len } else { 0 }],
+            out: vec![T::from_f64(0.); if T::REAL { 0 } else { len }],
+        }
+    }
+
+    fn begin(&mut self, len: usize) {
+        if self.wanted && !T::REAL {
+            self.sums.clear();
+            self.sums.resize(len, T::Real::default());
+        }
+    }
+
+    fn range(&mut self, range: &Range<usize>) -> Option<&mut [T::Real]> {
+        let sums = if T::REAL {
+            self.sums.get_mut(range.clone())
+        } else {
+            Some(self.sums.as_mut_slice())
+        };
+        sums.filter(|_| self.wanted)
+    }
+
+    fn end(&mut self, range: &Range<usize>) {
+        if self.wanted && !T::REAL {
+            self.out[range.clone()]
+                .par_chunks_mut(1 << 14)
+                .zip(self.sums.par_chunks(1 << 14))
+                .for_each(|(out, sums)| T::narrow(sums, out));
+        }
+    }
+
+    fn finish(self) -> Option<Vec<T>> {
+        self.wanted.then(|| {
+            if T::REAL {
+                T::from_real(self.sums)
+            } else {
+                self.out
+            }
+        })
+    }
+}

@@ -1,0 +1,183 @@
+//! What is done to a tile of logits between the products, in vector instructions of the machine at hand.
+//!
+//! Sums run in a fixed number of lanes whatever the machine, so that every one gives the same bits.
+
+use super::element::Real;
+
+const LANES: usize = 32;
+
+/// Bias and softcap, where there are any, on rows of logits `stride` apart.
+pub(super) fn finish<R: Real>(
+    logits: &mut [R],
+    stride: usize,
+    classes: usize,
+    bias: Option<&[R]>,
+    softcap: Option<R>,
+) {
+    if bias.is_none() && softcap.is_none() {
+        return;
+    }
+    let inverse = softcap.map(|softcap| R::ONE / softcap);
+    pulp::Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for row in logits.chunks_mut(stride) {
+                let row = &mut row[..classes];
+                if let Some(bias) = bias {
+                    for (z, b) in row.iter_mut().zip(bias) {
+                        *z += *b;
+                    }
+                }
+                if let (Some(softcap), Some(inverse)) = (softcap, inverse) {
+                    for z in row {
+                        *z = softcap * (*z * inverse).tanh();
+                    }
+                }
+            }
+        },
+    )
+}
+
+/// The maximum of each row and the sum of `exp(z - maximum)`. A NaN is in the sum.
+pub(super) fn statistics<R: Real>(
+    logits: &[R],
+    stride: usize,
+    classes: usize,
+    statistics: &mut [(R, R)],
+) {
+    pulp::Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for (row, out) in logits.chunks(stride).zip(statistics) {
+                let row = &row[..classes];
+                let max = reduce(row, R::LOWEST, |max, z| if z > max { z } else { max });
+                let sum = reduce_by(
+                    row,
+                    R::default(),
+                    |sum, z| sum + (z - max).exp(),
+                    |a, b| a + b,
+                );
+                *out = (max, sum);
+            }
+        },
+    )
+}
+
+#[inline(always)]
+fn reduce<R: Real>(row: &[R], start: R, combine: impl Fn(R, R) -> R + Copy) -> R {
+    reduce_by(row, start, combine, combine)
+}
+
+#[inline(always)]
+fn reduce_by<R: Real>(
+    row: &[R],
+    start: R,
+    step: impl Fn(R, R) -> R,
+    combine: impl Fn(R, R) -> R,
+) -> R {
+    let mut lanes = [start; LANES];
+    let chunks = row.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (lane, z) in lanes.iter_mut().zip(chunk) {
+            *lane = step(*lane, *z);
+        }
+    }
+    for (lane, z) in lanes.iter_mut().zip(rest) {
+        *lane = step(*lane, *z);
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = combine(lanes[i], lanes[i + width]);
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// What turns the logits of a row into their gradient.
+#[derive(Clone, Copy)]
+pub(super) struct Row<R> {
+    pub max: R,
+    /// `1 / sum exp(z - max)`
+    pub inverse_sum: R,
+    /// What the softmax and the one-hot are multiplied by.
+    pub scale: R,
+    pub one_hot_scale: R,
+    /// Where the target lies in the tile, if it does.
+    pub target: Option<usize>,
+}
+
+/// Replaces the logits of each row by their gradient.
+pub(super) fn gradient<R: Real>(
+    logits: &mut [R],
+    stride: usize,
+    classes: usize,
+    softcap: Option<R>,
+    rows: impl Iterator<Item = Row<R>>,
+) {
+    let inverse = softcap.map(|softcap| R::ONE / softcap);
+    pulp::Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for (values, row) in logits.chunks_mut(stride).zip(rows) {
+                let values = &mut values[..classes];
+                let factor = row.inverse_sum * row.scale;
+                let at_target = row.target.map(|t| {
+                    let p = (values[t] - row.max).exp() * row.inverse_sum;
+                    let slope = inverse.map_or(R::ONE, |inverse| slope(values[t], inverse));
+                    (t, (p * row.scale - row.one_hot_scale) * slope)
+                });
+                match inverse {
+                    None => {
+                        for z in values.iter_mut() {
+                            *z = (*z - row.max).exp() * factor;
+                        }
+                    }
+                    Some(inverse) => {
+                        for z in values.iter_mut() {
+                            *z = (*z - row.max).exp() * factor * slope(*z, inverse);
+                        }
+                    }
+                }
+                if let Some((t, g)) = at_target {
+                    values[t] = g;
+                }
+            }
+        },
+    )
+}
+
+/// The derivative of the softcap where it gave `z`.
+#[inline(always)]
+fn slope<R: Real>(z: R, inverse_softcap: R) -> R {
+    let t = z * inverse_softcap;
+    R::ONE - t * t
+}
+
+/// Adds the sum over the rows to `sums`.
+pub(super) fn add_rows<R: Real>(values: &[R], stride: usize, sums: &mut [R]) {
+    pulp::Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for row in values.chunks(stride) {
+                for (sum, value) in sums.iter_mut().zip(row) {
+                    *sum += *value;
+                }
+            }
+        },
+    )
+}
+
+/// Multiplies everything by one number.
+pub(super) fn scale<R: Real>(values: &mut [R], factor: R) {
+    pulp::Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for value in values {
+                *value *= factor;
+            }
+        },
+    )
+}

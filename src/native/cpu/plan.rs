@@ -1,0 +1,103 @@
+//! How the workspace is spent.
+
+use super::blocks::{GROUP, TILE};
+use super::element::Element;
+use crate::native::rows::Rows;
+use crate::native::DEFAULT_WORKSPACE;
+use crate::op::Wanted;
+use crate::problem::Settings;
+use crate::{Reduction, Strategy};
+
+/// Rows of a block from which on forming the gradients in the forward is faster: with fewer, every
+/// block reads and writes a gradient of the classifier that its product does not pay for.
+const WORTH_FUSING: usize = 128;
+/// Rows of a block that a tile is multiplied with in one go where the logits are computed again.
+const RECOMPUTE_ROWS: usize = 512;
+/// What `gemm` allocates on a thread beyond its operands: packed blocks of both.
+const PACKING: usize = 5 << 18;
+
+/// The sizes of blocks such that everything beyond inputs and gradients fits the workspace. At the
+/// least a block is a group of rows by a tile, however small the workspace.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Plan {
+    /// Threads that work at once: each has memory of its own.
+    pub lanes: usize,
+    /// Rows of a block whose logits of all classes fit; `None` where the backward recomputes them.
+    pub fused_rows: Option<usize>,
+    /// Rows of a block elsewhere.
+    pub rows: usize,
+    /// Tiles of a block there.
+    pub tiles: usize,
+    /// The sums of all gradients fit while the logits are computed again once.
+    pub one_sweep: bool,
+}
+
+impl Plan {
+    pub fn new<T: Element>(
+        rows: &Rows,
+        vocab: usize,
+        hidden: usize,
+        bias: bool,
+        settings: &Settings,
+        wanted: Wanted,
+    ) -> Self {
+        let real = size_of::<T::Real>();
+        let workspace = settings.workspace.unwrap_or(DEFAULT_WORKSPACE);
+        let n = rows.len().max(1);
+        let all_tiles = vocab.div_ceil(TILE);
+        let direct = T::REAL && rows.all;
+        let when = |condition: bool, bytes: usize| if condition { bytes } else { 0 };
+        // A lane widens a tile of the classifier.
+        let lane = PACKING + when(!T::REAL, TILE * hidden * real);
+        let lanes = (workspace / 2 / lane).clamp(1, rayon::current_num_threads());
+        let filtered = settings.filter_embeddings.is_some() || settings.filter_classifier.is_some();
+        let fixed = lanes * lane
+            + when(filtered, n.div_ceil(GROUP) * all_tiles)
+            + when(bias, vocab * real)
+            + when(wanted.bias && !T::REAL, vocab * real)
+            // Lists of rows, their scales, softmax and losses.
+            + n * (12 + 4 * real + 24);
+        let left = workspace.saturating_sub(fixed);
+        // A row has a copy where it is gathered or widened, and so has its gradient.
+        let row = when(!direct, hidden * real);
+        let statistics = all_tiles * 2 * real;
+
+        let fused_row = all_tiles * TILE * real + statistics + 2 * row;
+        let sums = when(!T::REAL && wanted.classifier, vocab * hidden * real);
+        let fits = left.saturating_sub(sums) / fused_row;
+        let least = match settings.strategy {
+            Strategy::Recompute => usize::MAX,
+            Strategy::Fused => GROUP.min(n),
+            Strategy::Auto => WORTH_FUSING.min(n),
+        };
+        let fused = wanted.any() && settings.reduction != Reduction::None && fits >= least;
+        let fused_rows = fused.then(|| even(n, fits));
+
+        // In the forward every lane has a tile of logits.
+        let forward_row = lanes * TILE * real + statistics + row;
+        let fits = (left / forward_row).min(RECOMPUTE_ROWS);
+        let block_rows = even(n, fits);
+        let all_sums = when(!direct && wanted.embeddings, n * hidden * real);
+        let one_sweep = all_sums <= left / 2;
+        let left = left
+            .saturating_sub(block_rows * 2 * row)
+            .saturating_sub(when(one_sweep, all_sums));
+        let tile =
+            block_rows * TILE * real + when(!T::REAL && wanted.classifier, TILE * hidden * real);
+        Self {
+            lanes,
+            fused_rows,
+            rows: block_rows,
+            tiles: (left / tile).clamp(1, all_tiles),
+            one_sweep,
+        }
+    }
+}
+
+/// Blocks of about equal size, at most `most` rows each, that begin with a group of rows.
+fn even(rows: usize, most: usize) -> usize {
+    let most = (most / GROUP * GROUP).max(GROUP);
+    rows.div_ceil(rows.div_ceil(most))
+        .next_multiple_of(GROUP)
+        .min(rows.next_multiple_of(GROUP))
+}
