@@ -33,7 +33,7 @@ struct Args {
     /// Classes of the head; the tokenizer makes as many of them as the text gives
     #[arg(long, default_value_t = 16384)]
     vocab: usize,
-    #[arg(long, default_value_t = 200)]
+    #[arg(long, default_value_t = 150)]
     steps: usize,
     /// Sequences a step
     #[arg(long, default_value_t = 8)]
