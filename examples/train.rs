@@ -520,8 +520,8 @@ fn draw(path: &Path, train: &[(usize, f64)], validation: &[(usize, f64)]) -> Res
         .configure_mesh()
         .x_desc("step")
         .y_desc("loss")
-        .light_line_style(WHITE)
-        .y_label_formatter(&|loss| format!("{loss:.0}"))
+        .max_light_lines(0)
+        .y_label_formatter(&|loss| format!("{loss:.1}"))
         .label_style(("sans-serif", 14))
         .axis_desc_style(("sans-serif", 16))
         .draw()?;
