@@ -520,7 +520,7 @@ fn draw(path: &Path, train: &[(usize, f64)], validation: &[(usize, f64)]) -> Res
         .configure_mesh()
         .x_desc("step")
         .y_desc("loss")
-        .max_light_lines(0)
+        .light_line_style(TRANSPARENT)
         .y_label_formatter(&|loss| format!("{loss:.1}"))
         .label_style(("sans-serif", 14))
         .axis_desc_style(("sans-serif", 16))
