@@ -139,7 +139,7 @@ fn main() -> Result<()> {
         }
         Ok(sum / sequences.len() as f64)
     };
-    let some_validation = &validation[..validation.len().min(2 * args.batch)];
+    let some_validation = &validation[..validation.len().min(8 * args.batch)];
     let eval_every = args.steps.div_ceil(10);
 
     let bar = ProgressBar::new(args.steps as u64).with_style(ProgressStyle::with_template(
