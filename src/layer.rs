@@ -42,7 +42,7 @@ impl LinearCrossEntropy {
     }
 
     /// Loads, or creates, `weight` of shape `(vocab_size, hidden_size)` and, if asked, `bias`, with
-    /// the initial values of [`candle_nn::linear`].
+    /// the initial values of [`candle_nn::linear()`].
     ///
     /// # Errors
     /// Those of the `VarBuilder`: a missing tensor, a wrong shape.

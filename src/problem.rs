@@ -14,6 +14,8 @@ pub(crate) struct Settings {
     pub implementation: Implementation,
     pub strategy: Strategy,
     pub workspace: Option<usize>,
+    /// The native implementation always checks.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub check_targets: bool,
 }
 

@@ -82,9 +82,9 @@ impl Kept {
         }
     }
 
-    /// Decides for a block of rows. A tile's row is negligible if its largest softmax is, or, where
-    /// its target lies there, if the target has all but a negligible part of the softmax. A NaN is
-    /// not negligible.
+    /// Decides for a block of rows. A tile's row is negligible if its largest softmax is and its
+    /// target lies elsewhere: a target's gradient is `p - 1` from the loss and `p` from the lse, and
+    /// one of them is never small. A NaN is not negligible.
     fn decide<R: Real>(
         &mut self,
         rows: &Range<usize>,
@@ -104,12 +104,8 @@ impl Kept {
             for (tile, (statistics, flags)) in tiles.enumerate() {
                 for (group, flag) in blocks(count, GROUP).zip(&mut flags[first..]) {
                     let keeps = |row: usize| {
-                        if targets[rows.start + row] as usize / TILE == tile {
-                            let rest = -(-losses[row].nll).exp_m1();
-                            at_least(rest, eps)
-                        } else {
-                            at_least(statistics[row].0.to_f64() - losses[row].lse, log_eps)
-                        }
+                        targets[rows.start + row] as usize / TILE == tile
+                            || at_least(statistics[row].0.to_f64() - losses[row].lse, log_eps)
                     };
                     if group.into_iter().any(keeps) {
                         *flag |= bit;
