@@ -1,0 +1,305 @@
+// Forward of the loss on Hopper: Z = E C^T tile by tile, and of each tile only what the loss needs leaves the
+// registers: the running (max, sum exp) of every row, the logit of its target and, for the gradient filter, the
+// largest logit per row and 128 classes. Bias, softcap and the mask of the last classes are applied on the way.
+// N x V logits would be 4 GB and a second pass over memory; this way the epilogue hides behind the products.
+#include "hopper.cuh"
+
+using namespace hopper;
+
+constexpr int TILE_N = 192;         // classes of a tile
+constexpr int PANEL = 2 * TILE_M;   // rows of a work item: one tile a consumer group
+constexpr int MAXIMA = 128;         // classes per row maximum, as the backward's tiles are wide
+constexpr int UNIT = 64;            // two units to a maximum, three to a tile
+
+// Everything but the two matrices. Rows are those of the group the embeddings' map covers.
+struct ForwardParams {
+  const uint32_t* count;      // [1] compacted rows in all
+  const int32_t* row_target;  // [rows] class, or negative: none
+  const void* bias;           // [classes] T, or null
+  float2* partials;           // [splits][rows] (max, sum exp(z - max)); (-inf, 0) if every logit is -inf
+  float* target_logit;        // [rows] written where the target is a class
+  uint16_t* maxima;           // [ceil(classes / 128)][rows] bf16, rounded up, without the target; or null
+  uint32_t first_row;         // compacted row that row 0 of the group is
+  uint32_t rows;              // rows of the group at most, and the leading dimension of the outputs
+  uint32_t classes;
+  uint32_t depth;
+  uint32_t splits;            // ceil(tiles of 192 classes / tiles_per_split)
+  uint32_t tiles_per_split;   // even, so that a split starts at a multiple of 128 classes
+  uint32_t raster;            // panels of 256 rows that walk the classes together
+  float softcap;              // <= 0: none
+};
+
+// ALTERNATE: the two groups take turns at the tensor cores, each with its own stages ("ping-pong"): the work on
+// one tile's logits hides behind the other's products. Otherwise they multiply at the same time, sharing the
+// classes of a stage: less traffic, but the work on the logits shows; better where the depth is large.
+template <bool ALTERNATE>
+struct ForwardPlan {
+  static constexpr int STAGES = ALTERNATE ? 5 : 4;
+  Ring<ALTERNATE ? TILE_M : PANEL, TILE_N, STAGES> ring;
+  alignas(16) float bias[CONSUMERS][TILE_N];
+};
+
+// A work item: 256 rows by the tiles of one split. Items that run at the same time share `raster` panels of rows
+// and neighbouring classes, so both operands come from L2.
+struct ForwardItems {
+  uint32_t rows, panels, tiles, count;
+  uint32_t panel, split, first_tile, last_tile;
+
+  __device__ explicit ForwardItems(const ForwardParams& p) {
+    uint32_t all = *p.count;
+    rows = all > p.first_row ? min(all - p.first_row, p.rows) : 0;
+    panels = (rows + PANEL - 1) / PANEL;
+    tiles = (p.classes + TILE_N - 1) / TILE_N;
+    count = panels * p.splits;
+  }
+  __device__ void decode(const ForwardParams& p, uint32_t item) {
+    uint32_t band = item / (p.raster * p.splits);
+    uint32_t inside = item - band * p.raster * p.splits;
+    uint32_t height = min(p.raster, panels - band * p.raster);
+    panel = band * p.raster + inside % height;
+    split = inside / height;
+    first_tile = split * p.tiles_per_split;
+    last_tile = min(first_tile + p.tiles_per_split, tiles);
+  }
+};
+
+template <typename T, bool ALTERNATE>
+__device__ void produce(ForwardPlan<ALTERNATE>& plan, const TensorMap* embeddings, const TensorMap* classifier,
+                        const ForwardParams& p) {
+  ForwardItems items(p);
+  Cursor<ForwardPlan<ALTERNATE>::STAGES> at;
+  for (uint32_t item = blockIdx.x; item < items.count; item += gridDim.x) {
+    items.decode(p, item);
+    for (uint32_t tile = items.first_tile; tile < items.last_tile; ++tile) {
+      for (int group = 0; group < (ALTERNATE ? CONSUMERS : 1); ++group) {
+        uint32_t row = items.panel * PANEL + group * TILE_M;
+        if (row >= items.rows) continue;
+        for (uint32_t k = 0; k < p.depth; k += BLOCK_K)
+          copy_block<false, false>(plan.ring, at, embeddings, row, k, classifier, tile * TILE_N, k);
+      }
+    }
+  }
+}
+
+// What a thread carries from tile to tile: for each of its four rows the (max, sum) over its own columns, and
+// the maximum over the 64 classes at the end of an even tile, whose other half comes with the odd one.
+struct RowState {
+  float max[4], sum[4], carry[4];
+  int target[4];
+};
+
+// exp(z - max) needs a max that is a number: a row of -inf so far is measured from 0.
+__device__ __forceinline__ float finite_max(float max) { return max == -INFINITY ? 0.0f : max; }
+
+// Adds (max, sum) to the running pair.
+__device__ __forceinline__ void merge(float& max, float& sum, float other_max, float other_sum) {
+  float top = fmaxf(max, other_max), from = finite_max(top);
+  sum = sum * exp2_fast((max - from) * LOG2E) + other_sum * exp2_fast((other_max - from) * LOG2E);
+  max = top;
+}
+
+// Logits from products: bias, softcap, and -inf past the last class (after the softcap, which would lift it).
+__device__ __forceinline__ void finish_logits(float (&z)[2][TILE_N / 2], const float* bias, float softcap,
+                                              uint32_t first_class, uint32_t classes) {
+  const int lane_column = threadIdx.x % 4 * 2;
+  if (bias) {
+#pragma unroll
+    for (int j = 0; j < TILE_N / 8; ++j) {
+      float2 b = *reinterpret_cast<const float2*>(bias + 8 * j + lane_column);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) z[i / 2][4 * j + 2 * (i % 2)] += b.x, z[i / 2][4 * j + 2 * (i % 2) + 1] += b.y;
+    }
+  }
+  if (softcap > 0.0f) {
+    const float inverse = 1.0f / softcap;
+#pragma unroll
+    for (int i = 0; i < TILE_N; ++i) {
+      float& v = z[i / (TILE_N / 2)][i % (TILE_N / 2)];
+      v = softcap * tanh_fast(v * inverse);
+    }
+  }
+  if (first_class + TILE_N > classes) {
+#pragma unroll
+    for (int i = 0; i < TILE_N; ++i) {
+      int j = i % (TILE_N / 2);
+      if (first_class + j / 4 * 8 + lane_column + j % 2 >= classes) z[i / (TILE_N / 2)][j] = -INFINITY;
+    }
+  }
+}
+
+// The few threads that hold a target's logit: keep it, count it, and take it out of the tile, so that the
+// maxima are over the other classes.
+__device__ __forceinline__ void take_target(float (&z)[2][TILE_N / 2], RowState& state, int s, int column,
+                                            float* target_logit) {
+  float logit = 0.0f;
+#pragma unroll
+  for (int j = 0; j < TILE_N / 8; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float& v = z[s / 2][4 * j + 2 * (s % 2) + e];
+      if (column == 8 * j + e) logit = v, v = -INFINITY;
+    }
+  }
+  *target_logit = logit;
+  merge(state.max[s], state.sum[s], fmaxf(logit, -INFINITY), logit == logit ? 1.0f : logit);
+}
+
+// Writes the maxima of one block of 128 classes; lane l of four writes row l of the thread's four.
+__device__ __forceinline__ void write_maxima(const float (&top)[4], uint16_t* maxima, const uint32_t (&row)[4],
+                                             uint32_t rows) {
+  float mine = 0.0f;
+  uint32_t mine_row = 0;
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    float m = top[s];
+    m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
+    m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
+    if (threadIdx.x % 4 == s) mine = m, mine_row = row[s];
+  }
+  if (mine_row < rows) maxima[mine_row] = bf16_up(mine);
+}
+
+template <typename T, bool ALTERNATE>
+__device__ void consume(ForwardPlan<ALTERNATE>& plan, int group, const ForwardParams& p) {
+  ForwardItems items(p);
+  Cursor<ForwardPlan<ALTERNATE>::STAGES> at;
+  const uint32_t blocks = (p.depth + BLOCK_K - 1) / BLOCK_K;
+  const uint32_t thread = threadIdx.x % GROUP;
+  const uint32_t thread_row = group * TILE_M + thread / WARP * 16 + thread % WARP / 4;
+  const int lane_column = thread % 4 * 2;
+  const T* bias = static_cast<const T*>(p.bias);
+
+  for (uint32_t item = blockIdx.x; item < items.count; item += gridDim.x) {
+    items.decode(p, item);
+    const bool second = items.panel * PANEL + TILE_M < items.rows;  // the second group has rows
+    const bool active = group == 0 || second;
+    uint32_t row[4];
+    RowState state;
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      row[s] = items.panel * PANEL + thread_row + s / 2 * 64 + s % 2 * 8;
+      state.max[s] = -INFINITY, state.sum[s] = 0.0f, state.carry[s] = -INFINITY;
+      state.target[s] = row[s] < items.rows ? p.row_target[row[s]] : -1;
+    }
+
+    for (uint32_t tile = items.first_tile; tile < items.last_tile; ++tile) {
+      const uint32_t first_class = tile * TILE_N;
+      if (bias) {
+        named_wait(BIAS + group, GROUP);  // the last tile's bias is read
+        for (uint32_t i = thread; i < TILE_N; i += GROUP)
+          plan.bias[group][i] = first_class + i < p.classes ? to_float(bias[first_class + i]) : 0.0f;
+        named_wait(BIAS + group, GROUP);
+      }
+
+      float z[2][TILE_N / 2];
+      if constexpr (ALTERNATE) {
+        const bool first_turn = group == 0 && item == blockIdx.x && tile == items.first_tile;
+        const bool last_turn = group == 1 && item + gridDim.x >= items.count && tile + 1 == items.last_tile;
+        auto hand_over = [&] {
+          if (!last_turn) give_turn(1 - group);
+        };
+        if (!first_turn) take_turn(group);
+        if (group == 1) at.skip(blocks);
+        if (!active) {
+          hand_over();
+          continue;
+        }
+        multiply<T, false, false>(z, plan.ring, at, blocks, 0, hand_over);
+        if (group == 0 && second) at.skip(blocks);
+      } else {
+        multiply<T, false, false>(z, plan.ring, at, blocks, group * (TILE_M / BOX), [] {});
+      }
+
+      finish_logits(z, bias ? plan.bias[group] : nullptr, p.softcap, first_class, p.classes);
+
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        int column = state.target[s] - static_cast<int>(first_class) - lane_column;
+        if (column >= 0 && column < TILE_N && (column & 6) == 0)
+          take_target(z, state, s, column, p.target_logit + row[s]);
+      }
+      __syncwarp();
+
+      float ready[4], next[4];  // maxima of the block of classes that ends within the tile, and of the one after
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        float unit[TILE_N / UNIT];
+#pragma unroll
+        for (int u = 0; u < TILE_N / UNIT; ++u) {
+          unit[u] = -INFINITY;
+#pragma unroll
+          for (int i = 0; i < UNIT / 4; ++i)
+            unit[u] = fmaxf(unit[u], z[s / 2][(u * UNIT / 8 + i / 2) * 4 + 2 * (s % 2) + i % 2]);
+        }
+        const float top = fmaxf(fmaxf(state.max[s], unit[0]), fmaxf(unit[1], unit[2]));
+        const float from = finite_max(top);
+        float even = state.sum[s] * exp2_fast((state.max[s] - from) * LOG2E), odd = 0.0f;
+#pragma unroll
+        for (int j = 0; j < TILE_N / 8; ++j) {
+          even += exp2_fast((z[s / 2][4 * j + 2 * (s % 2)] - from) * LOG2E);
+          odd += exp2_fast((z[s / 2][4 * j + 2 * (s % 2) + 1] - from) * LOG2E);
+        }
+        state.max[s] = top, state.sum[s] = even + odd;
+        const bool even_tile = tile % 2 == 0;
+        ready[s] = even_tile ? fmaxf(unit[0], unit[1]) : fmaxf(state.carry[s], unit[0]);
+        next[s] = even_tile ? unit[2] : fmaxf(unit[1], unit[2]);
+        state.carry[s] = next[s];
+      }
+      if (p.maxima) {
+        uint32_t block = first_class / MAXIMA;
+        uint16_t* to = p.maxima + static_cast<size_t>(block) * p.rows;
+        write_maxima(ready, to, row, items.rows);
+        // An odd tile ends a second block; after the last tile there is no other half to wait for.
+        if ((tile % 2 == 1 || tile + 1 == items.tiles) && (block + 1) * MAXIMA < p.classes)
+          write_maxima(next, to + p.rows, row, items.rows);
+      }
+    }
+
+    if (!active) continue;
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      float max = state.max[s], sum = state.sum[s];
+#pragma unroll
+      for (int lanes = 1; lanes < 4; lanes *= 2) {
+        float other_max = __shfl_xor_sync(~0u, max, lanes), other_sum = __shfl_xor_sync(~0u, sum, lanes);
+        merge(max, sum, other_max, other_sum);
+      }
+      if (thread % 4 == 0 && row[s] < items.rows)
+        p.partials[static_cast<size_t>(items.split) * p.rows + row[s]] = make_float2(max, sum);
+    }
+  }
+}
+
+template <typename T, bool ALTERNATE>
+__device__ __forceinline__ void forward(const TensorMap* embeddings, const TensorMap* classifier,
+                                        const ForwardParams& p) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  auto& plan = *reinterpret_cast<ForwardPlan<ALTERNATE>*>(shared);
+  if (threadIdx.x == 0) {
+    prefetch_map(embeddings);
+    prefetch_map(classifier);
+    plan.ring.init(ALTERNATE ? 1 : CONSUMERS);
+  }
+  __syncthreads();
+  if (threadIdx.x < GROUP) {
+    shrink_registers<PRODUCER_REGISTERS>();
+    if (threadIdx.x == 0) produce<T, ALTERNATE>(plan, embeddings, classifier, p);
+  } else {
+    grow_registers<CONSUMER_REGISTERS>();
+    consume<T, ALTERNATE>(plan, threadIdx.x / GROUP - 1, p);
+  }
+}
+
+#define FORWARD(NAME, T, ALTERNATE)                                                                      \
+  extern "C" __global__ void __launch_bounds__(THREADS, 1)                                               \
+      NAME(const __grid_constant__ TensorMap embeddings, const __grid_constant__ TensorMap classifier,   \
+           const __grid_constant__ ForwardParams params) {                                               \
+    forward<T, ALTERNATE>(&embeddings, &classifier, params);                                             \
+  }
+
+FORWARD(forward_sm90a_bf16, __nv_bfloat16, true)
+FORWARD(forward_sm90a_f16, __half, true)
+FORWARD(forward_deep_sm90a_bf16, __nv_bfloat16, false)
+FORWARD(forward_deep_sm90a_f16, __half, false)
+
+static_assert(sizeof(ForwardPlan<true>) <= 232448 && sizeof(ForwardPlan<false>) <= 232448, "227 KiB a block");
