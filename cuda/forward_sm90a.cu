@@ -2,7 +2,7 @@
 // registers: the running (max, sum exp) of every row, the logit of its target and, for the gradient filter, the
 // largest logit per row and 128 classes. Bias, softcap and the mask of the last classes are applied on the way.
 // N x V logits would be 4 GB and a second pass over memory; this way the epilogue hides behind the products.
-#include "hopper.cuh"
+#include "logits_sm90a.cuh"
 
 using namespace hopper;
 
@@ -18,6 +18,7 @@ struct ForwardParams {
   const void* bias;           // [classes] T, or null
   float2* partials;           // [splits][rows] (max, sum exp(z - max)); (-inf, 0) if every logit is -inf
   float* target_logit;        // [rows] written where the target is a class
+  uint32_t* pace;             // [1] zero, or null: keeps blocks that share operands together; a hint
   uint16_t* maxima;           // [ceil(classes / 128)][rows] bf16, rounded up, without the target; or null
   uint32_t first_row;         // compacted row that row 0 of the group is
   uint32_t rows;              // rows of the group at most, and the leading dimension of the outputs
@@ -27,6 +28,7 @@ struct ForwardParams {
   uint32_t tiles_per_split;   // even, so that a split starts at a multiple of 128 classes
   uint32_t raster;            // panels of 256 rows that walk the classes together
   float softcap;              // <= 0: none
+  uint32_t lag;
 };
 
 // ALTERNATE: the two groups take turns at the tensor cores, each with its own stages ("ping-pong"): the work on
@@ -68,9 +70,12 @@ __device__ void produce(ForwardPlan<ALTERNATE>& plan, const TensorMap* embedding
                         const ForwardParams& p) {
   ForwardItems items(p);
   Cursor<ForwardPlan<ALTERNATE>::STAGES> at;
+  Pace pace(p.pace, p.lag);
+  uint32_t round = 0;
   for (uint32_t item = blockIdx.x; item < items.count; item += gridDim.x) {
     items.decode(p, item);
     for (uint32_t tile = items.first_tile; tile < items.last_tile; ++tile) {
+      pace.next();
       for (int group = 0; group < (ALTERNATE ? CONSUMERS : 1); ++group) {
         uint32_t row = items.panel * PANEL + group * TILE_M;
         if (row >= items.rows) continue;
@@ -78,7 +83,9 @@ __device__ void produce(ForwardPlan<ALTERNATE>& plan, const TensorMap* embedding
           copy_block<false, false>(plan.ring, at, embeddings, row, k, classifier, tile * TILE_N, k);
       }
     }
+    pace.skip_to(++round * p.tiles_per_split);
   }
+  pace.skip_to((items.count + gridDim.x - 1) / gridDim.x * p.tiles_per_split);
 }
 
 // What a thread carries from tile to tile: for each of its four rows the (max, sum) over its own columns, and
@@ -96,35 +103,6 @@ __device__ __forceinline__ void merge(float& max, float& sum, float other_max, f
   float top = fmaxf(max, other_max), from = finite_max(top);
   sum = sum * exp2_fast((max - from) * LOG2E) + other_sum * exp2_fast((other_max - from) * LOG2E);
   max = top;
-}
-
-// Logits from products: bias, softcap, and -inf past the last class (after the softcap, which would lift it).
-__device__ __forceinline__ void finish_logits(float (&z)[2][TILE_N / 2], const float* bias, float softcap,
-                                              uint32_t first_class, uint32_t classes) {
-  const int lane_column = threadIdx.x % 4 * 2;
-  if (bias) {
-#pragma unroll
-    for (int j = 0; j < TILE_N / 8; ++j) {
-      float2 b = *reinterpret_cast<const float2*>(bias + 8 * j + lane_column);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) z[i / 2][4 * j + 2 * (i % 2)] += b.x, z[i / 2][4 * j + 2 * (i % 2) + 1] += b.y;
-    }
-  }
-  if (softcap > 0.0f) {
-    const float inverse = 1.0f / softcap;
-#pragma unroll
-    for (int i = 0; i < TILE_N; ++i) {
-      float& v = z[i / (TILE_N / 2)][i % (TILE_N / 2)];
-      v = softcap * tanh_fast(v * inverse);
-    }
-  }
-  if (first_class + TILE_N > classes) {
-#pragma unroll
-    for (int i = 0; i < TILE_N; ++i) {
-      int j = i % (TILE_N / 2);
-      if (first_class + j / 4 * 8 + lane_column + j % 2 >= classes) z[i / (TILE_N / 2)][j] = -INFINITY;
-    }
-  }
 }
 
 // The few threads that hold a target's logit: keep it, count it, and take it out of the tile, so that the
@@ -184,12 +162,7 @@ __device__ void consume(ForwardPlan<ALTERNATE>& plan, int group, const ForwardPa
 
     for (uint32_t tile = items.first_tile; tile < items.last_tile; ++tile) {
       const uint32_t first_class = tile * TILE_N;
-      if (bias) {
-        named_wait(BIAS + group, GROUP);  // the last tile's bias is read
-        for (uint32_t i = thread; i < TILE_N; i += GROUP)
-          plan.bias[group][i] = first_class + i < p.classes ? to_float(bias[first_class + i]) : 0.0f;
-        named_wait(BIAS + group, GROUP);
-      }
+      if (bias) stage_bias(plan.bias[group], bias, group, first_class, p.classes);
 
       float z[2][TILE_N / 2];
       if constexpr (ALTERNATE) {
@@ -210,7 +183,8 @@ __device__ void consume(ForwardPlan<ALTERNATE>& plan, int group, const ForwardPa
         multiply<T, false, false>(z, plan.ring, at, blocks, group * (TILE_M / BOX), [] {});
       }
 
-      finish_logits(z, bias ? plan.bias[group] : nullptr, p.softcap, first_class, p.classes);
+      finish_logits(z, bias ? plan.bias[group] : nullptr, p.softcap);
+      mask_logits<TILE_N>(z, first_class, p.classes);
 
 #pragma unroll
       for (int s = 0; s < 4; ++s) {

@@ -298,6 +298,39 @@ __device__ __forceinline__ void take_turn(uint32_t group) { named_wait(TURN + gr
 __device__ __forceinline__ void give_turn(uint32_t to_group) { named_arrive(TURN + to_group, 2 * GROUP); }
 
 // ---------------------------------------------------------------------------------------------------------
+// Keeping blocks together
+// ---------------------------------------------------------------------------------------------------------
+
+// Blocks that share operands drift apart, and what they share falls out of L2 before the last one asks for it.
+// So a producer waits at each step until every block has come to the one `lag` steps before. Only a hint: whoever
+// waits too long (blocks that do not run at the same time) goes on and never waits again.
+struct Pace {
+  static constexpr uint32_t PATIENCE = 1024;  // reads of the counter, about a microsecond each
+  uint32_t* arrived;                          // [1] zero at the launch, or null
+  uint32_t lag;
+  uint32_t step = 0;
+
+  __device__ Pace(uint32_t* arrived, uint32_t lag) : arrived(arrived), lag(lag) {}
+
+  __device__ void next() {
+    ++step;
+    if (!arrived) return;
+    atomicAdd(arrived, 1);
+    const uint32_t wanted = step > lag ? (step - lag) * gridDim.x : 0;
+    for (uint32_t tries = 0; *static_cast<volatile uint32_t*>(arrived) < wanted; ++tries)
+      if (tries == PATIENCE) {
+        arrived = nullptr;
+        break;
+      }
+  }
+  // Counts steps that this block has none of, up to `last`.
+  __device__ void skip_to(uint32_t last) {
+    if (arrived && last > step) atomicAdd(arrived, last - step);
+    step = last;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------
 // Arithmetic
 // ---------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,238 @@
+// Gradient tiles of the loss on Hopper: the logits of a range of classes once more, and from each tile
+// G = scale exp(z - lse) - scale [target], times the softcap's slope, rounded once, into a workspace that the two
+// products of the backward read. Only tiles the filter kept are computed; every block lists its share of them
+// from the keep table at its start, so that the host never needs to know how many there are.
+#include "logits_sm90a.cuh"
+
+using namespace hopper;
+
+constexpr int KEEP = 128;       // rows and classes of a tile of the keep table
+constexpr int SHARE = 2048;     // kept tiles of one block at most: row tiles x class tiles <= SHARE x blocks
+static_assert(TILE_M == KEEP, "a consumer group works on the rows of one kept tile");
+
+struct GradientParams {
+  const uint32_t* count;        // [1] compacted rows
+  const int32_t* row_target;    // [rows] class, or negative: none
+  const void* bias;             // [classes] T, or null
+  const float* row_max;         // [rows] lse = row_max + row_log_sum
+  const float* row_log_sum;     // [rows]
+  const float* p_scale;         // [rows] factor of the softmax
+  const float* target_scale;    // [rows] factor of the one-hot
+  const uint8_t* keep;          // [row tiles][keep_stride] 0: skip the tile; null: compute all (dense: ignored)
+  void* gradient;               // [rows][gradient_stride] T; column 0 is first_class
+  uint32_t rows;                // upper bound of the count
+  uint32_t classes;             // all classes
+  uint32_t depth;
+  uint32_t first_class;         // of the range, a multiple of 128
+  uint32_t range;               // classes of the range
+  uint32_t gradient_stride;     // a multiple of 128, at least the range
+  uint32_t keep_stride;         // ceil(classes / 128)
+  uint32_t raster;              // row tiles of 128 that walk the classes together
+  float softcap;                // <= 0: none
+};
+
+// N: classes of a tile. 128 follows the keep table; 192 is the faster shape when everything is computed.
+template <int N>
+struct GradientPlan {
+  static constexpr bool LISTED = N == KEEP;
+  static constexpr int STAGES = LISTED ? 6 : 5;
+  Ring<TILE_M, N, STAGES> ring;
+  alignas(16) float bias[CONSUMERS][N];
+  uint32_t warp_kept[THREADS / WARP];
+  uint32_t listed;
+  uint32_t share[LISTED ? SHARE : 1];
+};
+
+// Tiles in the order they are worked on: `raster` row tiles go through the classes together, so that what runs
+// at the same time shares rows and classes in L2.
+template <int N>
+struct GradientTiles {
+  uint32_t rows, row_tiles, class_tiles, count;
+
+  __device__ explicit GradientTiles(const GradientParams& p) {
+    rows = min(*p.count, p.rows);
+    row_tiles = (rows + TILE_M - 1) / TILE_M;
+    class_tiles = (p.range + N - 1) / N;
+    count = row_tiles * class_tiles;
+  }
+  __device__ void decode(const GradientParams& p, uint32_t index, uint32_t& row_tile, uint32_t& class_tile) const {
+    uint32_t band = index / (p.raster * class_tiles);
+    uint32_t inside = index - band * p.raster * class_tiles;
+    uint32_t height = min(p.raster, row_tiles - band * p.raster);
+    row_tile = band * p.raster + inside % height;
+    class_tile = inside / height;
+  }
+  __device__ bool kept(const GradientParams& p, uint32_t index) const {
+    uint32_t row_tile, class_tile;
+    decode(p, index, row_tile, class_tile);
+    return p.keep[static_cast<size_t>(row_tile) * p.keep_stride + p.first_class / KEEP + class_tile] != 0;
+  }
+};
+
+// Every gridDim.x-th kept tile, counted in working order, goes to this block: all blocks get the same number.
+// Each thread looks through a run of tiles, once to count them and once to number them.
+template <int N>
+__device__ void list_share(GradientPlan<N>& plan, const GradientTiles<N>& tiles, const GradientParams& p) {
+  const uint32_t run = (tiles.count + THREADS - 1) / THREADS;
+  const uint32_t begin = min(threadIdx.x * run, tiles.count), end = min(begin + run, tiles.count);
+  const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  uint32_t kept = 0;
+  for (uint32_t i = begin; i < end; ++i) kept += tiles.kept(p, i);
+  uint32_t up_to = kept;
+#pragma unroll
+  for (int d = 1; d < WARP; d *= 2) {
+    uint32_t other = __shfl_up_sync(~0u, up_to, d);
+    if (lane >= d) up_to += other;
+  }
+  if (lane == WARP - 1) plan.warp_kept[warp] = up_to;
+  __syncthreads();
+  uint32_t rank = up_to - kept, all = 0;
+  for (uint32_t w = 0; w < THREADS / WARP; ++w) {
+    if (w < warp) rank += plan.warp_kept[w];
+    all += plan.warp_kept[w];
+  }
+  for (uint32_t i = begin; i < end; ++i) {
+    if (!tiles.kept(p, i)) continue;
+    if (rank % gridDim.x == blockIdx.x && rank / gridDim.x < SHARE) plan.share[rank / gridDim.x] = i;
+    ++rank;
+  }
+  if (threadIdx.x == 0) plan.listed = all > blockIdx.x ? (all - blockIdx.x + gridDim.x - 1) / gridDim.x : 0;
+}
+
+// The n-th tile of this block.
+template <int N>
+struct GradientShare {
+  const GradientPlan<N>& plan;
+  GradientTiles<N> tiles;
+  uint32_t count;
+  bool listed;
+
+  __device__ GradientShare(const GradientPlan<N>& plan, const GradientParams& p) : plan(plan), tiles(p) {
+    listed = GradientPlan<N>::LISTED && p.keep;
+    count = listed                      ? min(plan.listed, uint32_t(SHARE))
+            : tiles.count > blockIdx.x ? (tiles.count - blockIdx.x + gridDim.x - 1) / gridDim.x
+                                       : 0;
+  }
+  __device__ void decode(const GradientParams& p, uint32_t n, uint32_t& row_tile, uint32_t& class_tile) const {
+    tiles.decode(p, listed ? plan.share[n] : blockIdx.x + n * gridDim.x, row_tile, class_tile);
+  }
+};
+
+template <int N>
+__device__ void produce(GradientPlan<N>& plan, const TensorMap* embeddings, const TensorMap* classifier,
+                        const GradientParams& p) {
+  GradientShare<N> share(plan, p);
+  Cursor<GradientPlan<N>::STAGES> at;
+  for (uint32_t n = 0; n < share.count; ++n) {
+    uint32_t row_tile, class_tile;
+    share.decode(p, n, row_tile, class_tile);
+    for (uint32_t k = 0; k < p.depth; k += BLOCK_K)
+      copy_block<false, false>(plan.ring, at, embeddings, row_tile * TILE_M, k, classifier,
+                               p.first_class + class_tile * N, k);
+  }
+}
+
+// From logits to gradients to memory. A thread's four lanes cover 8 columns of a row.
+template <typename T, int N>
+__device__ __forceinline__ void write_gradient(float (&z)[2][N / 2], const GradientParams& p, uint32_t rows,
+                                               uint32_t first_row, uint32_t first_column) {
+  const int lane_column = threadIdx.x % 4 * 2;
+  const uint32_t first_class = p.first_class + first_column;
+  const bool capped = p.softcap > 0.0f;
+  const float inverse_cap = capped ? 1.0f / p.softcap : 0.0f;
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    const uint32_t row = first_row + s / 2 * 64 + s % 2 * 8;
+    if (row >= p.rows) continue;
+    const bool counts = row < rows;
+    float max = 0.0f, log2_sum = 0.0f, p_scale = 0.0f, target_scale = 0.0f;
+    int target = -1;
+    if (counts) {
+      max = p.row_max[row], log2_sum = p.row_log_sum[row] * LOG2E;
+      p_scale = p.p_scale[row], target_scale = p.target_scale[row];
+      target = p.row_target[row] - static_cast<int>(first_class) - lane_column;
+    }
+    T* to = static_cast<T*>(p.gradient) + static_cast<size_t>(row) * p.gradient_stride + first_column + lane_column;
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      float g[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float logit = z[s / 2][4 * j + 2 * (s % 2) + e];
+        g[e] = p_scale * exp2_fast(fmaf(logit - max, LOG2E, -log2_sum));
+        if (target == 8 * j + e) g[e] -= target_scale;
+        if (capped) {
+          const float part = logit * inverse_cap;
+          g[e] *= fmaf(-part, part, 1.0f);
+        }
+        if (!counts || first_class + 8 * j + lane_column + e >= p.classes) g[e] = 0.0f;
+      }
+      if (N == KEEP || first_column + 8 * j < p.gradient_stride)
+        *reinterpret_cast<uint32_t*>(to + 8 * j) = pack<T>(g[0], g[1]);
+    }
+  }
+}
+
+template <typename T, int N>
+__device__ void consume(GradientPlan<N>& plan, int group, const GradientParams& p) {
+  GradientShare<N> share(plan, p);
+  Cursor<GradientPlan<N>::STAGES> at;
+  const uint32_t blocks = (p.depth + BLOCK_K - 1) / BLOCK_K;
+  const uint32_t thread = threadIdx.x % GROUP;
+  const uint32_t thread_row = thread / WARP * 16 + thread % WARP / 4;
+  const T* bias = static_cast<const T*>(p.bias);
+  if (group == 1) at.skip(blocks);
+
+  for (uint32_t n = group; n < share.count; n += CONSUMERS) {
+    uint32_t row_tile, class_tile;
+    share.decode(p, n, row_tile, class_tile);
+    const uint32_t first_class = p.first_class + class_tile * N;
+    if (bias) stage_bias(plan.bias[group], bias, group, first_class, p.classes);
+
+    float z[2][N / 2];
+    if (n > 0) take_turn(group);
+    multiply<T, false, false>(z, plan.ring, at, blocks, 0, [&] {
+      if (n + 1 < share.count) give_turn(1 - group);
+    });
+    at.skip(blocks);  // the other group's
+
+    finish_logits(z, bias ? plan.bias[group] : nullptr, p.softcap);
+    write_gradient<T, N>(z, p, share.tiles.rows, row_tile * TILE_M + thread_row, class_tile * N);
+  }
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void gradient(const TensorMap* embeddings, const TensorMap* classifier,
+                                         const GradientParams& p) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  auto& plan = *reinterpret_cast<GradientPlan<N>*>(shared);
+  if (threadIdx.x == 0) {
+    prefetch_map(embeddings);
+    prefetch_map(classifier);
+    plan.ring.init(1);
+  }
+  if constexpr (GradientPlan<N>::LISTED)
+    if (p.keep) list_share(plan, GradientTiles<N>(p), p);
+  __syncthreads();
+  if (threadIdx.x < GROUP) {
+    shrink_registers<PRODUCER_REGISTERS>();
+    if (threadIdx.x == 0) produce(plan, embeddings, classifier, p);
+  } else {
+    grow_registers<CONSUMER_REGISTERS>();
+    consume<T, N>(plan, threadIdx.x / GROUP - 1, p);
+  }
+}
+
+#define GRADIENT(NAME, T, N)                                                                             \
+  extern "C" __global__ void __launch_bounds__(THREADS, 1)                                               \
+      NAME(const __grid_constant__ TensorMap embeddings, const __grid_constant__ TensorMap classifier,   \
+           const __grid_constant__ GradientParams params) {                                              \
+    gradient<T, N>(&embeddings, &classifier, params);                                                    \
+  }
+
+GRADIENT(gradient_sm90a_bf16, __nv_bfloat16, 128)
+GRADIENT(gradient_sm90a_f16, __half, 128)
+GRADIENT(gradient_dense_sm90a_bf16, __nv_bfloat16, 192)
+GRADIENT(gradient_dense_sm90a_f16, __half, 192)
+
+static_assert(sizeof(GradientPlan<128>) <= 232448 && sizeof(GradientPlan<192>) <= 232448, "227 KiB a block");
