@@ -7,7 +7,9 @@
 using namespace hopper;
 
 constexpr int TILE_N = 192;         // classes of a tile
-constexpr int PANEL = 2 * TILE_M;   // rows of a work item: one tile a consumer group
+constexpr int BLOCKS = 2;           // of a cluster: different rows, the same classes
+constexpr int PANEL = BLOCKS * CONSUMERS * TILE_M;  // rows of a work item: one tile a consumer group and block
+constexpr int STAGES = 5;
 constexpr int MAXIMA = 128;         // classes per row maximum, as the backward's tiles are wide
 constexpr int UNIT = 64;            // two units to a maximum, three to a tile
 
@@ -26,26 +28,25 @@ struct ForwardParams {
   uint32_t depth;
   uint32_t splits;            // ceil(tiles of 192 classes / tiles_per_split)
   uint32_t tiles_per_split;   // even, so that a split starts at a multiple of 128 classes
-  uint32_t raster;            // panels of 256 rows that walk the classes together
+  uint32_t raster;            // panels of 512 rows that walk the classes together
   float softcap;              // <= 0: none
   uint32_t lag;
 };
 
-// ALTERNATE: the two groups take turns at the tensor cores, each with its own stages ("ping-pong"): the work on
-// one tile's logits hides behind the other's products. Otherwise they multiply at the same time, sharing the
-// classes of a stage: less traffic, but the work on the logits shows; better where the depth is large.
-template <bool ALTERNATE>
+// The two groups take turns at the tensor cores, each with stages of its own ("ping-pong"): the work on one
+// tile's logits hides behind the other's products. The classes of a stage go to both blocks of the cluster.
 struct ForwardPlan {
-  static constexpr int STAGES = ALTERNATE ? 5 : 4;
-  Ring<ALTERNATE ? TILE_M : PANEL, TILE_N, STAGES> ring;
+  Ring<TILE_M, TILE_N, STAGES, Share::B> ring;
   alignas(16) float bias[CONSUMERS][TILE_N];
 };
 
-// A work item: 256 rows by the tiles of one split. Items that run at the same time share `raster` panels of rows
+// A work item of a cluster: 512 rows by the tiles of one split. Items that run at the same time share `raster` panels of rows
 // and neighbouring classes, so both operands come from L2.
 struct ForwardItems {
   uint32_t rows, panels, tiles, count;
-  uint32_t panel, split, first_tile, last_tile;
+  uint32_t split, first_tile, last_tile;
+  uint32_t first_row;  // of this block's tile of the first group
+  bool second;         // the second group has rows, in one of the blocks at least
 
   __device__ explicit ForwardItems(const ForwardParams& p) {
     uint32_t all = *p.count;
@@ -58,34 +59,36 @@ struct ForwardItems {
     uint32_t band = item / (p.raster * p.splits);
     uint32_t inside = item - band * p.raster * p.splits;
     uint32_t height = min(p.raster, panels - band * p.raster);
-    panel = band * p.raster + inside % height;
+    const uint32_t panel = band * p.raster + inside % height;
+    first_row = panel * PANEL + cluster_rank() * TILE_M;
+    second = panel * PANEL + BLOCKS * TILE_M < rows;
     split = inside / height;
     first_tile = split * p.tiles_per_split;
     last_tile = min(first_tile + p.tiles_per_split, tiles);
   }
 };
 
-template <typename T, bool ALTERNATE>
-__device__ void produce(ForwardPlan<ALTERNATE>& plan, const TensorMap* embeddings, const TensorMap* classifier,
+__device__ __forceinline__ uint32_t first_item() { return blockIdx.x / BLOCKS; }
+__device__ __forceinline__ uint32_t next_item() { return gridDim.x / BLOCKS; }
+
+__device__ void produce(ForwardPlan& plan, const TensorMap* embeddings, const TensorMap* classifier,
                         const ForwardParams& p) {
   ForwardItems items(p);
-  Cursor<ForwardPlan<ALTERNATE>::STAGES> at;
+  Filler ring(plan.ring);
   Pace pace(p.pace, p.lag);
   uint32_t round = 0;
-  for (uint32_t item = blockIdx.x; item < items.count; item += gridDim.x) {
+  for (uint32_t item = first_item(); item < items.count; item += next_item()) {
     items.decode(p, item);
     for (uint32_t tile = items.first_tile; tile < items.last_tile; ++tile) {
       pace.next();
-      for (int group = 0; group < (ALTERNATE ? CONSUMERS : 1); ++group) {
-        uint32_t row = items.panel * PANEL + group * TILE_M;
-        if (row >= items.rows) continue;
+      for (int group = 0; group < (items.second ? CONSUMERS : 1); ++group)
         for (uint32_t k = 0; k < p.depth; k += BLOCK_K)
-          copy_block<false, false>(plan.ring, at, embeddings, row, k, classifier, tile * TILE_N, k);
-      }
+          copy_block<false, false>(ring, embeddings, items.first_row + group * BLOCKS * TILE_M, k, classifier,
+                                   tile * TILE_N, k);
     }
     pace.skip_to(++round * p.tiles_per_split);
   }
-  pace.skip_to((items.count + gridDim.x - 1) / gridDim.x * p.tiles_per_split);
+  pace.skip_to((items.count + next_item() - 1) / next_item() * p.tiles_per_split);
 }
 
 // What a thread carries from tile to tile: for each of its four rows the (max, sum) over its own columns, and
@@ -137,25 +140,24 @@ __device__ __forceinline__ void write_maxima(const float (&top)[4], uint16_t* ma
   if (mine_row < rows) maxima[mine_row] = bf16_up(mine);
 }
 
-template <typename T, bool ALTERNATE>
-__device__ void consume(ForwardPlan<ALTERNATE>& plan, int group, const ForwardParams& p) {
+template <typename T>
+__device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& p) {
   ForwardItems items(p);
-  Cursor<ForwardPlan<ALTERNATE>::STAGES> at;
+  Drainer ring(plan.ring);
   const uint32_t blocks = (p.depth + BLOCK_K - 1) / BLOCK_K;
   const uint32_t thread = threadIdx.x % GROUP;
-  const uint32_t thread_row = group * TILE_M + thread / WARP * 16 + thread % WARP / 4;
+  const uint32_t thread_row = group * BLOCKS * TILE_M + thread / WARP * 16 + thread % WARP / 4;
   const int lane_column = thread % 4 * 2;
   const T* bias = static_cast<const T*>(p.bias);
 
-  for (uint32_t item = blockIdx.x; item < items.count; item += gridDim.x) {
+  for (uint32_t item = first_item(); item < items.count; item += next_item()) {
     items.decode(p, item);
-    const bool second = items.panel * PANEL + TILE_M < items.rows;  // the second group has rows
-    const bool active = group == 0 || second;
+    const bool active = group == 0 || items.second;
     uint32_t row[4];
     RowState state;
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
-      row[s] = items.panel * PANEL + thread_row + s / 2 * 64 + s % 2 * 8;
+      row[s] = items.first_row + thread_row + s / 2 * 64 + s % 2 * 8;
       state.max[s] = -INFINITY, state.sum[s] = 0.0f, state.carry[s] = -INFINITY;
       state.target[s] = row[s] < items.rows ? p.row_target[row[s]] : -1;
     }
@@ -165,23 +167,19 @@ __device__ void consume(ForwardPlan<ALTERNATE>& plan, int group, const ForwardPa
       if (bias) stage_bias(plan.bias[group], bias, group, first_class, p.classes);
 
       float z[2][TILE_N / 2];
-      if constexpr (ALTERNATE) {
-        const bool first_turn = group == 0 && item == blockIdx.x && tile == items.first_tile;
-        const bool last_turn = group == 1 && item + gridDim.x >= items.count && tile + 1 == items.last_tile;
-        auto hand_over = [&] {
-          if (!last_turn) give_turn(1 - group);
-        };
-        if (!first_turn) take_turn(group);
-        if (group == 1) at.skip(blocks);
-        if (!active) {
-          hand_over();
-          continue;
-        }
-        multiply<T, false, false>(z, plan.ring, at, blocks, 0, hand_over);
-        if (group == 0 && second) at.skip(blocks);
-      } else {
-        multiply<T, false, false>(z, plan.ring, at, blocks, group * (TILE_M / BOX), [] {});
+      const bool first_turn = group == 0 && item == first_item() && tile == items.first_tile;
+      const bool last_turn = group == 1 && item + next_item() >= items.count && tile + 1 == items.last_tile;
+      auto hand_over = [&] {
+        if (!last_turn) give_turn(1 - group);
+      };
+      if (!first_turn) take_turn(group);
+      if (group == 1) ring.at.skip(blocks);  // the first group's
+      if (!active) {
+        hand_over();
+        continue;
       }
+      multiply<T, false, false>(z, ring, blocks, 0, hand_over);
+      if (group == 0 && items.second) ring.at.skip(blocks);
 
       finish_logits(z, bias ? plan.bias[group] : nullptr, p.softcap);
       mask_logits<TILE_N>(z, first_class, p.classes);
@@ -244,36 +242,36 @@ __device__ void consume(ForwardPlan<ALTERNATE>& plan, int group, const ForwardPa
   }
 }
 
-template <typename T, bool ALTERNATE>
+template <typename T>
 __device__ __forceinline__ void forward(const TensorMap* embeddings, const TensorMap* classifier,
                                         const ForwardParams& p) {
   extern __shared__ __align__(1024) uint8_t shared[];
-  auto& plan = *reinterpret_cast<ForwardPlan<ALTERNATE>*>(shared);
+  auto& plan = *reinterpret_cast<ForwardPlan*>(shared);
   if (threadIdx.x == 0) {
     prefetch_map(embeddings);
     prefetch_map(classifier);
-    plan.ring.init(ALTERNATE ? 1 : CONSUMERS);
+    plan.ring.init(1);
   }
-  __syncthreads();
+  plan.ring.sync();
   if (threadIdx.x < GROUP) {
     shrink_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0) produce<T, ALTERNATE>(plan, embeddings, classifier, p);
+    if (threadIdx.x == 0) produce(plan, embeddings, classifier, p);
   } else {
     grow_registers<CONSUMER_REGISTERS>();
-    consume<T, ALTERNATE>(plan, threadIdx.x / GROUP - 1, p);
+    consume<T>(plan, uniform(threadIdx.x / GROUP - 1), p);
   }
+  __syncwarp();
+  plan.ring.sync();
 }
 
-#define FORWARD(NAME, T, ALTERNATE)                                                                      \
-  extern "C" __global__ void __launch_bounds__(THREADS, 1)                                               \
-      NAME(const __grid_constant__ TensorMap embeddings, const __grid_constant__ TensorMap classifier,   \
-           const __grid_constant__ ForwardParams params) {                                               \
-    forward<T, ALTERNATE>(&embeddings, &classifier, params);                                             \
+#define FORWARD(NAME, T)                                                                                        \
+  extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THREADS, 1)                       \
+      NAME(const __grid_constant__ TensorMap embeddings, const __grid_constant__ TensorMap classifier,          \
+           const __grid_constant__ ForwardParams params) {                                                      \
+    forward<T>(&embeddings, &classifier, params);                                                               \
   }
 
-FORWARD(forward_sm90a_bf16, __nv_bfloat16, true)
-FORWARD(forward_sm90a_f16, __half, true)
-FORWARD(forward_deep_sm90a_bf16, __nv_bfloat16, false)
-FORWARD(forward_deep_sm90a_f16, __half, false)
+FORWARD(forward_sm90a_bf16, __nv_bfloat16)
+FORWARD(forward_sm90a_f16, __half)
 
-static_assert(sizeof(ForwardPlan<true>) <= 232448 && sizeof(ForwardPlan<false>) <= 232448, "227 KiB a block");
+static_assert(sizeof(ForwardPlan) == 207872, "the host asks for as much shared memory");

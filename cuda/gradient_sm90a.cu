@@ -122,12 +122,12 @@ template <int N>
 __device__ void produce(GradientPlan<N>& plan, const TensorMap* embeddings, const TensorMap* classifier,
                         const GradientParams& p) {
   GradientShare<N> share(plan, p);
-  Cursor<GradientPlan<N>::STAGES> at;
+  Filler ring(plan.ring);
   for (uint32_t n = 0; n < share.count; ++n) {
     uint32_t row_tile, class_tile;
     share.decode(p, n, row_tile, class_tile);
     for (uint32_t k = 0; k < p.depth; k += BLOCK_K)
-      copy_block<false, false>(plan.ring, at, embeddings, row_tile * TILE_M, k, classifier,
+      copy_block<false, false>(ring, embeddings, row_tile * TILE_M, k, classifier,
                                p.first_class + class_tile * N, k);
   }
 }
@@ -176,12 +176,12 @@ __device__ __forceinline__ void write_gradient(float (&z)[2][N / 2], const Gradi
 template <typename T, int N>
 __device__ void consume(GradientPlan<N>& plan, int group, const GradientParams& p) {
   GradientShare<N> share(plan, p);
-  Cursor<GradientPlan<N>::STAGES> at;
+  Drainer ring(plan.ring);
   const uint32_t blocks = (p.depth + BLOCK_K - 1) / BLOCK_K;
   const uint32_t thread = threadIdx.x % GROUP;
   const uint32_t thread_row = thread / WARP * 16 + thread % WARP / 4;
   const T* bias = static_cast<const T*>(p.bias);
-  if (group == 1) at.skip(blocks);
+  if (group == 1) ring.at.skip(blocks);
 
   for (uint32_t n = group; n < share.count; n += CONSUMERS) {
     uint32_t row_tile, class_tile;
@@ -191,10 +191,10 @@ __device__ void consume(GradientPlan<N>& plan, int group, const GradientParams& 
 
     float z[2][N / 2];
     if (n > 0) take_turn(group);
-    multiply<T, false, false>(z, plan.ring, at, blocks, 0, [&] {
+    multiply<T, false, false>(z, ring, blocks, 0, [&] {
       if (n + 1 < share.count) give_turn(1 - group);
     });
-    at.skip(blocks);  // the other group's
+    ring.at.skip(blocks);  // the other group's
 
     finish_logits(z, bias ? plan.bias[group] : nullptr, p.softcap);
     write_gradient<T, N>(z, p, share.tiles.rows, row_tile * TILE_M + thread_row, class_tile * N);
@@ -219,7 +219,7 @@ __device__ __forceinline__ void gradient(const TensorMap* embeddings, const Tens
     if (threadIdx.x == 0) produce(plan, embeddings, classifier, p);
   } else {
     grow_registers<CONSUMER_REGISTERS>();
-    consume<T, N>(plan, threadIdx.x / GROUP - 1, p);
+    consume<T, N>(plan, uniform(threadIdx.x / GROUP - 1), p);
   }
 }
 

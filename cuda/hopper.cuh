@@ -5,6 +5,7 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <stddef.h>
 #include <stdint.h>
 
 namespace hopper {
@@ -19,7 +20,7 @@ constexpr int CONSUMERS = 2;           // groups that multiply, besides the one 
 constexpr int THREADS = GROUP * (1 + CONSUMERS);
 constexpr int TILE_M = 128;            // rows of a consumer group's tile: two wgmmas of 64
 constexpr int BLOCK_K = 64;            // depth of a stage: 64 half floats are one 128-byte swizzle row
-constexpr int BOX = 64;                // every copy is a box of 64 x 64 elements ...
+constexpr int BOX = 64;                // operands lie in shared memory as boxes of 64 x 64 elements ...
 constexpr int BOX_BYTES = BOX * BOX * 2;  // ... 8 KiB, swizzled by 128 bytes
 constexpr int PRODUCER_REGISTERS = 24;
 constexpr int CONSUMER_REGISTERS = 240;  // 128 * 24 + 256 * 240 registers fit the file of 65,536
@@ -29,50 +30,65 @@ constexpr float LOG2E = 1.4426950408889634f;
 // Barriers
 // ---------------------------------------------------------------------------------------------------------
 
+// Barriers and stages are named by their 32-bit addresses in shared memory.
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-__device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
+// The same value in all lanes, in a form the compiler keeps in the registers all lanes share.
+__device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 
-// Makes initialised barriers visible to the copy engine.
+// Makes initialised barriers visible to the copy engine and to the other block of a cluster.
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+// Arrives at a barrier of this block or, by a mapped address, of the other one. (The spelled-out form with
+// .release.cluster costs a full memory barrier; nothing written here needs it.)
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // Arrives and announces the bytes the copy engine is going to deliver in this phase.
-__device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-               : "memory");
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-__device__ __forceinline__ bool barrier_try_wait(uint64_t* barrier, uint32_t phase) {
+__device__ __forceinline__ bool barrier_try_wait(uint32_t barrier, uint32_t phase) {
   uint32_t done;
   asm volatile(
       "{\n.reg .pred p;\n"
       "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
       "selp.u32 %0, 1, 0, p;\n}\n"
       : "=r"(done)
-      : "r"(shared_address(barrier)), "r"(phase)
+      : "r"(barrier), "r"(phase)
       : "memory");
   return done;
 }
 
 // Waits until the phase of the given parity is over.
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t phase) {
-#ifdef HOPPER_WATCHDOG  // tests: a wait that never ends becomes an error
-  for (uint32_t tries = 0; !barrier_try_wait(barrier, phase); ++tries)
-    if (tries > (1u << 22)) asm volatile("trap;");
-#else
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
   while (!barrier_try_wait(barrier, phase)) {
   }
-#endif
+}
+
+// Clusters: this block's rank, an address of the block of another rank, and a barrier of all their threads.
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ uint32_t map_to_rank(uint32_t address, uint32_t rank) {
+  uint32_t mapped;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
 // Named barriers of a CTA: `threads` counts those that wait and those that only arrive.
@@ -96,8 +112,8 @@ __device__ __forceinline__ void grow_registers() {
 // Copy engine
 // ---------------------------------------------------------------------------------------------------------
 
-// What cuTensorMapEncodeTiled fills on the host: here always a row-major matrix of half floats, box 64 x 64,
-// 128-byte swizzle, zeros outside.
+// What cuTensorMapEncodeTiled fills on the host: here always a row-major matrix of half floats, boxes 64
+// columns wide and 64 rows high (96: half a tile of classes), 128-byte swizzle, zeros outside.
 struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
@@ -107,11 +123,20 @@ __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
 }
 
 // Copies the box whose first element is (row, column); completes on `barrier`.
-__device__ __forceinline__ void copy_box(void* to, const TensorMap* map, int column, int row, uint64_t* barrier) {
+__device__ __forceinline__ void copy_box(uint32_t to, const TensorMap* map, int column, int row, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-          shared_address(to)),
-      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
+          to),
+      "l"(map), "r"(barrier), "r"(column), "r"(row)
+      : "memory");
+}
+// The same to both blocks of a cluster, at the same place, completing on the same barrier of each.
+__device__ __forceinline__ void copy_box_to_both(uint32_t to, const TensorMap* map, int column, int row,
+                                                 uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "h"(uint16_t(3))
       : "memory");
 }
 
@@ -133,10 +158,10 @@ __device__ __forceinline__ void wgmma_wait() {
 //   bits 32-45  stride offset / 16: between groups of eight 128-byte rows
 //   bits 62-63  1: 128-byte swizzle
 template <bool MN_MAJOR>
-__device__ __forceinline__ uint64_t operand(const void* p) {
+__device__ __forceinline__ uint64_t operand(uint32_t address) {
   constexpr uint64_t LEADING = MN_MAJOR ? BOX_BYTES / 16 : 1;
   constexpr uint64_t STRIDE = 1024 / 16;
-  return uint64_t(1) << 62 | STRIDE << 32 | LEADING << 16 | (shared_address(p) & 0x3FFFF) >> 4;
+  return uint64_t(1) << 62 | STRIDE << 32 | LEADING << 16 | (address & 0x3FFFF) >> 4;
 }
 
 // From one depth of 16 to the next, in a descriptor's units of 16 bytes: 32 bytes within the swizzled row if K
@@ -194,25 +219,37 @@ __device__ __forceinline__ void wgmma(float (&acc)[N / 2], uint64_t a, uint64_t 
 // The ring of stages
 // ---------------------------------------------------------------------------------------------------------
 
+// Which operand the two blocks of a cluster have in common, if they are one: each copies half of it to both.
+enum class Share { NOTHING, A, B };
+
 // M rows of A and N rows of B, a depth of BLOCK_K each, as 8 KiB boxes.
-template <int M, int N, int COUNT>
+template <int M, int N, int COUNT, Share SHARED = Share::NOTHING>
 struct Ring {
   static constexpr int STAGES = COUNT;
+  static constexpr int BLOCKS = SHARED == Share::NOTHING ? 1 : 2;  // of a cluster
   struct alignas(1024) Stage {
     uint8_t a[M / BOX * BOX_BYTES];
     uint8_t b[N / BOX * BOX_BYTES];
   };
   Stage stage[COUNT];
   uint64_t full[COUNT];   // the copies of a stage have landed
-  uint64_t empty[COUNT];  // everyone has multiplied it
+  uint64_t empty[COUNT];  // everyone who reads it, in both blocks, has multiplied it
 
-  // `groups` of consumers read each stage; one arrival a warp.
+  // One thread: `groups` of consumers read each stage; one arrival a warp.
   __device__ void init(int groups) {
     for (int i = 0; i < COUNT; ++i) {
-      barrier_init(&full[i], 1);
-      barrier_init(&empty[i], groups * GROUP / WARP);
+      barrier_init(shared_address(&full[i]), 1);
+      barrier_init(shared_address(&empty[i]), BLOCKS * groups * GROUP / WARP);
     }
     barrier_init_fence();
+  }
+  // All threads: after init, before use, and again before leaving: nobody copies to, or arrives at, a block that
+  // is gone.
+  __device__ static void sync() {
+    if constexpr (BLOCKS == 2)
+      cluster_sync();
+    else
+      __syncthreads();
   }
 };
 
@@ -230,41 +267,75 @@ struct Cursor {
   }
 };
 
-// Where a tile of an operand lies in its matrix: `mn` along rows or columns of the product, `k` along its depth.
-// The matrix is [mn, k] (K contiguous) or [k, mn] (MN contiguous).
-template <bool MN_MAJOR, int EXTENT>
-__device__ __forceinline__ void copy_operand(uint8_t* to, const TensorMap* map, int mn, int k, uint64_t* barrier) {
+// The producer's end: one thread fills stage after stage.
+template <typename R>
+struct Filler {
+  uint32_t base, rank;
+  Cursor<R::STAGES> at;
+
+  __device__ explicit Filler(const R& ring) : base(shared_address(&ring)), rank(R::BLOCKS == 2 ? cluster_rank() : 0) {}
+};
+
+// A tile of an operand: `mn` along rows or columns of the product, `k` along its depth. The matrix is [mn, k] (K
+// contiguous) or [k, mn] (MN contiguous). If both blocks need it, each copies its half to both.
+template <bool MN_MAJOR, bool BOTH, int EXTENT>
+__device__ __forceinline__ void copy_operand(uint32_t to, const TensorMap* map, int mn, int k, uint32_t barrier,
+                                             uint32_t rank) {
+  if constexpr (BOTH) {
+    constexpr int HALF = EXTENT / 2;  // as high as the map's boxes
+    const int along = mn + rank * HALF;
+    copy_box_to_both(to + rank * HALF * BLOCK_K * 2, map, MN_MAJOR ? along : k, MN_MAJOR ? k : along, barrier);
+  } else {
 #pragma unroll
-  for (int box = 0; box < EXTENT / BOX; ++box) {
-    int along = mn + box * BOX;
-    copy_box(to + box * BOX_BYTES, map, MN_MAJOR ? along : k, MN_MAJOR ? k : along, barrier);
+    for (int box = 0; box < EXTENT / BOX; ++box) {
+      const int along = mn + box * BOX;
+      copy_box(to + box * BOX_BYTES, map, MN_MAJOR ? along : k, MN_MAJOR ? k : along, barrier);
+    }
   }
 }
 
-// One thread: fills the next stage with A[m.., ka..] and B[n.., kb..].
-template <bool MN_A, bool MN_B, int M, int N, int COUNT>
-__device__ __forceinline__ void copy_block(Ring<M, N, COUNT>& ring, Cursor<COUNT>& at, const TensorMap* a, int m,
-                                           int ka, const TensorMap* b, int n, int kb) {
-  barrier_wait(&ring.empty[at.stage], at.round ^ 1);
-  barrier_expect(&ring.full[at.stage], (M + N) / BOX * BOX_BYTES);
-  copy_operand<MN_A, M>(ring.stage[at.stage].a, a, m, ka, &ring.full[at.stage]);
-  copy_operand<MN_B, N>(ring.stage[at.stage].b, b, n, kb, &ring.full[at.stage]);
-  at.next();
+// Fills the next stage with A[m.., ka..] and B[n.., kb..].
+template <bool MN_A, bool MN_B, int M, int N, int COUNT, Share SHARED>
+__device__ __forceinline__ void copy_block(Filler<Ring<M, N, COUNT, SHARED>>& to, const TensorMap* a, int m, int ka,
+                                           const TensorMap* b, int n, int kb) {
+  using R = Ring<M, N, COUNT, SHARED>;
+  const uint32_t stage = to.base + to.at.stage * sizeof(typename R::Stage);
+  const uint32_t full = to.base + offsetof(R, full) + to.at.stage * 8;
+  barrier_wait(to.base + offsetof(R, empty) + to.at.stage * 8, to.at.round ^ 1);
+  barrier_expect(full, sizeof(typename R::Stage));
+  copy_operand<MN_A, SHARED == Share::A, M>(stage, a, m, ka, full, to.rank);
+  copy_operand<MN_B, SHARED == Share::B, N>(stage + M / BOX * BOX_BYTES, b, n, kb, full, to.rank);
+  to.at.next();
 }
 
-// A consumer group: acc (128 x N) = the product of the next `blocks` stages (at least one); its rows of A start
-// at box `first_box` of the stage. `issued` runs once the last product is under way, before it is done.
-template <typename T, bool MN_A, bool MN_B, int M, int N, int COUNT, typename Issued>
-__device__ __forceinline__ void multiply(float (&acc)[2][N / 2], Ring<M, N, COUNT>& ring, Cursor<COUNT>& at,
+// A consumer group's end.
+template <typename R>
+struct Drainer {
+  uint32_t base;     // of the ring
+  uint32_t release;  // of the empty barriers lane i of a warp arrives at: those of the cluster's block i
+  bool releases;
+  Cursor<R::STAGES> at;
+
+  __device__ explicit Drainer(const R& ring) : base(uniform(shared_address(&ring))) {
+    const uint32_t lane = threadIdx.x % WARP;
+    release = base + offsetof(R, empty);
+    if constexpr (R::BLOCKS == 2) release = map_to_rank(release, lane % 2);
+    releases = lane < R::BLOCKS;
+  }
+};
+
+// acc (128 x N) = the product of the next `blocks` stages (at least one); this group's rows of A start at box
+// `first_box` of the stage. `issued` runs once the last product is under way, before it is done.
+template <typename T, bool MN_A, bool MN_B, int M, int N, int COUNT, Share SHARED, typename Issued>
+__device__ __forceinline__ void multiply(float (&acc)[2][N / 2], Drainer<Ring<M, N, COUNT, SHARED>>& from,
                                          uint32_t blocks, int first_box, Issued issued) {
-  constexpr uint64_t STAGE = sizeof(typename Ring<M, N, COUNT>::Stage) / 16;
-  const uint64_t a0 = operand<MN_A>(ring.stage[0].a) + first_box * NEXT_M64;
-  const uint64_t b0 = operand<MN_B>(ring.stage[0].b);
-  const bool leader = threadIdx.x % WARP == 0;
-  uint32_t previous = at.stage;
+  using R = Ring<M, N, COUNT, SHARED>;
+  constexpr uint32_t STAGE = sizeof(typename R::Stage);
+  uint32_t previous = from.at.stage;
   for (uint32_t block = 0; block < blocks; ++block) {
-    barrier_wait(&ring.full[at.stage], at.round);
-    const uint64_t a = a0 + at.stage * STAGE, b = b0 + at.stage * STAGE;
+    barrier_wait(from.base + offsetof(R, full) + from.at.stage * 8, from.at.round);
+    const uint32_t stage = from.base + from.at.stage * STAGE;
+    const uint64_t a = operand<MN_A>(stage) + first_box * NEXT_M64, b = operand<MN_B>(stage + M / BOX * BOX_BYTES);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < BLOCK_K / 16; ++k) {
@@ -277,14 +348,14 @@ __device__ __forceinline__ void multiply(float (&acc)[2][N / 2], Ring<M, N, COUN
     // One block stays in flight; the stage before it is read to the end and can be filled again.
     if (block > 0) {
       wgmma_wait<1>();
-      if (leader) barrier_arrive(&ring.empty[previous]);
+      if (from.releases) barrier_arrive(from.release + previous * 8);
     }
-    previous = at.stage;
-    at.next();
+    previous = from.at.stage;
+    from.at.next();
   }
   issued();
   wgmma_wait<0>();
-  if (leader) barrier_arrive(&ring.empty[previous]);
+  if (from.releases) barrier_arrive(from.release + previous * 8);
 }
 
 // ---------------------------------------------------------------------------------------------------------

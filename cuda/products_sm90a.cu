@@ -95,7 +95,7 @@ template <bool CLASSIFIER>
 __device__ void produce(ProductPlan& plan, const TensorMap* gradient, const TensorMap* other,
                         const ProductParams& p) {
   ProductTiles<CLASSIFIER> tiles(p);
-  Cursor<STAGES> at;
+  Filler ring(plan.ring);
   const uint32_t lane = threadIdx.x % WARP;
   for (uint32_t n = 0; n < tiles.share; ++n) {
     uint32_t tile, span;
@@ -109,9 +109,9 @@ __device__ void produce(ProductPlan& plan, const TensorMap* gradient, const Tens
           const uint32_t inner = (first + __ffs(todo) - 1) * KEEP;
           for (uint32_t k = inner; k < inner + KEEP; k += BLOCK_K) {
             if constexpr (CLASSIFIER)
-              copy_block<true, true>(plan.ring, at, gradient, tile * KEEP, k, other, span * TILE_N, k);
+              copy_block<true, true>(ring, gradient, tile * KEEP, k, other, span * TILE_N, k);
             else
-              copy_block<false, true>(plan.ring, at, gradient, tile * KEEP, k, other, span * TILE_N,
+              copy_block<false, true>(ring, gradient, tile * KEEP, k, other, span * TILE_N,
                                       p.first_class + k);
           }
         }
@@ -172,7 +172,7 @@ __device__ __forceinline__ void write_classes(const float (*product)[TILE_N / 2]
 template <typename T, bool CLASSIFIER>
 __device__ void consume(ProductPlan& plan, int group, const ProductParams& p) {
   ProductTiles<CLASSIFIER> tiles(p);
-  Cursor<STAGES> at;
+  Drainer ring(plan.ring);
   const uint32_t thread = threadIdx.x % GROUP;
   const uint32_t thread_row = thread / WARP * 16 + thread % WARP / 4;
 
@@ -181,7 +181,7 @@ __device__ void consume(ProductPlan& plan, int group, const ProductParams& p) {
     tiles.decode(plan, n, tile, span);
     const uint32_t blocks = BLOCKS * plan.kept[tile];
     if (n % CONSUMERS != group) {
-      at.skip(blocks);
+      ring.at.skip(blocks);
       continue;
     }
     auto write = [&](const float (*product)[TILE_N / 2]) {
@@ -201,7 +201,7 @@ __device__ void consume(ProductPlan& plan, int group, const ProductParams& p) {
       continue;
     }
     float product[2][TILE_N / 2];
-    multiply<T, CLASSIFIER, true>(product, plan.ring, at, blocks, 0, hand_over);
+    multiply<T, CLASSIFIER, true>(product, ring, blocks, 0, hand_over);
     write(product);
   }
 }
@@ -222,7 +222,7 @@ __device__ __forceinline__ void product(const TensorMap* gradient, const TensorM
     if (threadIdx.x < WARP) produce<CLASSIFIER>(plan, gradient, other, p);
   } else {
     grow_registers<CONSUMER_REGISTERS>();
-    consume<T, CLASSIFIER>(plan, threadIdx.x / GROUP - 1, p);
+    consume<T, CLASSIFIER>(plan, uniform(threadIdx.x / GROUP - 1), p);
   }
 }
 
