@@ -36,7 +36,8 @@ template <int N>
 struct GradientPlan {
   static constexpr bool LISTED = N == KEEP;
   static constexpr int STAGES = LISTED ? 6 : 5;
-  Ring<TILE_M, N, STAGES> ring;
+  static constexpr int BLOCKS = LISTED ? 1 : 2;  // of a cluster: different rows, the same classes
+  Ring<TILE_M, N, STAGES, LISTED ? Share::NOTHING : Share::B> ring;
   alignas(16) float bias[CONSUMERS][N];
   uint32_t warp_kept[THREADS / WARP];
   uint32_t listed;
@@ -47,24 +48,26 @@ struct GradientPlan {
 // at the same time shares rows and classes in L2.
 template <int N>
 struct GradientTiles {
-  uint32_t rows, row_tiles, class_tiles, count;
+  static constexpr int BLOCKS = GradientPlan<N>::BLOCKS;
+  uint32_t rows, panels, class_tiles, raster, count;  // a panel: the row tiles of a cluster
 
   __device__ explicit GradientTiles(const GradientParams& p) {
     rows = min(*p.count, p.rows);
-    row_tiles = (rows + TILE_M - 1) / TILE_M;
+    panels = (rows + BLOCKS * TILE_M - 1) / (BLOCKS * TILE_M);
     class_tiles = (p.range + N - 1) / N;
-    count = row_tiles * class_tiles;
+    raster = max(p.raster / BLOCKS, 1);
+    count = panels * class_tiles;
   }
-  __device__ void decode(const GradientParams& p, uint32_t index, uint32_t& row_tile, uint32_t& class_tile) const {
-    uint32_t band = index / (p.raster * class_tiles);
-    uint32_t inside = index - band * p.raster * class_tiles;
-    uint32_t height = min(p.raster, row_tiles - band * p.raster);
-    row_tile = band * p.raster + inside % height;
+  __device__ void decode(uint32_t index, uint32_t& row_tile, uint32_t& class_tile) const {
+    uint32_t band = index / (raster * class_tiles);
+    uint32_t inside = index - band * raster * class_tiles;
+    uint32_t height = min(raster, panels - band * raster);
+    row_tile = (band * raster + inside % height) * BLOCKS + (BLOCKS == 2 ? cluster_rank() : 0);
     class_tile = inside / height;
   }
   __device__ bool kept(const GradientParams& p, uint32_t index) const {
     uint32_t row_tile, class_tile;
-    decode(p, index, row_tile, class_tile);
+    decode(index, row_tile, class_tile);
     return p.keep[static_cast<size_t>(row_tile) * p.keep_stride + p.first_class / KEEP + class_tile] != 0;
   }
 };
@@ -109,12 +112,14 @@ struct GradientShare {
 
   __device__ GradientShare(const GradientPlan<N>& plan, const GradientParams& p) : plan(plan), tiles(p) {
     listed = GradientPlan<N>::LISTED && p.keep;
-    count = listed                      ? min(plan.listed, uint32_t(SHARE))
-            : tiles.count > blockIdx.x ? (tiles.count - blockIdx.x + gridDim.x - 1) / gridDim.x
-                                       : 0;
+    count = listed                  ? min(plan.listed, uint32_t(SHARE))
+            : tiles.count > first() ? (tiles.count - first() + step() - 1) / step()
+                                    : 0;
   }
-  __device__ void decode(const GradientParams& p, uint32_t n, uint32_t& row_tile, uint32_t& class_tile) const {
-    tiles.decode(p, listed ? plan.share[n] : blockIdx.x + n * gridDim.x, row_tile, class_tile);
+  __device__ static uint32_t first() { return blockIdx.x / GradientPlan<N>::BLOCKS; }
+  __device__ static uint32_t step() { return gridDim.x / GradientPlan<N>::BLOCKS; }
+  __device__ void decode(uint32_t n, uint32_t& row_tile, uint32_t& class_tile) const {
+    tiles.decode(listed ? plan.share[n] : first() + n * step(), row_tile, class_tile);
   }
 };
 
@@ -125,7 +130,7 @@ __device__ void produce(GradientPlan<N>& plan, const TensorMap* embeddings, cons
   Filler ring(plan.ring);
   for (uint32_t n = 0; n < share.count; ++n) {
     uint32_t row_tile, class_tile;
-    share.decode(p, n, row_tile, class_tile);
+    share.decode(n, row_tile, class_tile);
     for (uint32_t k = 0; k < p.depth; k += BLOCK_K)
       copy_block<false, false>(ring, embeddings, row_tile * TILE_M, k, classifier,
                                p.first_class + class_tile * N, k);
@@ -185,7 +190,7 @@ __device__ void consume(GradientPlan<N>& plan, int group, const GradientParams& 
 
   for (uint32_t n = group; n < share.count; n += CONSUMERS) {
     uint32_t row_tile, class_tile;
-    share.decode(p, n, row_tile, class_tile);
+    share.decode(n, row_tile, class_tile);
     const uint32_t first_class = p.first_class + class_tile * N;
     if (bias) stage_bias(plan.bias[group], bias, group, first_class, p.classes);
 
@@ -213,7 +218,7 @@ __device__ __forceinline__ void gradient(const TensorMap* embeddings, const Tens
   }
   if constexpr (GradientPlan<N>::LISTED)
     if (p.keep) list_share(plan, GradientTiles<N>(p), p);
-  __syncthreads();
+  plan.ring.sync();
   if (threadIdx.x < GROUP) {
     shrink_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x == 0) produce(plan, embeddings, classifier, p);
@@ -221,10 +226,12 @@ __device__ __forceinline__ void gradient(const TensorMap* embeddings, const Tens
     grow_registers<CONSUMER_REGISTERS>();
     consume<T, N>(plan, uniform(threadIdx.x / GROUP - 1), p);
   }
+  __syncwarp();
+  plan.ring.sync();
 }
 
 #define GRADIENT(NAME, T, N)                                                                             \
-  extern "C" __global__ void __launch_bounds__(THREADS, 1)                                               \
+  extern "C" __global__ void __cluster_dims__(GradientPlan<N>::BLOCKS, 1, 1) __launch_bounds__(THREADS, 1) \
       NAME(const __grid_constant__ TensorMap embeddings, const __grid_constant__ TensorMap classifier,   \
            const __grid_constant__ GradientParams params) {                                              \
     gradient<T, N>(&embeddings, &classifier, params);                                                    \
@@ -235,4 +242,5 @@ GRADIENT(gradient_sm90a_f16, __half, 128)
 GRADIENT(gradient_dense_sm90a_bf16, __nv_bfloat16, 192)
 GRADIENT(gradient_dense_sm90a_f16, __half, 192)
 
-static_assert(sizeof(GradientPlan<128>) <= 232448 && sizeof(GradientPlan<192>) <= 232448, "227 KiB a block");
+static_assert(sizeof(GradientPlan<128>) == 207872 && sizeof(GradientPlan<192>) == 207872,
+              "the host asks for as much shared memory");

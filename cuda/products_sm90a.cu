@@ -9,6 +9,7 @@ using namespace hopper;
 constexpr int TILE_N = 192;       // columns of an output tile, along the depth of E and C
 constexpr int KEEP = 128;         // rows and classes of a tile of the keep table
 constexpr int OUTER_MAX = 4096;   // row tiles (dE) or class tiles (dC) of a launch at most
+constexpr int CLUSTER = 2;        // blocks with the same gradient tiles and neighbouring columns
 constexpr int STAGES = 5;
 constexpr uint32_t BLOCKS = KEEP / BLOCK_K;  // stages a kept tile is deep
 static_assert(TILE_M == KEEP, "an output tile is as tall as a kept tile");
@@ -30,7 +31,7 @@ struct ProductParams {
 };
 
 struct ProductPlan {
-  Ring<TILE_M, TILE_N, STAGES> ring;
+  Ring<TILE_M, TILE_N, STAGES, Share::A> ring;
   uint16_t kept[OUTER_MAX];   // kept tiles of each outer tile
   uint16_t order[OUTER_MAX];  // outer tiles, most kept first
 };
@@ -38,24 +39,24 @@ struct ProductPlan {
 // "Outer" tiles are those of the output (rows for dE, classes for dC), "inner" ones are summed over.
 template <bool CLASSIFIER>
 struct ProductTiles {
-  uint32_t rows, outer, inner, spans, share;
+  uint32_t rows, outer, inner, spans, share, cluster, clusters;
 
   __device__ explicit ProductTiles(const ProductParams& p) {
     rows = min(*p.count, p.rows);
     uint32_t row_tiles = (rows + KEEP - 1) / KEEP, class_tiles = (p.range + KEEP - 1) / KEEP;
     outer = min(CLASSIFIER ? class_tiles : row_tiles, uint32_t(OUTER_MAX));
     inner = CLASSIFIER ? row_tiles : class_tiles;
-    spans = (p.depth + TILE_N - 1) / TILE_N;
-    // Round n hands out outputs [n G, (n + 1) G) to the G blocks, forwards and backwards in turn.
-    const uint32_t all = outer * spans, rounds = all / gridDim.x, rest = all % gridDim.x;
-    const uint32_t place = rounds % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-    share = rounds + (place < rest);
+    spans = (p.depth + CLUSTER * TILE_N - 1) / (CLUSTER * TILE_N);
+    cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
+    // Round n hands out outputs [n G, (n + 1) G) to the G clusters, forwards and backwards in turn.
+    const uint32_t all = outer * spans, rounds = all / clusters, rest = all % clusters;
+    share = rounds + ((rounds % 2 ? clusters - 1 - cluster : cluster) < rest);
   }
-  // The n-th output of this block.
-  __device__ void decode(const ProductPlan& plan, uint32_t n, uint32_t& tile, uint32_t& span) const {
-    uint32_t output = n * gridDim.x + (n % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+  // The n-th output of this block: its tile and its first column.
+  __device__ void decode(const ProductPlan& plan, uint32_t n, uint32_t& tile, uint32_t& column) const {
+    uint32_t output = n * clusters + (n % 2 ? clusters - 1 - cluster : cluster);
     tile = plan.order[output / spans];
-    span = output % spans;
+    column = (output % spans * CLUSTER + cluster_rank()) * TILE_N;
   }
   __device__ bool kept(const ProductParams& p, uint32_t outer_tile, uint32_t inner_tile) const {
     if (inner_tile >= inner) return false;
@@ -98,8 +99,8 @@ __device__ void produce(ProductPlan& plan, const TensorMap* gradient, const Tens
   Filler ring(plan.ring);
   const uint32_t lane = threadIdx.x % WARP;
   for (uint32_t n = 0; n < tiles.share; ++n) {
-    uint32_t tile, span;
-    tiles.decode(plan, n, tile, span);
+    uint32_t tile, column;
+    tiles.decode(plan, n, tile, column);
     bool kept = tiles.kept(p, tile, lane);
     for (uint32_t first = 0; first < tiles.inner; first += WARP) {
       uint32_t todo = __ballot_sync(~0u, kept);
@@ -109,9 +110,9 @@ __device__ void produce(ProductPlan& plan, const TensorMap* gradient, const Tens
           const uint32_t inner = (first + __ffs(todo) - 1) * KEEP;
           for (uint32_t k = inner; k < inner + KEEP; k += BLOCK_K) {
             if constexpr (CLASSIFIER)
-              copy_block<true, true>(ring, gradient, tile * KEEP, k, other, span * TILE_N, k);
+              copy_block<true, true>(ring, gradient, tile * KEEP, k, other, column, k);
             else
-              copy_block<false, true>(ring, gradient, tile * KEEP, k, other, span * TILE_N,
+              copy_block<false, true>(ring, gradient, tile * KEEP, k, other, column,
                                       p.first_class + k);
           }
         }
@@ -177,8 +178,8 @@ __device__ void consume(ProductPlan& plan, int group, const ProductParams& p) {
   const uint32_t thread_row = thread / WARP * 16 + thread % WARP / 4;
 
   for (uint32_t n = 0; n < tiles.share; ++n) {
-    uint32_t tile, span;
-    tiles.decode(plan, n, tile, span);
+    uint32_t tile, column;
+    tiles.decode(plan, n, tile, column);
     const uint32_t blocks = BLOCKS * plan.kept[tile];
     if (n % CONSUMERS != group) {
       ring.at.skip(blocks);
@@ -187,9 +188,9 @@ __device__ void consume(ProductPlan& plan, int group, const ProductParams& p) {
     auto write = [&](const float (*product)[TILE_N / 2]) {
       const uint32_t first = tile * KEEP + thread_row;
       if constexpr (CLASSIFIER)
-        write_classes<T>(product, p, p.first_class + first, span * TILE_N);
+        write_classes<T>(product, p, p.first_class + first, column);
       else
-        add_rows(product, p, tiles.rows, first, span * TILE_N);
+        add_rows(product, p, tiles.rows, first, column);
     };
     auto hand_over = [&] {
       if (n + 1 < tiles.share) give_turn(1 - group);
@@ -216,7 +217,7 @@ __device__ __forceinline__ void product(const TensorMap* gradient, const TensorM
     plan.ring.init(1);
   }
   sort_outputs(plan, ProductTiles<CLASSIFIER>(p), p);
-  __syncthreads();
+  plan.ring.sync();
   if (threadIdx.x < GROUP) {
     shrink_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x < WARP) produce<CLASSIFIER>(plan, gradient, other, p);
@@ -224,12 +225,14 @@ __device__ __forceinline__ void product(const TensorMap* gradient, const TensorM
     grow_registers<CONSUMER_REGISTERS>();
     consume<T, CLASSIFIER>(plan, uniform(threadIdx.x / GROUP - 1), p);
   }
+  __syncwarp();
+  plan.ring.sync();
 }
 
 // `other` is the classifier for dE, the compacted embeddings for dC; rows of embeddings past the count, up to the
 // next multiple of 128, must be finite: they meet zeros of G.
 #define PRODUCT(NAME, T, CLASSIFIER)                                                                  \
-  extern "C" __global__ void __launch_bounds__(THREADS, 1)                                            \
+  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)            \
       NAME(const __grid_constant__ TensorMap gradient, const __grid_constant__ TensorMap other,       \
            const __grid_constant__ ProductParams params) {                                            \
     product<T, CLASSIFIER>(&gradient, &other, params);                                                \
@@ -240,4 +243,4 @@ PRODUCT(embeddings_gradient_sm90a_f16, __half, false)
 PRODUCT(classifier_gradient_sm90a_bf16, __nv_bfloat16, true)
 PRODUCT(classifier_gradient_sm90a_f16, __half, true)
 
-static_assert(sizeof(ProductPlan) <= 232448, "227 KiB a block");
+static_assert(sizeof(ProductPlan) == 222208, "the host asks for as much shared memory");
