@@ -125,19 +125,13 @@ __device__ __forceinline__ void take_target(float (&z)[2][TILE_N / 2], RowState&
   merge(state.max[s], state.sum[s], fmaxf(logit, -INFINITY), logit == logit ? 1.0f : logit);
 }
 
-// Writes the maxima of one block of 128 classes; lane l of four writes row l of the thread's four.
-__device__ __forceinline__ void write_maxima(const float (&top)[4], uint16_t* maxima, const uint32_t (&row)[4],
-                                             uint32_t rows) {
-  float mine = 0.0f;
-  uint32_t mine_row = 0;
-#pragma unroll
-  for (int s = 0; s < 4; ++s) {
-    float m = top[s];
-    m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-    m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-    if (threadIdx.x % 4 == s) mine = m, mine_row = row[s];
-  }
-  if (mine_row < rows) maxima[mine_row] = bf16_up(mine);
+// The thread's s-th row.
+__device__ __forceinline__ uint32_t row_of(uint32_t first_row, int s) { return first_row + s / 2 * 64 + s % 2 * 8; }
+
+// The maximum over the four lanes that share a row.
+__device__ __forceinline__ float lanes_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
 template <typename T>
@@ -153,13 +147,12 @@ __device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& 
   for (uint32_t item = first_item(); item < items.count; item += next_item()) {
     items.decode(p, item);
     const bool active = group == 0 || items.second;
-    uint32_t row[4];
+    const uint32_t first_row = items.first_row + thread_row;
     RowState state;
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
-      row[s] = items.first_row + thread_row + s / 2 * 64 + s % 2 * 8;
       state.max[s] = -INFINITY, state.sum[s] = 0.0f, state.carry[s] = -INFINITY;
-      state.target[s] = row[s] < items.rows ? p.row_target[row[s]] : -1;
+      state.target[s] = row_of(first_row, s) < items.rows ? p.row_target[row_of(first_row, s)] : -1;
     }
 
     for (uint32_t tile = items.first_tile; tile < items.last_tile; ++tile) {
@@ -188,11 +181,14 @@ __device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& 
       for (int s = 0; s < 4; ++s) {
         int column = state.target[s] - static_cast<int>(first_class) - lane_column;
         if (column >= 0 && column < TILE_N && (column & 6) == 0)
-          take_target(z, state, s, column, p.target_logit + row[s]);
+          take_target(z, state, s, column, p.target_logit + row_of(first_row, s));
       }
       __syncwarp();
 
-      float ready[4], next[4];  // maxima of the block of classes that ends within the tile, and of the one after
+      // Maxima of the block of classes that ends within the tile, and of the one after: of the four lanes that
+      // share four rows, each comes to write one.
+      float ready = 0.0f, next = 0.0f;
+      const bool even_tile = tile % 2 == 0;
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
         float unit[TILE_N / UNIT];
@@ -212,18 +208,21 @@ __device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& 
           odd += exp2_fast((z[s / 2][4 * j + 2 * (s % 2) + 1] - from) * LOG2E);
         }
         state.max[s] = top, state.sum[s] = even + odd;
-        const bool even_tile = tile % 2 == 0;
-        ready[s] = even_tile ? fmaxf(unit[0], unit[1]) : fmaxf(state.carry[s], unit[0]);
-        next[s] = even_tile ? unit[2] : fmaxf(unit[1], unit[2]);
-        state.carry[s] = next[s];
+        if (p.maxima) {
+          const float first = even_tile ? fmaxf(unit[0], unit[1]) : fmaxf(state.carry[s], unit[0]);
+          const float second = even_tile ? unit[2] : fmaxf(unit[1], unit[2]);
+          state.carry[s] = second;
+          const float first_max = lanes_max(first), second_max = lanes_max(second);
+          if (thread % 4 == s) ready = first_max, next = second_max;
+        }
       }
-      if (p.maxima) {
-        uint32_t block = first_class / MAXIMA;
-        uint16_t* to = p.maxima + static_cast<size_t>(block) * p.rows;
-        write_maxima(ready, to, row, items.rows);
+      const uint32_t write_row = row_of(first_row, thread % 4);
+      if (p.maxima && write_row < items.rows) {
+        const uint32_t block = first_class / MAXIMA;
+        uint16_t* to = p.maxima + static_cast<size_t>(block) * p.rows + write_row;
+        *to = bf16_up(ready);
         // An odd tile ends a second block; after the last tile there is no other half to wait for.
-        if ((tile % 2 == 1 || tile + 1 == items.tiles) && (block + 1) * MAXIMA < p.classes)
-          write_maxima(next, to + p.rows, row, items.rows);
+        if ((!even_tile || tile + 1 == items.tiles) && (block + 1) * MAXIMA < p.classes) to[p.rows] = bf16_up(next);
       }
     }
 
@@ -236,8 +235,8 @@ __device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& 
         float other_max = __shfl_xor_sync(~0u, max, lanes), other_sum = __shfl_xor_sync(~0u, sum, lanes);
         merge(max, sum, other_max, other_sum);
       }
-      if (thread % 4 == 0 && row[s] < items.rows)
-        p.partials[static_cast<size_t>(items.split) * p.rows + row[s]] = make_float2(max, sum);
+      if (thread % 4 == 0 && row_of(first_row, s) < items.rows)
+        p.partials[static_cast<size_t>(items.split) * p.rows + row_of(first_row, s)] = make_float2(max, sum);
     }
   }
 }
