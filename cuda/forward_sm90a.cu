@@ -8,7 +8,7 @@ using namespace hopper;
 
 constexpr int TILE_N = 192;         // classes of a tile
 constexpr int BLOCKS = 2;           // of a cluster: different rows, the same classes
-constexpr int PANEL = BLOCKS * CONSUMERS * TILE_M;  // rows of a work item: one tile a consumer group and block
+constexpr int PANEL = BLOCKS * TILE_M;  // rows of a work item
 constexpr int STAGES = 5;
 constexpr int MAXIMA = 128;         // classes per row maximum, as the backward's tiles are wide
 constexpr int UNIT = 64;            // two units to a maximum, three to a tile
@@ -28,43 +28,49 @@ struct ForwardParams {
   uint32_t depth;
   uint32_t splits;            // ceil(tiles of 192 classes / tiles_per_split)
   uint32_t tiles_per_split;   // even, so that a split starts at a multiple of 128 classes
-  uint32_t raster;            // panels of 512 rows that walk the classes together
+  uint32_t raster;            // panels of 256 rows that walk the classes together
   float softcap;              // <= 0: none
   uint32_t lag;
 };
 
 // The two groups take turns at the tensor cores, each with stages of its own ("ping-pong"): the work on one
-// tile's logits hides behind the other's products. The classes of a stage go to both blocks of the cluster.
+// tile's logits hides behind the other's products. Both have the same rows, and each its own split of the
+// classes: rows are wanted again and again and stay in L2, classes pass through once. The classes of a stage go
+// to both blocks of the cluster.
 struct ForwardPlan {
   Ring<TILE_M, TILE_N, STAGES, Share::B> ring;
   alignas(16) float bias[CONSUMERS][TILE_N];
 };
 
-// A work item of a cluster: 512 rows by the tiles of one split. Items that run at the same time share `raster` panels of rows
-// and neighbouring classes, so both operands come from L2.
+// A work item of a cluster: 256 rows by two splits of the classes, one a group. Items that run at the same time
+// share `raster` panels of rows and neighbouring classes, so both operands come from L2.
 struct ForwardItems {
-  uint32_t rows, panels, tiles, count;
-  uint32_t split, first_tile, last_tile;
-  uint32_t first_row;  // of this block's tile of the first group
-  bool second;         // the second group has rows, in one of the blocks at least
+  uint32_t rows, panels, tiles, pairs, count;
+  uint32_t first_row;  // of this block
+  uint32_t pair;
 
   __device__ explicit ForwardItems(const ForwardParams& p) {
     uint32_t all = *p.count;
     rows = all > p.first_row ? min(all - p.first_row, p.rows) : 0;
     panels = (rows + PANEL - 1) / PANEL;
     tiles = (p.classes + TILE_N - 1) / TILE_N;
-    count = panels * p.splits;
+    pairs = (p.splits + CONSUMERS - 1) / CONSUMERS;
+    count = panels * pairs;
   }
   __device__ void decode(const ForwardParams& p, uint32_t item) {
-    uint32_t band = item / (p.raster * p.splits);
-    uint32_t inside = item - band * p.raster * p.splits;
+    uint32_t band = item / (p.raster * pairs);
+    uint32_t inside = item - band * p.raster * pairs;
     uint32_t height = min(p.raster, panels - band * p.raster);
-    const uint32_t panel = band * p.raster + inside % height;
-    first_row = panel * PANEL + cluster_rank() * TILE_M;
-    second = panel * PANEL + BLOCKS * TILE_M < rows;
-    split = inside / height;
-    first_tile = split * p.tiles_per_split;
-    last_tile = min(first_tile + p.tiles_per_split, tiles);
+    first_row = (band * p.raster + inside % height) * PANEL + cluster_rank() * TILE_M;
+    pair = inside / height;
+  }
+  __device__ uint32_t split(uint32_t group) const { return pair * CONSUMERS + group; }
+  __device__ uint32_t first_tile(const ForwardParams& p, uint32_t group) const {
+    return min(split(group) * p.tiles_per_split, tiles);
+  }
+  // Tiles of a group's split; the first group's never has fewer than the second's.
+  __device__ uint32_t steps(const ForwardParams& p, uint32_t group) const {
+    return min(p.tiles_per_split, tiles - first_tile(p, group));
   }
 };
 
@@ -79,12 +85,14 @@ __device__ void produce(ForwardPlan& plan, const TensorMap* embeddings, const Te
   uint32_t round = 0;
   for (uint32_t item = first_item(); item < items.count; item += next_item()) {
     items.decode(p, item);
-    for (uint32_t tile = items.first_tile; tile < items.last_tile; ++tile) {
+    for (uint32_t step = 0; step < items.steps(p, 0); ++step) {
       pace.next();
-      for (int group = 0; group < (items.second ? CONSUMERS : 1); ++group)
+      for (int group = 0; group < CONSUMERS; ++group) {
+        if (step >= items.steps(p, group)) continue;
+        const uint32_t first_class = (items.first_tile(p, group) + step) * TILE_N;
         for (uint32_t k = 0; k < p.depth; k += BLOCK_K)
-          copy_block<false, false>(ring, embeddings, items.first_row + group * BLOCKS * TILE_M, k, classifier,
-                                   tile * TILE_N, k);
+          copy_block<false, false>(ring, embeddings, items.first_row, k, classifier, first_class, k);
+      }
     }
     pace.skip_to(++round * p.tiles_per_split);
   }
@@ -140,13 +148,14 @@ __device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& 
   Drainer ring(plan.ring);
   const uint32_t blocks = (p.depth + BLOCK_K - 1) / BLOCK_K;
   const uint32_t thread = threadIdx.x % GROUP;
-  const uint32_t thread_row = group * BLOCKS * TILE_M + thread / WARP * 16 + thread % WARP / 4;
+  const uint32_t thread_row = thread / WARP * 16 + thread % WARP / 4;
   const int lane_column = thread % 4 * 2;
   const T* bias = static_cast<const T*>(p.bias);
 
   for (uint32_t item = first_item(); item < items.count; item += next_item()) {
     items.decode(p, item);
-    const bool active = group == 0 || items.second;
+    const uint32_t first_tile = items.first_tile(p, group);
+    const uint32_t steps = items.steps(p, group), first_steps = items.steps(p, 0), second_steps = items.steps(p, 1);
     const uint32_t first_row = items.first_row + thread_row;
     RowState state;
 #pragma unroll
@@ -155,24 +164,25 @@ __device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& 
       state.target[s] = row_of(first_row, s) < items.rows ? p.row_target[row_of(first_row, s)] : -1;
     }
 
-    for (uint32_t tile = items.first_tile; tile < items.last_tile; ++tile) {
+    for (uint32_t step = 0; step < first_steps; ++step) {
+      const uint32_t tile = first_tile + step;
       const uint32_t first_class = tile * TILE_N;
       if (bias) stage_bias(plan.bias[group], bias, group, first_class, p.classes);
 
       float z[2][TILE_N / 2];
-      const bool first_turn = group == 0 && item == first_item() && tile == items.first_tile;
-      const bool last_turn = group == 1 && item + next_item() >= items.count && tile + 1 == items.last_tile;
+      const bool first_turn = group == 0 && item == first_item() && step == 0;
+      const bool last_turn = group == 1 && item + next_item() >= items.count && step + 1 == first_steps;
       auto hand_over = [&] {
         if (!last_turn) give_turn(1 - group);
       };
       if (!first_turn) take_turn(group);
       if (group == 1) ring.at.skip(blocks);  // the first group's
-      if (!active) {
+      if (step >= steps) {                   // nothing left of the second group's split
         hand_over();
         continue;
       }
       multiply<T, false, false>(z, ring, blocks, 0, hand_over);
-      if (group == 0 && items.second) ring.at.skip(blocks);
+      if (group == 0 && step < second_steps) ring.at.skip(blocks);
 
       finish_logits(z, bias ? plan.bias[group] : nullptr, p.softcap);
       mask_logits<TILE_N>(z, first_class, p.classes);
@@ -226,7 +236,7 @@ __device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& 
       }
     }
 
-    if (!active) continue;
+    if (steps == 0) continue;
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
       float max = state.max[s], sum = state.sum[s];
@@ -236,7 +246,7 @@ __device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& 
         merge(max, sum, other_max, other_sum);
       }
       if (thread % 4 == 0 && row_of(first_row, s) < items.rows)
-        p.partials[static_cast<size_t>(items.split) * p.rows + row_of(first_row, s)] = make_float2(max, sum);
+        p.partials[static_cast<size_t>(items.split(group)) * p.rows + row_of(first_row, s)] = make_float2(max, sum);
     }
   }
 }

@@ -6,8 +6,10 @@
 
 using namespace hopper;
 
-constexpr int KEEP = 128;       // rows and classes of a tile of the keep table
-constexpr int SHARE = 2048;     // kept tiles of one block at most: row tiles x class tiles <= SHARE x blocks
+constexpr int KEEP = 128;        // rows and classes of a tile of the keep table
+constexpr int BLOCKS = 2;        // of a cluster: different rows, the same classes
+constexpr int SHARE = 2048;      // tiles of one block's list at most: row tiles x class tiles <= SHARE x blocks
+constexpr uint32_t IDLE = 1u << 31;  // in a list: computed to keep the other block company, not written
 static_assert(TILE_M == KEEP, "a consumer group works on the rows of one kept tile");
 
 struct GradientParams {
@@ -27,7 +29,7 @@ struct GradientParams {
   uint32_t range;               // classes of the range
   uint32_t gradient_stride;     // a multiple of 128, at least the range
   uint32_t keep_stride;         // ceil(classes / 128)
-  uint32_t raster;              // row tiles of 128 that walk the classes together
+  uint32_t raster;              // row tiles of 128 that walk the classes together: even, at most 32
   float softcap;                // <= 0: none
 };
 
@@ -36,70 +38,78 @@ template <int N>
 struct GradientPlan {
   static constexpr bool LISTED = N == KEEP;
   static constexpr int STAGES = LISTED ? 6 : 5;
-  static constexpr int BLOCKS = LISTED ? 1 : 2;  // of a cluster: different rows, the same classes
-  Ring<TILE_M, N, STAGES, LISTED ? Share::NOTHING : Share::B> ring;
+  Ring<TILE_M, N, STAGES, Share::B> ring;
   alignas(16) float bias[CONSUMERS][N];
-  uint32_t warp_kept[THREADS / WARP];
+  uint32_t warp_pairs[THREADS / WARP];
   uint32_t listed;
   uint32_t share[LISTED ? SHARE : 1];
 };
 
-// Tiles in the order they are worked on: `raster` row tiles go through the classes together, so that what runs
-// at the same time shares rows and classes in L2.
+// Tiles in the order they are worked on: bands of `raster` row tiles go through the classes together, so that
+// what runs at the same time shares rows and classes in L2. A "cell" is what a band and a column of tiles share.
 template <int N>
 struct GradientTiles {
-  static constexpr int BLOCKS = GradientPlan<N>::BLOCKS;
-  uint32_t rows, panels, class_tiles, raster, count;  // a panel: the row tiles of a cluster
+  uint32_t rows, row_tiles, class_tiles, raster, cells;
 
-  __device__ explicit GradientTiles(const GradientParams& p) {
+  __device__ explicit GradientTiles(const GradientParams& p) : raster(p.raster) {
     rows = min(*p.count, p.rows);
-    panels = (rows + BLOCKS * TILE_M - 1) / (BLOCKS * TILE_M);
+    row_tiles = (rows + TILE_M - 1) / TILE_M;
     class_tiles = (p.range + N - 1) / N;
-    raster = max(p.raster / BLOCKS, 1);
-    count = panels * class_tiles;
+    cells = (row_tiles + raster - 1) / raster * class_tiles;
   }
-  __device__ void decode(uint32_t index, uint32_t& row_tile, uint32_t& class_tile) const {
-    uint32_t band = index / (raster * class_tiles);
-    uint32_t inside = index - band * raster * class_tiles;
-    uint32_t height = min(raster, panels - band * raster);
-    row_tile = (band * raster + inside % height) * BLOCKS + (BLOCKS == 2 ? cluster_rank() : 0);
-    class_tile = inside / height;
-  }
-  __device__ bool kept(const GradientParams& p, uint32_t index) const {
-    uint32_t row_tile, class_tile;
-    decode(index, row_tile, class_tile);
-    return p.keep[static_cast<size_t>(row_tile) * p.keep_stride + p.first_class / KEEP + class_tile] != 0;
+  // The kept row tiles of a cell, as bits.
+  __device__ uint32_t kept(const GradientParams& p, uint32_t cell) const {
+    const uint32_t first = cell / class_tiles * raster, height = min(raster, row_tiles - first);
+    const uint8_t* keep =
+        p.keep + static_cast<size_t>(first) * p.keep_stride + p.first_class / KEEP + cell % class_tiles;
+    uint32_t bits = 0;
+#pragma unroll 8
+    for (uint32_t i = 0; i < height; ++i) bits |= uint32_t(keep[static_cast<size_t>(i) * p.keep_stride] != 0) << i;
+    return bits;
   }
 };
 
-// Every gridDim.x-th kept tile, counted in working order, goes to this block: all blocks get the same number.
-// Each thread looks through a run of tiles, once to count them and once to number them.
+// The list of this block: the kept tiles of each cell are paired up, one for each block of a cluster, and every
+// n-th pair goes to this cluster, n the number of clusters; so all get the same number. Each thread looks through
+// a run of cells, once to count the pairs and once to number them.
 template <int N>
 __device__ void list_share(GradientPlan<N>& plan, const GradientTiles<N>& tiles, const GradientParams& p) {
-  const uint32_t run = (tiles.count + THREADS - 1) / THREADS;
-  const uint32_t begin = min(threadIdx.x * run, tiles.count), end = min(begin + run, tiles.count);
-  const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  uint32_t kept = 0;
-  for (uint32_t i = begin; i < end; ++i) kept += tiles.kept(p, i);
-  uint32_t up_to = kept;
+  const uint32_t run = (tiles.cells + THREADS - 1) / THREADS;
+  const uint32_t begin = min(threadIdx.x * run, tiles.cells), end = min(begin + run, tiles.cells);
+  const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, rank_in_cluster = cluster_rank();
+  const uint32_t cluster = blockIdx.x / BLOCKS, clusters = gridDim.x / BLOCKS;
+  uint32_t pairs = 0;
+  for (uint32_t cell = begin; cell < end; ++cell) pairs += (__popc(tiles.kept(p, cell)) + 1) / 2;
+  uint32_t up_to = pairs;
 #pragma unroll
   for (int d = 1; d < WARP; d *= 2) {
     uint32_t other = __shfl_up_sync(~0u, up_to, d);
     if (lane >= d) up_to += other;
   }
-  if (lane == WARP - 1) plan.warp_kept[warp] = up_to;
+  if (lane == WARP - 1) plan.warp_pairs[warp] = up_to;
   __syncthreads();
-  uint32_t rank = up_to - kept, all = 0;
+  uint32_t number = up_to - pairs, all = 0;
   for (uint32_t w = 0; w < THREADS / WARP; ++w) {
-    if (w < warp) rank += plan.warp_kept[w];
-    all += plan.warp_kept[w];
+    if (w < warp) number += plan.warp_pairs[w];
+    all += plan.warp_pairs[w];
   }
-  for (uint32_t i = begin; i < end; ++i) {
-    if (!tiles.kept(p, i)) continue;
-    if (rank % gridDim.x == blockIdx.x && rank / gridDim.x < SHARE) plan.share[rank / gridDim.x] = i;
-    ++rank;
+  for (uint32_t cell = begin; cell < end; ++cell) {
+    const uint32_t first = cell / tiles.class_tiles * tiles.raster, class_tile = cell % tiles.class_tiles;
+    for (uint32_t bits = tiles.kept(p, cell); bits; ++number) {
+      uint32_t row_tile = first + __ffs(bits) - 1, idle = 0;
+      bits &= bits - 1;
+      if (rank_in_cluster == 1) {
+        if (bits)
+          row_tile = first + __ffs(bits) - 1;
+        else
+          idle = IDLE;
+      }
+      bits &= bits - 1;
+      if (number % clusters == cluster && number / clusters < SHARE)
+        plan.share[number / clusters] = idle | row_tile << 16 | class_tile;
+    }
   }
-  if (threadIdx.x == 0) plan.listed = all > blockIdx.x ? (all - blockIdx.x + gridDim.x - 1) / gridDim.x : 0;
+  if (threadIdx.x == 0) plan.listed = all > cluster ? (all - cluster + clusters - 1) / clusters : 0;
 }
 
 // The n-th tile of this block.
@@ -112,14 +122,24 @@ struct GradientShare {
 
   __device__ GradientShare(const GradientPlan<N>& plan, const GradientParams& p) : plan(plan), tiles(p) {
     listed = GradientPlan<N>::LISTED && p.keep;
-    count = listed                  ? min(plan.listed, uint32_t(SHARE))
-            : tiles.count > first() ? (tiles.count - first() + step() - 1) / step()
-                                    : 0;
+    const uint32_t all = (tiles.row_tiles + BLOCKS - 1) / BLOCKS * tiles.class_tiles, first = blockIdx.x / BLOCKS;
+    const uint32_t clusters = gridDim.x / BLOCKS;
+    count = listed ? min(plan.listed, uint32_t(SHARE)) : all > first ? (all - first + clusters - 1) / clusters : 0;
   }
-  __device__ static uint32_t first() { return blockIdx.x / GradientPlan<N>::BLOCKS; }
-  __device__ static uint32_t step() { return gridDim.x / GradientPlan<N>::BLOCKS; }
-  __device__ void decode(uint32_t n, uint32_t& row_tile, uint32_t& class_tile) const {
-    tiles.decode(listed ? plan.share[n] : first() + n * step(), row_tile, class_tile);
+  // False: nothing to write.
+  __device__ bool decode(uint32_t n, uint32_t& row_tile, uint32_t& class_tile) const {
+    if (listed) {
+      const uint32_t entry = plan.share[n];
+      row_tile = entry >> 16 & 0x7FFF, class_tile = entry & 0xFFFF;
+      return !(entry & IDLE);
+    }
+    const uint32_t index = blockIdx.x / BLOCKS + n * (gridDim.x / BLOCKS);
+    const uint32_t panels = (tiles.row_tiles + BLOCKS - 1) / BLOCKS, raster = max(tiles.raster / BLOCKS, 1);
+    const uint32_t band = index / (raster * tiles.class_tiles), inside = index - band * raster * tiles.class_tiles;
+    const uint32_t height = min(raster, panels - band * raster);
+    row_tile = (band * raster + inside % height) * BLOCKS + cluster_rank();
+    class_tile = inside / height;
+    return row_tile < tiles.row_tiles;
   }
 };
 
@@ -190,7 +210,7 @@ __device__ void consume(GradientPlan<N>& plan, int group, const GradientParams& 
 
   for (uint32_t n = group; n < share.count; n += CONSUMERS) {
     uint32_t row_tile, class_tile;
-    share.decode(n, row_tile, class_tile);
+    const bool write = share.decode(n, row_tile, class_tile);
     const uint32_t first_class = p.first_class + class_tile * N;
     if (bias) stage_bias(plan.bias[group], bias, group, first_class, p.classes);
 
@@ -201,6 +221,7 @@ __device__ void consume(GradientPlan<N>& plan, int group, const GradientParams& 
     });
     ring.at.skip(blocks);  // the other group's
 
+    if (!write) continue;
     finish_logits(z, bias ? plan.bias[group] : nullptr, p.softcap);
     write_gradient<T, N>(z, p, share.tiles.rows, row_tile * TILE_M + thread_row, class_tile * N);
   }
@@ -231,7 +252,7 @@ __device__ __forceinline__ void gradient(const TensorMap* embeddings, const Tens
 }
 
 #define GRADIENT(NAME, T, N)                                                                             \
-  extern "C" __global__ void __cluster_dims__(GradientPlan<N>::BLOCKS, 1, 1) __launch_bounds__(THREADS, 1) \
+  extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THREADS, 1) \
       NAME(const __grid_constant__ TensorMap embeddings, const __grid_constant__ TensorMap classifier,   \
            const __grid_constant__ GradientParams params) {                                              \
     gradient<T, N>(&embeddings, &classifier, params);                                                    \

@@ -74,6 +74,7 @@ __device__ void sort_outputs(ProductPlan& plan, const ProductTiles<CLASSIFIER>& 
   for (uint32_t tile = threadIdx.x / WARP; tile < tiles.outer; tile += THREADS / WARP) {
     uint32_t kept = 0;
     if (p.keep) {
+#pragma unroll 4
       for (uint32_t first = 0; first < tiles.inner; first += WARP) kept += tiles.kept(p, tile, first + lane);
       kept = __reduce_add_sync(~0u, kept);
     } else {
