@@ -10,6 +10,10 @@ constexpr int TILE_N = 192;         // classes of a tile
 constexpr int BLOCKS = 2;           // of a cluster: different rows, the same classes
 constexpr int PANEL = BLOCKS * TILE_M;  // rows of a work item
 constexpr int STAGES = 5;
+#ifndef PACE_BLOCKS
+#define PACE_BLOCKS 8
+#endif
+constexpr uint32_t PACE_K = PACE_BLOCKS * BLOCK_K;  // depth between two looks at how far the others are
 constexpr int MAXIMA = 128;         // classes per row maximum, as the backward's tiles are wide
 constexpr int UNIT = 64;            // two units to a maximum, three to a tile
 
@@ -82,21 +86,23 @@ __device__ void produce(ForwardPlan& plan, const TensorMap* embeddings, const Te
   ForwardItems items(p);
   Filler ring(plan.ring);
   Pace pace(p.pace, p.lag);
+  const uint32_t paces = (p.depth + PACE_K - 1) / PACE_K * CONSUMERS * p.tiles_per_split;  // of an item
   uint32_t round = 0;
   for (uint32_t item = first_item(); item < items.count; item += next_item()) {
     items.decode(p, item);
     for (uint32_t step = 0; step < items.steps(p, 0); ++step) {
-      pace.next();
       for (int group = 0; group < CONSUMERS; ++group) {
         if (step >= items.steps(p, group)) continue;
         const uint32_t first_class = (items.first_tile(p, group) + step) * TILE_N;
-        for (uint32_t k = 0; k < p.depth; k += BLOCK_K)
+        for (uint32_t k = 0; k < p.depth; k += BLOCK_K) {
+          if (k % PACE_K == 0) pace.next();
           copy_block<false, false>(ring, embeddings, items.first_row, k, classifier, first_class, k);
+        }
       }
     }
-    pace.skip_to(++round * p.tiles_per_split);
+    pace.skip_to(++round * paces);
   }
-  pace.skip_to((items.count + next_item() - 1) / next_item() * p.tiles_per_split);
+  pace.skip_to((items.count + next_item() - 1) / next_item() * paces);
 }
 
 // What a thread carries from tile to tile: for each of its four rows the (max, sum) over its own columns, and

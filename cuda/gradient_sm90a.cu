@@ -6,11 +6,13 @@
 
 using namespace hopper;
 
-constexpr int KEEP = 128;        // rows and classes of a tile of the keep table
+constexpr int KEEP = 128;        // rows and classes of a tile of the keep table ...
+constexpr int TILE_N = KEEP;     // ... and of the tile a consumer group works on
+constexpr int STAGES = 6;
 constexpr int BLOCKS = 2;        // of a cluster: different rows, the same classes
 constexpr int SHARE = 2048;      // tiles of one block's list at most: row tiles x class tiles <= SHARE x blocks
 constexpr uint32_t IDLE = 1u << 31;  // in a list: computed to keep the other block company, not written
-static_assert(TILE_M == KEEP, "a consumer group works on the rows of one kept tile");
+static_assert(TILE_M == KEEP, "");
 
 struct GradientParams {
   const uint32_t* count;        // [1] compacted rows
@@ -20,7 +22,7 @@ struct GradientParams {
   const float* row_log_sum;     // [rows]
   const float* p_scale;         // [rows] factor of the softmax
   const float* target_scale;    // [rows] factor of the one-hot
-  const uint8_t* keep;          // [row tiles][keep_stride] 0: skip the tile; null: compute all (dense: ignored)
+  const uint8_t* keep;          // [row tiles][keep_stride] 0: skip the tile; null: compute all
   void* gradient;               // [rows][gradient_stride] T; column 0 is first_class
   uint32_t rows;                // upper bound of the count
   uint32_t classes;             // all classes
@@ -33,28 +35,23 @@ struct GradientParams {
   float softcap;                // <= 0: none
 };
 
-// N: classes of a tile. 128 follows the keep table; 192 is the faster shape when everything is computed.
-template <int N>
 struct GradientPlan {
-  static constexpr bool LISTED = N == KEEP;
-  static constexpr int STAGES = LISTED ? 6 : 5;
-  Ring<TILE_M, N, STAGES, Share::B> ring;
-  alignas(16) float bias[CONSUMERS][N];
+  Ring<TILE_M, TILE_N, STAGES, Share::B> ring;
+  alignas(16) float bias[CONSUMERS][TILE_N];
   uint32_t warp_pairs[THREADS / WARP];
   uint32_t listed;
-  uint32_t share[LISTED ? SHARE : 1];
+  uint32_t share[SHARE];
 };
 
 // Tiles in the order they are worked on: bands of `raster` row tiles go through the classes together, so that
 // what runs at the same time shares rows and classes in L2. A "cell" is what a band and a column of tiles share.
-template <int N>
 struct GradientTiles {
   uint32_t rows, row_tiles, class_tiles, raster, cells;
 
   __device__ explicit GradientTiles(const GradientParams& p) : raster(p.raster) {
     rows = min(*p.count, p.rows);
     row_tiles = (rows + TILE_M - 1) / TILE_M;
-    class_tiles = (p.range + N - 1) / N;
+    class_tiles = (p.range + KEEP - 1) / KEEP;
     cells = (row_tiles + raster - 1) / raster * class_tiles;
   }
   // The kept row tiles of a cell, as bits.
@@ -72,8 +69,7 @@ struct GradientTiles {
 // The list of this block: the kept tiles of each cell are paired up, one for each block of a cluster, and every
 // n-th pair goes to this cluster, n the number of clusters; so all get the same number. Each thread looks through
 // a run of cells, once to count the pairs and once to number them.
-template <int N>
-__device__ void list_share(GradientPlan<N>& plan, const GradientTiles<N>& tiles, const GradientParams& p) {
+__device__ void list_share(GradientPlan& plan, const GradientTiles& tiles, const GradientParams& p) {
   const uint32_t run = (tiles.cells + THREADS - 1) / THREADS;
   const uint32_t begin = min(threadIdx.x * run, tiles.cells), end = min(begin + run, tiles.cells);
   const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, rank_in_cluster = cluster_rank();
@@ -113,15 +109,14 @@ __device__ void list_share(GradientPlan<N>& plan, const GradientTiles<N>& tiles,
 }
 
 // The n-th tile of this block.
-template <int N>
 struct GradientShare {
-  const GradientPlan<N>& plan;
-  GradientTiles<N> tiles;
+  const GradientPlan& plan;
+  GradientTiles tiles;
   uint32_t count;
   bool listed;
 
-  __device__ GradientShare(const GradientPlan<N>& plan, const GradientParams& p) : plan(plan), tiles(p) {
-    listed = GradientPlan<N>::LISTED && p.keep;
+  __device__ GradientShare(const GradientPlan& plan, const GradientParams& p) : plan(plan), tiles(p) {
+    listed = p.keep != nullptr;
     const uint32_t all = (tiles.row_tiles + BLOCKS - 1) / BLOCKS * tiles.class_tiles, first = blockIdx.x / BLOCKS;
     const uint32_t clusters = gridDim.x / BLOCKS;
     count = listed ? min(plan.listed, uint32_t(SHARE)) : all > first ? (all - first + clusters - 1) / clusters : 0;
@@ -143,23 +138,22 @@ struct GradientShare {
   }
 };
 
-template <int N>
-__device__ void produce(GradientPlan<N>& plan, const TensorMap* embeddings, const TensorMap* classifier,
+__device__ void produce(GradientPlan& plan, const TensorMap* embeddings, const TensorMap* classifier,
                         const GradientParams& p) {
-  GradientShare<N> share(plan, p);
+  GradientShare share(plan, p);
   Filler ring(plan.ring);
   for (uint32_t n = 0; n < share.count; ++n) {
     uint32_t row_tile, class_tile;
     share.decode(n, row_tile, class_tile);
     for (uint32_t k = 0; k < p.depth; k += BLOCK_K)
       copy_block<false, false>(ring, embeddings, row_tile * TILE_M, k, classifier,
-                               p.first_class + class_tile * N, k);
+                               p.first_class + class_tile * KEEP, k);
   }
 }
 
 // From logits to gradients to memory. A thread's four lanes cover 8 columns of a row.
-template <typename T, int N>
-__device__ __forceinline__ void write_gradient(float (&z)[2][N / 2], const GradientParams& p, uint32_t rows,
+template <typename T>
+__device__ __forceinline__ void write_gradient(float (&z)[2][TILE_N / 2], const GradientParams& p, uint32_t rows,
                                                uint32_t first_row, uint32_t first_column) {
   const int lane_column = threadIdx.x % 4 * 2;
   const uint32_t first_class = p.first_class + first_column;
@@ -179,7 +173,7 @@ __device__ __forceinline__ void write_gradient(float (&z)[2][N / 2], const Gradi
     }
     T* to = static_cast<T*>(p.gradient) + static_cast<size_t>(row) * p.gradient_stride + first_column + lane_column;
 #pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
+    for (int j = 0; j < TILE_N / 8; ++j) {
       float g[2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
@@ -192,15 +186,14 @@ __device__ __forceinline__ void write_gradient(float (&z)[2][N / 2], const Gradi
         }
         if (!counts || first_class + 8 * j + lane_column + e >= p.classes) g[e] = 0.0f;
       }
-      if (N == KEEP || first_column + 8 * j < p.gradient_stride)
-        *reinterpret_cast<uint32_t*>(to + 8 * j) = pack<T>(g[0], g[1]);
+      *reinterpret_cast<uint32_t*>(to + 8 * j) = pack<T>(g[0], g[1]);
     }
   }
 }
 
-template <typename T, int N>
-__device__ void consume(GradientPlan<N>& plan, int group, const GradientParams& p) {
-  GradientShare<N> share(plan, p);
+template <typename T>
+__device__ void consume(GradientPlan& plan, int group, const GradientParams& p) {
+  GradientShare share(plan, p);
   Drainer ring(plan.ring);
   const uint32_t blocks = (p.depth + BLOCK_K - 1) / BLOCK_K;
   const uint32_t thread = threadIdx.x % GROUP;
@@ -211,10 +204,10 @@ __device__ void consume(GradientPlan<N>& plan, int group, const GradientParams& 
   for (uint32_t n = group; n < share.count; n += CONSUMERS) {
     uint32_t row_tile, class_tile;
     const bool write = share.decode(n, row_tile, class_tile);
-    const uint32_t first_class = p.first_class + class_tile * N;
+    const uint32_t first_class = p.first_class + class_tile * KEEP;
     if (bias) stage_bias(plan.bias[group], bias, group, first_class, p.classes);
 
-    float z[2][N / 2];
+    float z[2][TILE_N / 2];
     if (n > 0) take_turn(group);
     multiply<T, false, false>(z, ring, blocks, 0, [&] {
       if (n + 1 < share.count) give_turn(1 - group);
@@ -223,45 +216,41 @@ __device__ void consume(GradientPlan<N>& plan, int group, const GradientParams& 
 
     if (!write) continue;
     finish_logits(z, bias ? plan.bias[group] : nullptr, p.softcap);
-    write_gradient<T, N>(z, p, share.tiles.rows, row_tile * TILE_M + thread_row, class_tile * N);
+    write_gradient<T>(z, p, share.tiles.rows, row_tile * TILE_M + thread_row, class_tile * KEEP);
   }
 }
 
-template <typename T, int N>
+template <typename T>
 __device__ __forceinline__ void gradient(const TensorMap* embeddings, const TensorMap* classifier,
                                          const GradientParams& p) {
   extern __shared__ __align__(1024) uint8_t shared[];
-  auto& plan = *reinterpret_cast<GradientPlan<N>*>(shared);
+  auto& plan = *reinterpret_cast<GradientPlan*>(shared);
   if (threadIdx.x == 0) {
     prefetch_map(embeddings);
     prefetch_map(classifier);
     plan.ring.init(1);
   }
-  if constexpr (GradientPlan<N>::LISTED)
-    if (p.keep) list_share(plan, GradientTiles<N>(p), p);
+  if (p.keep) list_share(plan, GradientTiles(p), p);
   plan.ring.sync();
   if (threadIdx.x < GROUP) {
     shrink_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x == 0) produce(plan, embeddings, classifier, p);
   } else {
     grow_registers<CONSUMER_REGISTERS>();
-    consume<T, N>(plan, uniform(threadIdx.x / GROUP - 1), p);
+    consume<T>(plan, uniform(threadIdx.x / GROUP - 1), p);
   }
   __syncwarp();
   plan.ring.sync();
 }
 
-#define GRADIENT(NAME, T, N)                                                                             \
-  extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THREADS, 1) \
+#define GRADIENT(NAME, T)                                                                                \
+  extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THREADS, 1)                \
       NAME(const __grid_constant__ TensorMap embeddings, const __grid_constant__ TensorMap classifier,   \
            const __grid_constant__ GradientParams params) {                                              \
-    gradient<T, N>(&embeddings, &classifier, params);                                                    \
+    gradient<T>(&embeddings, &classifier, params);                                                       \
   }
 
-GRADIENT(gradient_sm90a_bf16, __nv_bfloat16, 128)
-GRADIENT(gradient_sm90a_f16, __half, 128)
-GRADIENT(gradient_dense_sm90a_bf16, __nv_bfloat16, 192)
-GRADIENT(gradient_dense_sm90a_f16, __half, 192)
+GRADIENT(gradient_sm90a_bf16, __nv_bfloat16)
+GRADIENT(gradient_sm90a_f16, __half)
 
-static_assert(sizeof(GradientPlan<128>) == 207872 && sizeof(GradientPlan<192>) == 207872,
-              "the host asks for as much shared memory");
+static_assert(sizeof(GradientPlan) == 207872, "the host asks for as much shared memory");

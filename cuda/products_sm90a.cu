@@ -28,6 +28,8 @@ struct ProductParams {
   uint32_t range;            // classes of the range
   uint32_t keep_stride;      // ceil(classes / 128)
   uint32_t overwrite;        // dE: 1 for the first range (dC: not read)
+  uint32_t band;             // strips of 384 columns that go through the output tiles together: so many that
+                             // their part of C or E stays in L2
 };
 
 struct ProductPlan {
@@ -39,24 +41,28 @@ struct ProductPlan {
 // "Outer" tiles are those of the output (rows for dE, classes for dC), "inner" ones are summed over.
 template <bool CLASSIFIER>
 struct ProductTiles {
-  uint32_t rows, outer, inner, spans, share, cluster, clusters;
+  uint32_t rows, outer, inner, strips, share, cluster, clusters;
 
   __device__ explicit ProductTiles(const ProductParams& p) {
     rows = min(*p.count, p.rows);
     uint32_t row_tiles = (rows + KEEP - 1) / KEEP, class_tiles = (p.range + KEEP - 1) / KEEP;
     outer = min(CLASSIFIER ? class_tiles : row_tiles, uint32_t(OUTER_MAX));
     inner = CLASSIFIER ? row_tiles : class_tiles;
-    spans = (p.depth + CLUSTER * TILE_N - 1) / (CLUSTER * TILE_N);
+    strips = (p.depth + CLUSTER * TILE_N - 1) / (CLUSTER * TILE_N);
     cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
     // Round n hands out outputs [n G, (n + 1) G) to the G clusters, forwards and backwards in turn.
-    const uint32_t all = outer * spans, rounds = all / clusters, rest = all % clusters;
+    const uint32_t all = outer * strips, rounds = all / clusters, rest = all % clusters;
     share = rounds + ((rounds % 2 ? clusters - 1 - cluster : cluster) < rest);
   }
-  // The n-th output of this block: its tile and its first column.
-  __device__ void decode(const ProductPlan& plan, uint32_t n, uint32_t& tile, uint32_t& column) const {
-    uint32_t output = n * clusters + (n % 2 ? clusters - 1 - cluster : cluster);
-    tile = plan.order[output / spans];
-    column = (output % spans * CLUSTER + cluster_rank()) * TILE_N;
+  // The n-th output of this block: its tile and its first column. A band of strips goes through all tiles before
+  // the next one does: what it reads of C or E comes from L2 however the kept tiles are strewn.
+  __device__ void decode(const ProductPlan& plan, const ProductParams& p, uint32_t n, uint32_t& tile,
+                         uint32_t& column) const {
+    const uint32_t output = n * clusters + (n % 2 ? clusters - 1 - cluster : cluster);
+    const uint32_t band = output / (p.band * outer), inside = output - band * p.band * outer;
+    const uint32_t width = min(p.band, strips - band * p.band);
+    tile = plan.order[inside / width];
+    column = ((band * p.band + inside % width) * CLUSTER + cluster_rank()) * TILE_N;
   }
   __device__ bool kept(const ProductParams& p, uint32_t outer_tile, uint32_t inner_tile) const {
     if (inner_tile >= inner) return false;
@@ -101,7 +107,7 @@ __device__ void produce(ProductPlan& plan, const TensorMap* gradient, const Tens
   const uint32_t lane = threadIdx.x % WARP;
   for (uint32_t n = 0; n < tiles.share; ++n) {
     uint32_t tile, column;
-    tiles.decode(plan, n, tile, column);
+    tiles.decode(plan, p, n, tile, column);
     bool kept = tiles.kept(p, tile, lane);
     for (uint32_t first = 0; first < tiles.inner; first += WARP) {
       uint32_t todo = __ballot_sync(~0u, kept);
@@ -180,7 +186,7 @@ __device__ void consume(ProductPlan& plan, int group, const ProductParams& p) {
 
   for (uint32_t n = 0; n < tiles.share; ++n) {
     uint32_t tile, column;
-    tiles.decode(plan, n, tile, column);
+    tiles.decode(plan, p, n, tile, column);
     const uint32_t blocks = BLOCKS * plan.kept[tile];
     if (n % CONSUMERS != group) {
       ring.at.skip(blocks);
