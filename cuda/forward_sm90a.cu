@@ -10,10 +10,7 @@ constexpr int TILE_N = 192;         // classes of a tile
 constexpr int BLOCKS = 2;           // of a cluster: different rows, the same classes
 constexpr int PANEL = BLOCKS * TILE_M;  // rows of a work item
 constexpr int STAGES = 5;
-#ifndef PACE_BLOCKS
-#define PACE_BLOCKS 8
-#endif
-constexpr uint32_t PACE_K = PACE_BLOCKS * BLOCK_K;  // depth between two looks at how far the others are
+constexpr uint32_t PACE_K = 8 * BLOCK_K;  // depth between two looks at how far the other blocks are
 constexpr int MAXIMA = 128;         // classes per row maximum, as the backward's tiles are wide
 constexpr int UNIT = 64;            // two units to a maximum, three to a tile
 
@@ -34,7 +31,6 @@ struct ForwardParams {
   uint32_t tiles_per_split;   // even, so that a split starts at a multiple of 128 classes
   uint32_t raster;            // panels of 256 rows that walk the classes together
   float softcap;              // <= 0: none
-  uint32_t lag;
 };
 
 // The two groups take turns at the tensor cores, each with stages of its own ("ping-pong"): the work on one
@@ -85,7 +81,7 @@ __device__ void produce(ForwardPlan& plan, const TensorMap* embeddings, const Te
                         const ForwardParams& p) {
   ForwardItems items(p);
   Filler ring(plan.ring);
-  Pace pace(p.pace, p.lag);
+  Pace pace(p.pace);
   const uint32_t paces = (p.depth + PACE_K - 1) / PACE_K * CONSUMERS * p.tiles_per_split;  // of an item
   uint32_t round = 0;
   for (uint32_t item = first_item(); item < items.count; item += next_item()) {
@@ -96,7 +92,7 @@ __device__ void produce(ForwardPlan& plan, const TensorMap* embeddings, const Te
         const uint32_t first_class = (items.first_tile(p, group) + step) * TILE_N;
         for (uint32_t k = 0; k < p.depth; k += BLOCK_K) {
           if (k % PACE_K == 0) pace.next();
-          copy_block<false, false>(ring, embeddings, items.first_row, k, classifier, first_class, k);
+          copy_block<false, false, TILE_N>(ring, embeddings, items.first_row, k, classifier, first_class, k);
         }
       }
     }
@@ -187,7 +183,7 @@ __device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& 
         hand_over();
         continue;
       }
-      multiply<T, false, false>(z, ring, blocks, 0, hand_over);
+      multiply<T, false, false>(z, ring, blocks, hand_over);
       if (group == 0 && step < second_steps) ring.at.skip(blocks);
 
       finish_logits(z, bias ? plan.bias[group] : nullptr, p.softcap);

@@ -146,7 +146,7 @@ __device__ void produce(GradientPlan& plan, const TensorMap* embeddings, const T
     uint32_t row_tile, class_tile;
     share.decode(n, row_tile, class_tile);
     for (uint32_t k = 0; k < p.depth; k += BLOCK_K)
-      copy_block<false, false>(ring, embeddings, row_tile * TILE_M, k, classifier,
+      copy_block<false, false, TILE_N>(ring, embeddings, row_tile * TILE_M, k, classifier,
                                p.first_class + class_tile * KEEP, k);
   }
 }
@@ -209,7 +209,7 @@ __device__ void consume(GradientPlan& plan, int group, const GradientParams& p) 
 
     float z[2][TILE_N / 2];
     if (n > 0) take_turn(group);
-    multiply<T, false, false>(z, ring, blocks, 0, [&] {
+    multiply<T, false, false>(z, ring, blocks, [&] {
       if (n + 1 < share.count) give_turn(1 - group);
     });
     ring.at.skip(blocks);  // the other group's

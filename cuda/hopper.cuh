@@ -174,24 +174,24 @@ constexpr uint64_t NEXT_M64 = BOX_BYTES / 16;
 #define ACC4(a, i) "+f"(a[i]), "+f"(a[i + 1]), "+f"(a[i + 2]), "+f"(a[i + 3])
 #define ACC8(a, i) ACC4(a, i), ACC4(a, i + 4)
 
-// acc (64 x N, f32) = [accumulate ?] acc + A (64 x 16) B (16 x N). Thread t of the group holds, in
+// acc (64 x N, f32) += A (64 x 16) B (16 x N). Thread t of the group holds, in
 // acc[4 j + 2 q + e], row t / 32 * 16 + t % 32 / 4 + 8 q and column 8 j + t % 4 * 2 + e.
 #define WGMMA_N128(TYPE) \
   asm volatile( \
-      "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %66, 0;\n" \
+      "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n" \
       "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE "\n{" \
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63 " \
-      "}, %64, %65, accumulate, 1, 1, %67, %68;\n}\n" \
+      "}, %64, %65, add, 1, 1, %66, %67;\n}\n" \
       : ACC8(acc, 0), ACC8(acc, 8), ACC8(acc, 16), ACC8(acc, 24), \
         ACC8(acc, 32), ACC8(acc, 40), ACC8(acc, 48), ACC8(acc, 56) \
-      : "l"(a), "l"(b), "r"(accumulate), "n"(int(MN_A)), "n"(int(MN_B)))
+      : "l"(a), "l"(b), "n"(int(MN_A)), "n"(int(MN_B)))
 
 #define WGMMA_N192(TYPE) \
   asm volatile( \
-      "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %98, 0;\n" \
+      "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n" \
       "wgmma.mma_async.sync.aligned.m64n192k16.f32." TYPE "." TYPE "\n{" \
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
@@ -199,14 +199,14 @@ constexpr uint64_t NEXT_M64 = BOX_BYTES / 16;
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
       "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
       "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95 " \
-      "}, %96, %97, accumulate, 1, 1, %99, %100;\n}\n" \
+      "}, %96, %97, add, 1, 1, %98, %99;\n}\n" \
       : ACC8(acc, 0), ACC8(acc, 8), ACC8(acc, 16), ACC8(acc, 24), \
         ACC8(acc, 32), ACC8(acc, 40), ACC8(acc, 48), ACC8(acc, 56), \
         ACC8(acc, 64), ACC8(acc, 72), ACC8(acc, 80), ACC8(acc, 88) \
-      : "l"(a), "l"(b), "r"(accumulate), "n"(int(MN_A)), "n"(int(MN_B)))
+      : "l"(a), "l"(b), "n"(int(MN_A)), "n"(int(MN_B)))
 
 template <typename T, int N, bool MN_A, bool MN_B>
-__device__ __forceinline__ void wgmma(float (&acc)[N / 2], uint64_t a, uint64_t b, uint32_t accumulate) {
+__device__ __forceinline__ void wgmma(float (&acc)[N / 2], uint64_t a, uint64_t b) {
   static_assert(N == 128 || N == 192, "no wrapper for this width");
   constexpr bool BF16 = sizeof(T) == 2 && !__is_same(T, __half);
   if constexpr (N == 128 && BF16) WGMMA_N128("bf16");
@@ -294,17 +294,17 @@ __device__ __forceinline__ void copy_operand(uint32_t to, const TensorMap* map, 
   }
 }
 
-// Fills the next stage with A[m.., ka..] and B[n.., kb..].
-template <bool MN_A, bool MN_B, int M, int N, int COUNT, Share SHARED>
+// Fills the next stage with A[m.., ka..] and the first WIDTH rows of B[n.., kb..].
+template <bool MN_A, bool MN_B, int WIDTH, int M, int N, int COUNT, Share SHARED>
 __device__ __forceinline__ void copy_block(Filler<Ring<M, N, COUNT, SHARED>>& to, const TensorMap* a, int m, int ka,
                                            const TensorMap* b, int n, int kb) {
   using R = Ring<M, N, COUNT, SHARED>;
   const uint32_t stage = to.base + to.at.stage * sizeof(typename R::Stage);
   const uint32_t full = to.base + offsetof(R, full) + to.at.stage * 8;
   barrier_wait(to.base + offsetof(R, empty) + to.at.stage * 8, to.at.round ^ 1);
-  barrier_expect(full, sizeof(typename R::Stage));
+  barrier_expect(full, (M + WIDTH) / BOX * BOX_BYTES);
   copy_operand<MN_A, SHARED == Share::A, M>(stage, a, m, ka, full, to.rank);
-  copy_operand<MN_B, SHARED == Share::B, N>(stage + M / BOX * BOX_BYTES, b, n, kb, full, to.rank);
+  copy_operand<MN_B, SHARED == Share::B, WIDTH>(stage + M / BOX * BOX_BYTES, b, n, kb, full, to.rank);
   to.at.next();
 }
 
@@ -324,25 +324,28 @@ struct Drainer {
   }
 };
 
-// acc (128 x N) = the product of the next `blocks` stages (at least one); this group's rows of A start at box
-// `first_box` of the stage. `issued` runs once the last product is under way, before it is done.
-template <typename T, bool MN_A, bool MN_B, int M, int N, int COUNT, Share SHARED, typename Issued>
-__device__ __forceinline__ void multiply(float (&acc)[2][N / 2], Drainer<Ring<M, N, COUNT, SHARED>>& from,
-                                         uint32_t blocks, int first_box, Issued issued) {
+// acc (128 rows, 2 R2 columns) = the product of the next `blocks` stages, at least one. `issued` runs once the
+// last product is under way, before it is done.
+template <typename T, bool MN_A, bool MN_B, int R2, int M, int N, int COUNT, Share SHARED, typename Issued>
+__device__ __forceinline__ void multiply(float (&acc)[2][R2], Drainer<Ring<M, N, COUNT, SHARED>>& from,
+                                         uint32_t blocks, Issued issued) {
+  static_assert(M == TILE_M && 2 * R2 <= N, "the accumulators are as wide as the stage, or narrower");
   using R = Ring<M, N, COUNT, SHARED>;
   constexpr uint32_t STAGE = sizeof(typename R::Stage);
+#pragma unroll
+  for (int i = 0; i < 2 * R2; ++i) acc[i / R2][i % R2] = 0.0f;
   uint32_t previous = from.at.stage;
   for (uint32_t block = 0; block < blocks; ++block) {
     barrier_wait(from.base + offsetof(R, full) + from.at.stage * 8, from.at.round);
     const uint32_t stage = from.base + from.at.stage * STAGE;
-    const uint64_t a = operand<MN_A>(stage) + first_box * NEXT_M64, b = operand<MN_B>(stage + M / BOX * BOX_BYTES);
+    const uint64_t a = operand<MN_A>(stage), b = operand<MN_B>(stage + M / BOX * BOX_BYTES);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < BLOCK_K / 16; ++k) {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        wgmma<T, N, MN_A, MN_B>(acc[half], a + half * NEXT_M64 + k * NEXT_K16<MN_A>, b + k * NEXT_K16<MN_B>,
-                                (block | k) != 0);
+        wgmma<T, 2 * R2, MN_A, MN_B>(acc[half], a + half * NEXT_M64 + k * NEXT_K16<MN_A>,
+                                     b + k * NEXT_K16<MN_B>);
     }
     wgmma_commit();
     // One block stays in flight; the stage before it is read to the end and can be filled again.
@@ -373,21 +376,20 @@ __device__ __forceinline__ void give_turn(uint32_t to_group) { named_arrive(TURN
 // ---------------------------------------------------------------------------------------------------------
 
 // Blocks that share operands drift apart, and what they share falls out of L2 before the last one asks for it.
-// So a producer waits at each step until every block has come to the one `lag` steps before. Only a hint: whoever
-// waits too long (blocks that do not run at the same time) goes on and never waits again.
+// So a producer waits at each step until every block has come to the one before. Only a hint: whoever waits too
+// long (blocks that do not run at the same time) goes on and never waits again.
 struct Pace {
   static constexpr uint32_t PATIENCE = 1024;  // reads of the counter, about a microsecond each
   uint32_t* arrived;                          // [1] zero at the launch, or null
-  uint32_t lag;
   uint32_t step = 0;
 
-  __device__ Pace(uint32_t* arrived, uint32_t lag) : arrived(arrived), lag(lag) {}
+  __device__ explicit Pace(uint32_t* arrived) : arrived(arrived) {}
 
   __device__ void next() {
     ++step;
     if (!arrived) return;
     atomicAdd(arrived, 1);
-    const uint32_t wanted = step > lag ? (step - lag) * gridDim.x : 0;
+    const uint32_t wanted = (step - 1) * gridDim.x;
     for (uint32_t tries = 0; *static_cast<volatile uint32_t*>(arrived) < wanted; ++tries)
       if (tries == PATIENCE) {
         arrived = nullptr;

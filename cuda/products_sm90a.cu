@@ -6,10 +6,12 @@
 
 using namespace hopper;
 
-constexpr int TILE_N = 192;       // columns of an output tile, along the depth of E and C
+constexpr int TILE_N = 192;       // columns of an output tile, along the depth of E and C ...
+constexpr int NARROW = 128;       // ... or of one in the last strip, if that is enough
 constexpr int KEEP = 128;         // rows and classes of a tile of the keep table
 constexpr int OUTER_MAX = 4096;   // row tiles (dE) or class tiles (dC) of a launch at most
-constexpr int CLUSTER = 2;        // blocks with the same gradient tiles and neighbouring columns
+constexpr int CLUSTER = 2;        // blocks with the same gradient tiles and neighbouring columns: a strip
+constexpr uint32_t STRIP = CLUSTER * TILE_N;
 constexpr int STAGES = 5;
 constexpr uint32_t BLOCKS = KEEP / BLOCK_K;  // stages a kept tile is deep
 static_assert(TILE_M == KEEP, "an output tile is as tall as a kept tile");
@@ -48,7 +50,7 @@ struct ProductTiles {
     uint32_t row_tiles = (rows + KEEP - 1) / KEEP, class_tiles = (p.range + KEEP - 1) / KEEP;
     outer = min(CLASSIFIER ? class_tiles : row_tiles, uint32_t(OUTER_MAX));
     inner = CLASSIFIER ? row_tiles : class_tiles;
-    strips = (p.depth + CLUSTER * TILE_N - 1) / (CLUSTER * TILE_N);
+    strips = (p.depth + STRIP - 1) / STRIP;
     cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
     // Round n hands out outputs [n G, (n + 1) G) to the G clusters, forwards and backwards in turn.
     const uint32_t all = outer * strips, rounds = all / clusters, rest = all % clusters;
@@ -57,12 +59,14 @@ struct ProductTiles {
   // The n-th output of this block: its tile and its first column. A band of strips goes through all tiles before
   // the next one does: what it reads of C or E comes from L2 however the kept tiles are strewn.
   __device__ void decode(const ProductPlan& plan, const ProductParams& p, uint32_t n, uint32_t& tile,
-                         uint32_t& column) const {
+                         uint32_t& column, bool& narrow) const {
     const uint32_t output = n * clusters + (n % 2 ? clusters - 1 - cluster : cluster);
     const uint32_t band = output / (p.band * outer), inside = output - band * p.band * outer;
     const uint32_t width = min(p.band, strips - band * p.band);
     tile = plan.order[inside / width];
-    column = ((band * p.band + inside % width) * CLUSTER + cluster_rank()) * TILE_N;
+    column = (band * p.band + inside % width) * STRIP;
+    narrow = p.depth - column <= CLUSTER * NARROW;
+    column += cluster_rank() * (narrow ? NARROW : TILE_N);
   }
   __device__ bool kept(const ProductParams& p, uint32_t outer_tile, uint32_t inner_tile) const {
     if (inner_tile >= inner) return false;
@@ -107,7 +111,8 @@ __device__ void produce(ProductPlan& plan, const TensorMap* gradient, const Tens
   const uint32_t lane = threadIdx.x % WARP;
   for (uint32_t n = 0; n < tiles.share; ++n) {
     uint32_t tile, column;
-    tiles.decode(plan, p, n, tile, column);
+    bool narrow;
+    tiles.decode(plan, p, n, tile, column, narrow);
     bool kept = tiles.kept(p, tile, lane);
     for (uint32_t first = 0; first < tiles.inner; first += WARP) {
       uint32_t todo = __ballot_sync(~0u, kept);
@@ -116,11 +121,11 @@ __device__ void produce(ProductPlan& plan, const TensorMap* gradient, const Tens
         for (; todo; todo &= todo - 1) {
           const uint32_t inner = (first + __ffs(todo) - 1) * KEEP;
           for (uint32_t k = inner; k < inner + KEEP; k += BLOCK_K) {
-            if constexpr (CLASSIFIER)
-              copy_block<true, true>(ring, gradient, tile * KEEP, k, other, column, k);
+            const uint32_t other_k = CLASSIFIER ? k : p.first_class + k;
+            if (narrow)
+              copy_block<CLASSIFIER, true, NARROW>(ring, gradient, tile * KEEP, k, other, column, other_k);
             else
-              copy_block<false, true>(ring, gradient, tile * KEEP, k, other, column,
-                                      p.first_class + k);
+              copy_block<CLASSIFIER, true, TILE_N>(ring, gradient, tile * KEEP, k, other, column, other_k);
           }
         }
       }
@@ -130,7 +135,8 @@ __device__ void produce(ProductPlan& plan, const TensorMap* gradient, const Tens
 }
 
 // dE: f32, added to what earlier ranges left. `product` null: nothing was kept.
-__device__ __forceinline__ void add_rows(const float (*product)[TILE_N / 2], const ProductParams& p, uint32_t rows,
+template <int R>
+__device__ __forceinline__ void add_rows(const float (*product)[R], const ProductParams& p, uint32_t rows,
                                          uint32_t first_row, uint32_t first_column) {
   if (!product && !p.overwrite) return;
   constexpr int BATCH = 8;  // loads in flight
@@ -140,7 +146,7 @@ __device__ __forceinline__ void add_rows(const float (*product)[TILE_N / 2], con
     if (row >= rows) continue;
     float* to = static_cast<float*>(p.out) + static_cast<size_t>(row) * p.depth + first_column + threadIdx.x % 4 * 2;
 #pragma unroll
-    for (int first = 0; first < TILE_N / 8; first += BATCH) {
+    for (int first = 0; first < R / 4; first += BATCH) {
       float2 sum[BATCH];
 #pragma unroll
       for (int i = 0; i < BATCH; ++i) {
@@ -159,8 +165,8 @@ __device__ __forceinline__ void add_rows(const float (*product)[TILE_N / 2], con
 }
 
 // dC: scaled and rounded once; final. `product` null: zeros.
-template <typename T>
-__device__ __forceinline__ void write_classes(const float (*product)[TILE_N / 2], const ProductParams& p,
+template <typename T, int R>
+__device__ __forceinline__ void write_classes(const float (*product)[R], const ProductParams& p,
                                               uint32_t first_class, uint32_t first_column) {
   const float scale = *p.scale;
 #pragma unroll
@@ -169,7 +175,7 @@ __device__ __forceinline__ void write_classes(const float (*product)[TILE_N / 2]
     if (row >= p.classes) continue;
     T* to = static_cast<T*>(p.out) + static_cast<size_t>(row) * p.depth + first_column + threadIdx.x % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < TILE_N / 8; ++i) {
+    for (int i = 0; i < R / 4; ++i) {
       const int j = 4 * i + 2 * (s % 2);
       const uint32_t value = product ? pack<T>(scale * product[s / 2][j], scale * product[s / 2][j + 1]) : 0;
       if (first_column + 8 * i < p.depth) *reinterpret_cast<uint32_t*>(to + 8 * i) = value;
@@ -177,8 +183,29 @@ __device__ __forceinline__ void write_classes(const float (*product)[TILE_N / 2]
   }
 }
 
+// One output tile, `blocks` stages deep; `issued` hands the tensor cores over.
+template <typename T, bool CLASSIFIER, int WIDTH, typename Issued>
+__device__ __forceinline__ void make_output(Drainer<decltype(ProductPlan::ring)>& ring, uint32_t blocks,
+                                            Issued issued, const ProductParams& p, uint32_t rows, uint32_t first,
+                                            uint32_t column) {
+  auto write = [&](const float (*product)[WIDTH / 2]) {
+    if constexpr (CLASSIFIER)
+      write_classes<T>(product, p, p.first_class + first, column);
+    else
+      add_rows(product, p, rows, first, column);
+  };
+  if (blocks == 0) {
+    issued();
+    write(nullptr);
+    return;
+  }
+  float product[2][WIDTH / 2];
+  multiply<T, CLASSIFIER, true>(product, ring, blocks, issued);
+  write(product);
+}
+
 template <typename T, bool CLASSIFIER>
-__device__ void consume(ProductPlan& plan, int group, const ProductParams& p) {
+__device__ void consume(ProductPlan& plan, uint32_t group, const ProductParams& p) {
   ProductTiles<CLASSIFIER> tiles(p);
   Drainer ring(plan.ring);
   const uint32_t thread = threadIdx.x % GROUP;
@@ -186,31 +213,22 @@ __device__ void consume(ProductPlan& plan, int group, const ProductParams& p) {
 
   for (uint32_t n = 0; n < tiles.share; ++n) {
     uint32_t tile, column;
-    tiles.decode(plan, p, n, tile, column);
-    const uint32_t blocks = BLOCKS * plan.kept[tile];
+    bool narrow;
+    tiles.decode(plan, p, n, tile, column, narrow);
+    const uint32_t blocks = uniform(BLOCKS * plan.kept[tile]);
     if (n % CONSUMERS != group) {
       ring.at.skip(blocks);
       continue;
     }
-    auto write = [&](const float (*product)[TILE_N / 2]) {
-      const uint32_t first = tile * KEEP + thread_row;
-      if constexpr (CLASSIFIER)
-        write_classes<T>(product, p, p.first_class + first, column);
-      else
-        add_rows(product, p, tiles.rows, first, column);
-    };
     auto hand_over = [&] {
       if (n + 1 < tiles.share) give_turn(1 - group);
     };
     if (n > 0) take_turn(group);
-    if (blocks == 0) {
-      hand_over();
-      write(nullptr);
-      continue;
-    }
-    float product[2][TILE_N / 2];
-    multiply<T, CLASSIFIER, true>(product, ring, blocks, 0, hand_over);
-    write(product);
+    const uint32_t first = tile * KEEP + thread_row;
+    if (narrow)
+      make_output<T, CLASSIFIER, NARROW>(ring, blocks, hand_over, p, tiles.rows, first, column);
+    else
+      make_output<T, CLASSIFIER, TILE_N>(ring, blocks, hand_over, p, tiles.rows, first, column);
   }
 }
 
