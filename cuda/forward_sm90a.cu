@@ -1,0 +1,288 @@
+// Forward of the loss on Hopper: Z = E C^T tile by tile, and of each tile only what the loss needs leaves the
+// registers: the running (max, sum exp) of every row, the logit of its target and, for the gradient filter, the
+// largest logit per row and 128 classes. Bias, softcap and the mask of the last classes are applied on the way.
+// N x V logits would be 4 GB and a second pass over memory; this way the epilogue hides behind the products.
+#include "logits_sm90a.cuh"
+
+using namespace hopper;
+
+constexpr int TILE_N = 192;         // classes of a tile
+constexpr int BLOCKS = 2;           // of a cluster: different rows, the same classes
+constexpr int PANEL = BLOCKS * TILE_M;  // rows of a work item
+constexpr int STAGES = 5;
+constexpr uint32_t PACE_K = 8 * BLOCK_K;  // depth between two looks at how far the other blocks are
+constexpr int MAXIMA = 128;         // classes per row maximum, as the backward's tiles are wide
+constexpr int UNIT = 64;            // two units to a maximum, three to a tile
+
+// Everything but the two matrices. Rows are those of the group the embeddings' map covers.
+struct ForwardParams {
+  const uint32_t* count;      // [1] compacted rows in all
+  const int32_t* row_target;  // [rows] class, or negative: none
+  const void* bias;           // [classes] T, or null
+  float2* partials;           // [splits][rows] (max, sum exp(z - max)); (-inf, 0) if every logit is -inf
+  float* target_logit;        // [rows] written where the target is a class
+  uint32_t* pace;             // [1] zero, or null: keeps blocks that share operands together; a hint
+  uint16_t* maxima;           // [ceil(classes / 128)][rows] bf16, rounded up, without the target; or null
+  uint32_t first_row;         // compacted row that row 0 of the group is
+  uint32_t rows;              // rows of the group at most, and the leading dimension of the outputs
+  uint32_t classes;
+  uint32_t depth;
+  uint32_t splits;            // ceil(tiles of 192 classes / tiles_per_split)
+  uint32_t tiles_per_split;   // even, so that a split starts at a multiple of 128 classes
+  uint32_t raster;            // panels of 256 rows that walk the classes together
+  float softcap;              // <= 0: none
+};
+
+// The two groups take turns at the tensor cores, each with stages of its own ("ping-pong"): the work on one
+// tile's logits hides behind the other's products. Both have the same rows, and each its own split of the
+// classes: rows are wanted again and again and stay in L2, classes pass through once. The classes of a stage go
+// to both blocks of the cluster.
+struct ForwardPlan {
+  Ring<TILE_M, TILE_N, STAGES, Share::B> ring;
+  alignas(16) float bias[CONSUMERS][TILE_N];
+};
+
+// A work item of a cluster: 256 rows by two splits of the classes, one a group. Items that run at the same time
+// share `raster` panels of rows and neighbouring classes, so both operands come from L2.
+struct ForwardItems {
+  uint32_t rows, panels, tiles, pairs, count;
+  uint32_t first_row;  // of this block
+  uint32_t pair;
+
+  __device__ explicit ForwardItems(const ForwardParams& p) {
+    uint32_t all = *p.count;
+    rows = all > p.first_row ? min(all - p.first_row, p.rows) : 0;
+    panels = (rows + PANEL - 1) / PANEL;
+    tiles = (p.classes + TILE_N - 1) / TILE_N;
+    pairs = (p.splits + CONSUMERS - 1) / CONSUMERS;
+    count = panels * pairs;
+  }
+  __device__ void decode(const ForwardParams& p, uint32_t item) {
+    uint32_t band = item / (p.raster * pairs);
+    uint32_t inside = item - band * p.raster * pairs;
+    uint32_t height = min(p.raster, panels - band * p.raster);
+    first_row = (band * p.raster + inside % height) * PANEL + cluster_rank() * TILE_M;
+    pair = inside / height;
+  }
+  __device__ uint32_t split(uint32_t group) const { return pair * CONSUMERS + group; }
+  __device__ uint32_t first_tile(const ForwardParams& p, uint32_t group) const {
+    return min(split(group) * p.tiles_per_split, tiles);
+  }
+  // Tiles of a group's split; the first group's never has fewer than the second's.
+  __device__ uint32_t steps(const ForwardParams& p, uint32_t group) const {
+    return min(p.tiles_per_split, tiles - first_tile(p, group));
+  }
+};
+
+__device__ __forceinline__ uint32_t first_item() { return blockIdx.x / BLOCKS; }
+__device__ __forceinline__ uint32_t next_item() { return gridDim.x / BLOCKS; }
+
+__device__ void produce(ForwardPlan& plan, const TensorMap* embeddings, const TensorMap* classifier,
+                        const ForwardParams& p) {
+  ForwardItems items(p);
+  Filler ring(plan.ring);
+  Pace pace(p.pace);
+  const uint32_t paces = (p.depth + PACE_K - 1) / PACE_K * CONSUMERS * p.tiles_per_split;  // of an item
+  uint32_t round = 0;
+  for (uint32_t item = first_item(); item < items.count; item += next_item()) {
+    items.decode(p, item);
+    for (uint32_t step = 0; step < items.steps(p, 0); ++step) {
+      for (int group = 0; group < CONSUMERS; ++group) {
+        if (step >= items.steps(p, group)) continue;
+        const uint32_t first_class = (items.first_tile(p, group) + step) * TILE_N;
+        for (uint32_t k = 0; k < p.depth; k += BLOCK_K) {
+          if (k % PACE_K == 0) pace.next();
+          copy_block<false, false, TILE_N>(ring, embeddings, items.first_row, k, classifier, first_class, k);
+        }
+      }
+    }
+    pace.skip_to(++round * paces);
+  }
+  pace.skip_to((items.count + next_item() - 1) / next_item() * paces);
+}
+
+// What a thread carries from tile to tile: for each of its four rows the (max, sum) over its own columns, and
+// the maximum over the 64 classes at the end of an even tile, whose other half comes with the odd one.
+struct RowState {
+  float max[4], sum[4], carry[4];
+  int target[4];
+};
+
+// exp(z - max) needs a max that is a number: a row of -inf so far is measured from 0.
+__device__ __forceinline__ float finite_max(float max) { return max == -INFINITY ? 0.0f : max; }
+
+// Adds (max, sum) to the running pair.
+__device__ __forceinline__ void merge(float& max, float& sum, float other_max, float other_sum) {
+  float top = fmaxf(max, other_max), from = finite_max(top);
+  sum = sum * exp2_fast((max - from) * LOG2E) + other_sum * exp2_fast((other_max - from) * LOG2E);
+  max = top;
+}
+
+// The few threads that hold a target's logit: keep it, count it, and take it out of the tile, so that the
+// maxima are over the other classes.
+__device__ __forceinline__ void take_target(float (&z)[2][TILE_N / 2], RowState& state, int s, int column,
+                                            float* target_logit) {
+  float logit = 0.0f;
+#pragma unroll
+  for (int j = 0; j < TILE_N / 8; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float& v = z[s / 2][4 * j + 2 * (s % 2) + e];
+      if (column == 8 * j + e) logit = v, v = -INFINITY;
+    }
+  }
+  *target_logit = logit;
+  merge(state.max[s], state.sum[s], fmaxf(logit, -INFINITY), logit == logit ? 1.0f : logit);
+}
+
+// The thread's s-th row.
+__device__ __forceinline__ uint32_t row_of(uint32_t first_row, int s) { return first_row + s / 2 * 64 + s % 2 * 8; }
+
+// The maximum over the four lanes that share a row.
+__device__ __forceinline__ float lanes_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+template <typename T>
+__device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& p) {
+  ForwardItems items(p);
+  Drainer ring(plan.ring);
+  const uint32_t blocks = (p.depth + BLOCK_K - 1) / BLOCK_K;
+  const uint32_t thread = threadIdx.x % GROUP;
+  const uint32_t thread_row = thread / WARP * 16 + thread % WARP / 4;
+  const int lane_column = thread % 4 * 2;
+  const T* bias = static_cast<const T*>(p.bias);
+
+  for (uint32_t item = first_item(); item < items.count; item += next_item()) {
+    items.decode(p, item);
+    const uint32_t first_tile = items.first_tile(p, group);
+    const uint32_t steps = items.steps(p, group), first_steps = items.steps(p, 0), second_steps = items.steps(p, 1);
+    const uint32_t first_row = items.first_row + thread_row;
+    RowState state;
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      state.max[s] = -INFINITY, state.sum[s] = 0.0f, state.carry[s] = -INFINITY;
+      state.target[s] = row_of(first_row, s) < items.rows ? p.row_target[row_of(first_row, s)] : -1;
+    }
+
+    for (uint32_t step = 0; step < first_steps; ++step) {
+      const uint32_t tile = first_tile + step;
+      const uint32_t first_class = tile * TILE_N;
+      if (bias) stage_bias(plan.bias[group], bias, group, first_class, p.classes);
+
+      float z[2][TILE_N / 2];
+      const bool first_turn = group == 0 && item == first_item() && step == 0;
+      const bool last_turn = group == 1 && item + next_item() >= items.count && step + 1 == first_steps;
+      auto hand_over = [&] {
+        if (!last_turn) give_turn(1 - group);
+      };
+      if (!first_turn) take_turn(group);
+      if (group == 1) ring.at.skip(blocks);  // the first group's
+      if (step >= steps) {                   // nothing left of the second group's split
+        hand_over();
+        continue;
+      }
+      multiply<T, false, false>(z, ring, blocks, hand_over);
+      if (group == 0 && step < second_steps) ring.at.skip(blocks);
+
+      finish_logits(z, bias ? plan.bias[group] : nullptr, p.softcap);
+      mask_logits<TILE_N>(z, first_class, p.classes);
+
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        int column = state.target[s] - static_cast<int>(first_class) - lane_column;
+        if (column >= 0 && column < TILE_N && (column & 6) == 0)
+          take_target(z, state, s, column, p.target_logit + row_of(first_row, s));
+      }
+      __syncwarp();
+
+      // Maxima of the block of classes that ends within the tile, and of the one after: of the four lanes that
+      // share four rows, each comes to write one.
+      float ready = 0.0f, next = 0.0f;
+      const bool even_tile = tile % 2 == 0;
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        float unit[TILE_N / UNIT];
+#pragma unroll
+        for (int u = 0; u < TILE_N / UNIT; ++u) {
+          unit[u] = -INFINITY;
+#pragma unroll
+          for (int i = 0; i < UNIT / 4; ++i)
+            unit[u] = fmaxf(unit[u], z[s / 2][(u * UNIT / 8 + i / 2) * 4 + 2 * (s % 2) + i % 2]);
+        }
+        const float top = fmaxf(fmaxf(state.max[s], unit[0]), fmaxf(unit[1], unit[2]));
+        const float from = finite_max(top);
+        float even = state.sum[s] * exp2_fast((state.max[s] - from) * LOG2E), odd = 0.0f;
+#pragma unroll
+        for (int j = 0; j < TILE_N / 8; ++j) {
+          even += exp2_fast((z[s / 2][4 * j + 2 * (s % 2)] - from) * LOG2E);
+          odd += exp2_fast((z[s / 2][4 * j + 2 * (s % 2) + 1] - from) * LOG2E);
+        }
+        state.max[s] = top, state.sum[s] = even + odd;
+        if (p.maxima) {
+          const float first = even_tile ? fmaxf(unit[0], unit[1]) : fmaxf(state.carry[s], unit[0]);
+          const float second = even_tile ? unit[2] : fmaxf(unit[1], unit[2]);
+          state.carry[s] = second;
+          const float first_max = lanes_max(first), second_max = lanes_max(second);
+          if (thread % 4 == s) ready = first_max, next = second_max;
+        }
+      }
+      const uint32_t write_row = row_of(first_row, thread % 4);
+      if (p.maxima && write_row < items.rows) {
+        const uint32_t block = first_class / MAXIMA;
+        uint16_t* to = p.maxima + static_cast<size_t>(block) * p.rows + write_row;
+        *to = bf16_up(ready);
+        // An odd tile ends a second block; after the last tile there is no other half to wait for.
+        if ((!even_tile || tile + 1 == items.tiles) && (block + 1) * MAXIMA < p.classes) to[p.rows] = bf16_up(next);
+      }
+    }
+
+    if (steps == 0) continue;
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      float max = state.max[s], sum = state.sum[s];
+#pragma unroll
+      for (int lanes = 1; lanes < 4; lanes *= 2) {
+        float other_max = __shfl_xor_sync(~0u, max, lanes), other_sum = __shfl_xor_sync(~0u, sum, lanes);
+        merge(max, sum, other_max, other_sum);
+      }
+      if (thread % 4 == 0 && row_of(first_row, s) < items.rows)
+        p.partials[static_cast<size_t>(items.split(group)) * p.rows + row_of(first_row, s)] = make_float2(max, sum);
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void forward(const TensorMap* embeddings, const TensorMap* classifier,
+                                        const ForwardParams& p) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  auto& plan = *reinterpret_cast<ForwardPlan*>(shared);
+  if (threadIdx.x == 0) {
+    prefetch_map(embeddings);
+    prefetch_map(classifier);
+    plan.ring.init(1);
+  }
+  plan.ring.sync();
+  if (threadIdx.x < GROUP) {
+    shrink_registers<PRODUCER_REGISTERS>();
+    if (threadIdx.x == 0) produce(plan, embeddings, classifier, p);
+  } else {
+    grow_registers<CONSUMER_REGISTERS>();
+    consume<T>(plan, uniform(threadIdx.x / GROUP - 1), p);
+  }
+  __syncwarp();
+  plan.ring.sync();
+}
+
+#define FORWARD(NAME, T)                                                                                        \
+  extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THREADS, 1)                       \
+      NAME(const __grid_constant__ TensorMap embeddings, const __grid_constant__ TensorMap classifier,          \
+           const __grid_constant__ ForwardParams params) {                                                      \
+    forward<T>(&embeddings, &classifier, params);                                                               \
+  }
+
+FORWARD(forward_sm90a_bf16, __nv_bfloat16)
+FORWARD(forward_sm90a_f16, __half)
+
+static_assert(sizeof(ForwardPlan) == 207872, "the host asks for as much shared memory");

@@ -1,0 +1,446 @@
+// Hopper's own instructions (PTX for sm_90a), each wrapped once, and the pieces every Hopper kernel of this
+// crate is made of: the ring of shared-memory stages that the copy engine fills, the product that drains it,
+// and the turns two groups of warps take at the tensor cores so that one works off its results while the
+// other multiplies.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stddef.h>
+#include <stdint.h>
+
+namespace hopper {
+
+// ---------------------------------------------------------------------------------------------------------
+// Sizes
+// ---------------------------------------------------------------------------------------------------------
+
+constexpr int WARP = 32;
+constexpr int GROUP = 128;             // a warpgroup: what issues one wgmma
+constexpr int CONSUMERS = 2;           // groups that multiply, besides the one that copies
+constexpr int THREADS = GROUP * (1 + CONSUMERS);
+constexpr int TILE_M = 128;            // rows of a consumer group's tile: two wgmmas of 64
+constexpr int BLOCK_K = 64;            // depth of a stage: 64 half floats are one 128-byte swizzle row
+constexpr int BOX = 64;                // operands lie in shared memory as boxes of 64 x 64 elements ...
+constexpr int BOX_BYTES = BOX * BOX * 2;  // ... 8 KiB, swizzled by 128 bytes
+constexpr int PRODUCER_REGISTERS = 24;
+constexpr int CONSUMER_REGISTERS = 240;  // 128 * 24 + 256 * 240 registers fit the file of 65,536
+constexpr float LOG2E = 1.4426950408889634f;
+
+// ---------------------------------------------------------------------------------------------------------
+// Barriers
+// ---------------------------------------------------------------------------------------------------------
+
+// Barriers and stages are named by their 32-bit addresses in shared memory.
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// The same value in all lanes, in a form the compiler keeps in the registers all lanes share.
+__device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+// Makes initialised barriers visible to the copy engine and to the other block of a cluster.
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Arrives at a barrier of this block or, by a mapped address, of the other one. (The spelled-out form with
+// .release.cluster costs a full memory barrier; nothing written here needs it.)
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives and announces the bytes the copy engine is going to deliver in this phase.
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ bool barrier_try_wait(uint32_t barrier, uint32_t phase) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}\n"
+      : "=r"(done)
+      : "r"(barrier), "r"(phase)
+      : "memory");
+  return done;
+}
+
+// Waits until the phase of the given parity is over.
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
+  while (!barrier_try_wait(barrier, phase)) {
+  }
+}
+
+// Clusters: this block's rank, an address of the block of another rank, and a barrier of all their threads.
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ uint32_t map_to_rank(uint32_t address, uint32_t rank) {
+  uint32_t mapped;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// Named barriers of a CTA: `threads` counts those that wait and those that only arrive.
+__device__ __forceinline__ void named_wait(uint32_t id, uint32_t threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_arrive(uint32_t id, uint32_t threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+template <int REGISTERS>
+__device__ __forceinline__ void shrink_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <int REGISTERS>
+__device__ __forceinline__ void grow_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Copy engine
+// ---------------------------------------------------------------------------------------------------------
+
+// What cuTensorMapEncodeTiled fills on the host: here always a row-major matrix of half floats, boxes 64
+// columns wide and 64 rows high (96: half a tile of classes), 128-byte swizzle, zeros outside.
+struct alignas(64) TensorMap {
+  uint64_t opaque[16];
+};
+
+__device__ __forceinline__ void prefetch_map(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Copies the box whose first element is (row, column); completes on `barrier`.
+__device__ __forceinline__ void copy_box(uint32_t to, const TensorMap* map, int column, int row, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          to),
+      "l"(map), "r"(barrier), "r"(column), "r"(row)
+      : "memory");
+}
+// The same to both blocks of a cluster, at the same place, completing on the same barrier of each.
+__device__ __forceinline__ void copy_box_to_both(uint32_t to, const TensorMap* map, int column, int row,
+                                                 uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "h"(uint16_t(3))
+      : "memory");
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Tensor cores
+// ---------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Shared-memory descriptor of a wgmma operand made of swizzled 8 KiB boxes:
+//   bits  0-13  address / 16
+//   bits 16-29  leading offset / 16: from one box to the next along M or N if that is the contiguous
+//               dimension ("MN-major"); ignored, by convention 1, if K is
+//   bits 32-45  stride offset / 16: between groups of eight 128-byte rows
+//   bits 62-63  1: 128-byte swizzle
+template <bool MN_MAJOR>
+__device__ __forceinline__ uint64_t operand(uint32_t address) {
+  constexpr uint64_t LEADING = MN_MAJOR ? BOX_BYTES / 16 : 1;
+  constexpr uint64_t STRIDE = 1024 / 16;
+  return uint64_t(1) << 62 | STRIDE << 32 | LEADING << 16 | (address & 0x3FFFF) >> 4;
+}
+
+// From one depth of 16 to the next, in a descriptor's units of 16 bytes: 32 bytes within the swizzled row if K
+// is contiguous, 16 rows of 128 bytes if not.
+template <bool MN_MAJOR>
+constexpr uint64_t NEXT_K16 = MN_MAJOR ? 16 * 128 / 16 : 32 / 16;
+// From one set of 64 rows to the next: one box.
+constexpr uint64_t NEXT_M64 = BOX_BYTES / 16;
+
+#define ACC4(a, i) "+f"(a[i]), "+f"(a[i + 1]), "+f"(a[i + 2]), "+f"(a[i + 3])
+#define ACC8(a, i) ACC4(a, i), ACC4(a, i + 4)
+
+// acc (64 x N, f32) += A (64 x 16) B (16 x N). Thread t of the group holds, in
+// acc[4 j + 2 q + e], row t / 32 * 16 + t % 32 / 4 + 8 q and column 8 j + t % 4 * 2 + e.
+#define WGMMA_N128(TYPE) \
+  asm volatile( \
+      "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n" \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE "\n{" \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63 " \
+      "}, %64, %65, add, 1, 1, %66, %67;\n}\n" \
+      : ACC8(acc, 0), ACC8(acc, 8), ACC8(acc, 16), ACC8(acc, 24), \
+        ACC8(acc, 32), ACC8(acc, 40), ACC8(acc, 48), ACC8(acc, 56) \
+      : "l"(a), "l"(b), "n"(int(MN_A)), "n"(int(MN_B)))
+
+#define WGMMA_N192(TYPE) \
+  asm volatile( \
+      "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n" \
+      "wgmma.mma_async.sync.aligned.m64n192k16.f32." TYPE "." TYPE "\n{" \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95 " \
+      "}, %96, %97, add, 1, 1, %98, %99;\n}\n" \
+      : ACC8(acc, 0), ACC8(acc, 8), ACC8(acc, 16), ACC8(acc, 24), \
+        ACC8(acc, 32), ACC8(acc, 40), ACC8(acc, 48), ACC8(acc, 56), \
+        ACC8(acc, 64), ACC8(acc, 72), ACC8(acc, 80), ACC8(acc, 88) \
+      : "l"(a), "l"(b), "n"(int(MN_A)), "n"(int(MN_B)))
+
+template <typename T, int N, bool MN_A, bool MN_B>
+__device__ __forceinline__ void wgmma(float (&acc)[N / 2], uint64_t a, uint64_t b) {
+  static_assert(N == 128 || N == 192, "no wrapper for this width");
+  constexpr bool BF16 = sizeof(T) == 2 && !__is_same(T, __half);
+  if constexpr (N == 128 && BF16) WGMMA_N128("bf16");
+  if constexpr (N == 128 && !BF16) WGMMA_N128("f16");
+  if constexpr (N == 192 && BF16) WGMMA_N192("bf16");
+  if constexpr (N == 192 && !BF16) WGMMA_N192("f16");
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// The ring of stages
+// ---------------------------------------------------------------------------------------------------------
+
+// Which operand the two blocks of a cluster have in common, if they are one: each copies half of it to both.
+enum class Share { NOTHING, A, B };
+
+// M rows of A and N rows of B, a depth of BLOCK_K each, as 8 KiB boxes.
+template <int M, int N, int COUNT, Share SHARED = Share::NOTHING>
+struct Ring {
+  static constexpr int STAGES = COUNT;
+  static constexpr int BLOCKS = SHARED == Share::NOTHING ? 1 : 2;  // of a cluster
+  struct alignas(1024) Stage {
+    uint8_t a[M / BOX * BOX_BYTES];
+    uint8_t b[N / BOX * BOX_BYTES];
+  };
+  Stage stage[COUNT];
+  uint64_t full[COUNT];   // the copies of a stage have landed
+  uint64_t empty[COUNT];  // everyone who reads it, in both blocks, has multiplied it
+
+  // One thread: `groups` of consumers read each stage; one arrival a warp.
+  __device__ void init(int groups) {
+    for (int i = 0; i < COUNT; ++i) {
+      barrier_init(shared_address(&full[i]), 1);
+      barrier_init(shared_address(&empty[i]), BLOCKS * groups * GROUP / WARP);
+    }
+    barrier_init_fence();
+  }
+  // All threads: after init, before use, and again before leaving: nobody copies to, or arrives at, a block that
+  // is gone.
+  __device__ static void sync() {
+    if constexpr (BLOCKS == 2)
+      cluster_sync();
+    else
+      __syncthreads();
+  }
+};
+
+// A place in the ring: the stage, and the parity of the round.
+template <int COUNT>
+struct Cursor {
+  uint32_t stage = 0, round = 0;
+  __device__ __forceinline__ void next() {
+    if (++stage == COUNT) stage = 0, round ^= 1;
+  }
+  __device__ __forceinline__ void skip(uint32_t blocks) {
+    uint32_t to = stage + blocks;
+    stage = to % COUNT;
+    round ^= to / COUNT & 1;
+  }
+};
+
+// The producer's end: one thread fills stage after stage.
+template <typename R>
+struct Filler {
+  uint32_t base, rank;
+  Cursor<R::STAGES> at;
+
+  __device__ explicit Filler(const R& ring) : base(shared_address(&ring)), rank(R::BLOCKS == 2 ? cluster_rank() : 0) {}
+};
+
+// A tile of an operand: `mn` along rows or columns of the product, `k` along its depth. The matrix is [mn, k] (K
+// contiguous) or [k, mn] (MN contiguous). If both blocks need it, each copies its half to both.
+template <bool MN_MAJOR, bool BOTH, int EXTENT>
+__device__ __forceinline__ void copy_operand(uint32_t to, const TensorMap* map, int mn, int k, uint32_t barrier,
+                                             uint32_t rank) {
+  if constexpr (BOTH) {
+    constexpr int HALF = EXTENT / 2;  // as high as the map's boxes
+    const int along = mn + rank * HALF;
+    copy_box_to_both(to + rank * HALF * BLOCK_K * 2, map, MN_MAJOR ? along : k, MN_MAJOR ? k : along, barrier);
+  } else {
+#pragma unroll
+    for (int box = 0; box < EXTENT / BOX; ++box) {
+      const int along = mn + box * BOX;
+      copy_box(to + box * BOX_BYTES, map, MN_MAJOR ? along : k, MN_MAJOR ? k : along, barrier);
+    }
+  }
+}
+
+// Fills the next stage with A[m.., ka..] and the first WIDTH rows of B[n.., kb..].
+template <bool MN_A, bool MN_B, int WIDTH, int M, int N, int COUNT, Share SHARED>
+__device__ __forceinline__ void copy_block(Filler<Ring<M, N, COUNT, SHARED>>& to, const TensorMap* a, int m, int ka,
+                                           const TensorMap* b, int n, int kb) {
+  using R = Ring<M, N, COUNT, SHARED>;
+  const uint32_t stage = to.base + to.at.stage * sizeof(typename R::Stage);
+  const uint32_t full = to.base + offsetof(R, full) + to.at.stage * 8;
+  barrier_wait(to.base + offsetof(R, empty) + to.at.stage * 8, to.at.round ^ 1);
+  barrier_expect(full, (M + WIDTH) / BOX * BOX_BYTES);
+  copy_operand<MN_A, SHARED == Share::A, M>(stage, a, m, ka, full, to.rank);
+  copy_operand<MN_B, SHARED == Share::B, WIDTH>(stage + M / BOX * BOX_BYTES, b, n, kb, full, to.rank);
+  to.at.next();
+}
+
+// A consumer group's end.
+template <typename R>
+struct Drainer {
+  uint32_t base;     // of the ring
+  uint32_t release;  // of the empty barriers lane i of a warp arrives at: those of the cluster's block i
+  bool releases;
+  Cursor<R::STAGES> at;
+
+  __device__ explicit Drainer(const R& ring) : base(uniform(shared_address(&ring))) {
+    const uint32_t lane = threadIdx.x % WARP;
+    release = base + offsetof(R, empty);
+    if constexpr (R::BLOCKS == 2) release = map_to_rank(release, lane % 2);
+    releases = lane < R::BLOCKS;
+  }
+};
+
+// acc (128 rows, 2 R2 columns) = the product of the next `blocks` stages, at least one. `issued` runs once the
+// last product is under way, before it is done.
+template <typename T, bool MN_A, bool MN_B, int R2, int M, int N, int COUNT, Share SHARED, typename Issued>
+__device__ __forceinline__ void multiply(float (&acc)[2][R2], Drainer<Ring<M, N, COUNT, SHARED>>& from,
+                                         uint32_t blocks, Issued issued) {
+  static_assert(M == TILE_M && 2 * R2 <= N, "the accumulators are as wide as the stage, or narrower");
+  using R = Ring<M, N, COUNT, SHARED>;
+  constexpr uint32_t STAGE = sizeof(typename R::Stage);
+#pragma unroll
+  for (int i = 0; i < 2 * R2; ++i) acc[i / R2][i % R2] = 0.0f;
+  uint32_t previous = from.at.stage;
+  for (uint32_t block = 0; block < blocks; ++block) {
+    barrier_wait(from.base + offsetof(R, full) + from.at.stage * 8, from.at.round);
+    const uint32_t stage = from.base + from.at.stage * STAGE;
+    const uint64_t a = operand<MN_A>(stage), b = operand<MN_B>(stage + M / BOX * BOX_BYTES);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < BLOCK_K / 16; ++k) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        wgmma<T, 2 * R2, MN_A, MN_B>(acc[half], a + half * NEXT_M64 + k * NEXT_K16<MN_A>,
+                                     b + k * NEXT_K16<MN_B>);
+    }
+    wgmma_commit();
+    // One block stays in flight; the stage before it is read to the end and can be filled again.
+    if (block > 0) {
+      wgmma_wait<1>();
+      if (from.releases) barrier_arrive(from.release + previous * 8);
+    }
+    previous = from.at.stage;
+    from.at.next();
+  }
+  issued();
+  wgmma_wait<0>();
+  if (from.releases) barrier_arrive(from.release + previous * 8);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Turns at the tensor cores
+// ---------------------------------------------------------------------------------------------------------
+
+enum NamedBarrier : uint32_t { TURN = 1, BIAS = 3 };  // one a group each; 0 is __syncthreads
+
+// Waits until the other group hands over the tensor cores to `group`.
+__device__ __forceinline__ void take_turn(uint32_t group) { named_wait(TURN + group, 2 * GROUP); }
+__device__ __forceinline__ void give_turn(uint32_t to_group) { named_arrive(TURN + to_group, 2 * GROUP); }
+
+// ---------------------------------------------------------------------------------------------------------
+// Keeping blocks together
+// ---------------------------------------------------------------------------------------------------------
+
+// Blocks that share operands drift apart, and what they share falls out of L2 before the last one asks for it.
+// So a producer waits at each step until every block has come to the one before. Only a hint: whoever waits too
+// long (blocks that do not run at the same time) goes on and never waits again.
+struct Pace {
+  static constexpr uint32_t PATIENCE = 1024;  // reads of the counter, about a microsecond each
+  uint32_t* arrived;                          // [1] zero at the launch, or null
+  uint32_t step = 0;
+
+  __device__ explicit Pace(uint32_t* arrived) : arrived(arrived) {}
+
+  __device__ void next() {
+    ++step;
+    if (!arrived) return;
+    atomicAdd(arrived, 1);
+    const uint32_t wanted = (step - 1) * gridDim.x;
+    for (uint32_t tries = 0; *static_cast<volatile uint32_t*>(arrived) < wanted; ++tries)
+      if (tries == PATIENCE) {
+        arrived = nullptr;
+        break;
+      }
+  }
+  // Counts steps that this block has none of, up to `last`.
+  __device__ void skip_to(uint32_t last) {
+    if (arrived && last > step) atomicAdd(arrived, last - step);
+    step = last;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------
+// Arithmetic
+// ---------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// tanh from one ex2 and one rcp, to about 1e-7 absolute; exact at +-infinity.
+__device__ __forceinline__ float tanh_fast(float x) {
+  return fmaf(-2.0f, reciprocal(1.0f + exp2_fast(2.0f * LOG2E * x)), 1.0f);
+}
+
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+
+// Two floats as two half floats, the first in the low half.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t packed;
+  if constexpr (__is_same(T, __half))
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+// The smallest bf16 that is not below x.
+__device__ __forceinline__ uint16_t bf16_up(float x) {
+  uint32_t bits = __float_as_uint(x);
+  return static_cast<uint16_t>((static_cast<int>(bits) < 0 ? bits : bits + 0xFFFF) >> 16);
+}
+
+}  // namespace hopper

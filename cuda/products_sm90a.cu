@@ -1,0 +1,271 @@
+// The backward's two products on Hopper, over kept tiles only: dE += G C and dC = scale G^T E for a range of
+// classes whose gradient tiles G lie in a workspace. Each output tile has one owner that walks its kept tiles in
+// order, so results repeat bit for bit and skipped tiles cost nothing. Blocks take the longest outputs first, in
+// a serpentine, so that all finish together although nobody but the device knows how many tiles were kept.
+#include "hopper.cuh"
+
+using namespace hopper;
+
+constexpr int TILE_N = 192;       // columns of an output tile, along the depth of E and C ...
+constexpr int NARROW = 128;       // ... or of one in the last strip, if that is enough
+constexpr int KEEP = 128;         // rows and classes of a tile of the keep table
+constexpr int OUTER_MAX = 4096;   // row tiles (dE) or class tiles (dC) of a launch at most
+constexpr int CLUSTER = 2;        // blocks with the same gradient tiles and neighbouring columns: a strip
+constexpr uint32_t STRIP = CLUSTER * TILE_N;
+constexpr int STAGES = 5;
+constexpr uint32_t BLOCKS = KEEP / BLOCK_K;  // stages a kept tile is deep
+static_assert(TILE_M == KEEP, "an output tile is as tall as a kept tile");
+
+enum Keep : uint8_t { FOR_EMBEDDINGS = 1, FOR_CLASSIFIER = 2 };
+
+struct ProductParams {
+  const uint32_t* count;     // [1] compacted rows
+  const uint8_t* keep;       // [row tiles][keep_stride] bits of Keep; null: all kept
+  const float* scale;        // [1] factor of dC (dE: not read)
+  void* out;                 // dE: [rows][depth] f32. dC: [classes][depth] T, all classes of C
+  uint32_t rows;             // upper bound of the count
+  uint32_t classes;          // all classes
+  uint32_t depth;
+  uint32_t first_class;      // of the range, a multiple of 128
+  uint32_t range;            // classes of the range
+  uint32_t keep_stride;      // ceil(classes / 128)
+  uint32_t overwrite;        // dE: 1 for the first range (dC: not read)
+  uint32_t band;             // strips of 384 columns that go through the output tiles together: so many that
+                             // their part of C or E stays in L2
+};
+
+struct ProductPlan {
+  Ring<TILE_M, TILE_N, STAGES, Share::A> ring;
+  uint16_t kept[OUTER_MAX];   // kept tiles of each outer tile
+  uint16_t order[OUTER_MAX];  // outer tiles, most kept first
+};
+
+// "Outer" tiles are those of the output (rows for dE, classes for dC), "inner" ones are summed over.
+template <bool CLASSIFIER>
+struct ProductTiles {
+  uint32_t rows, outer, inner, strips, share, cluster, clusters;
+
+  __device__ explicit ProductTiles(const ProductParams& p) {
+    rows = min(*p.count, p.rows);
+    uint32_t row_tiles = (rows + KEEP - 1) / KEEP, class_tiles = (p.range + KEEP - 1) / KEEP;
+    outer = min(CLASSIFIER ? class_tiles : row_tiles, uint32_t(OUTER_MAX));
+    inner = CLASSIFIER ? row_tiles : class_tiles;
+    strips = (p.depth + STRIP - 1) / STRIP;
+    cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
+    // Round n hands out outputs [n G, (n + 1) G) to the G clusters, forwards and backwards in turn.
+    const uint32_t all = outer * strips, rounds = all / clusters, rest = all % clusters;
+    share = rounds + ((rounds % 2 ? clusters - 1 - cluster : cluster) < rest);
+  }
+  // The n-th output of this block: its tile and its first column. A band of strips goes through all tiles before
+  // the next one does: what it reads of C or E comes from L2 however the kept tiles are strewn.
+  __device__ void decode(const ProductPlan& plan, const ProductParams& p, uint32_t n, uint32_t& tile,
+                         uint32_t& column, bool& narrow) const {
+    const uint32_t output = n * clusters + (n % 2 ? clusters - 1 - cluster : cluster);
+    const uint32_t band = output / (p.band * outer), inside = output - band * p.band * outer;
+    const uint32_t width = min(p.band, strips - band * p.band);
+    tile = plan.order[inside / width];
+    column = (band * p.band + inside % width) * STRIP;
+    narrow = p.depth - column <= CLUSTER * NARROW;
+    column += cluster_rank() * (narrow ? NARROW : TILE_N);
+  }
+  __device__ bool kept(const ProductParams& p, uint32_t outer_tile, uint32_t inner_tile) const {
+    if (inner_tile >= inner) return false;
+    if (!p.keep) return true;
+    uint32_t row_tile = CLASSIFIER ? inner_tile : outer_tile, class_tile = CLASSIFIER ? outer_tile : inner_tile;
+    uint8_t bits = p.keep[static_cast<size_t>(row_tile) * p.keep_stride + p.first_class / KEEP + class_tile];
+    return bits & (CLASSIFIER ? FOR_CLASSIFIER : FOR_EMBEDDINGS);
+  }
+};
+
+// All threads of the block: how many tiles each output sums, and the order to take the outputs in.
+template <bool CLASSIFIER>
+__device__ void sort_outputs(ProductPlan& plan, const ProductTiles<CLASSIFIER>& tiles, const ProductParams& p) {
+  const uint32_t lane = threadIdx.x % WARP;
+  for (uint32_t tile = threadIdx.x / WARP; tile < tiles.outer; tile += THREADS / WARP) {
+    uint32_t kept = 0;
+    if (p.keep) {
+#pragma unroll 4
+      for (uint32_t first = 0; first < tiles.inner; first += WARP) kept += tiles.kept(p, tile, first + lane);
+      kept = __reduce_add_sync(~0u, kept);
+    } else {
+      kept = tiles.inner;
+    }
+    if (lane == 0) plan.kept[tile] = kept;
+  }
+  __syncthreads();
+  for (uint32_t tile = threadIdx.x; tile < tiles.outer; tile += THREADS) {
+    uint32_t kept = plan.kept[tile], before = p.keep ? 0 : tile;
+    if (p.keep)
+      for (uint32_t other = 0; other < tiles.outer; ++other)
+        before += plan.kept[other] > kept || (plan.kept[other] == kept && other < tile);
+    plan.order[before] = tile;
+  }
+}
+
+// The producing warp: finds the kept tiles 32 at a time, its first lane starts the copies.
+template <bool CLASSIFIER>
+__device__ void produce(ProductPlan& plan, const TensorMap* gradient, const TensorMap* other,
+                        const ProductParams& p) {
+  ProductTiles<CLASSIFIER> tiles(p);
+  Filler ring(plan.ring);
+  const uint32_t lane = threadIdx.x % WARP;
+  for (uint32_t n = 0; n < tiles.share; ++n) {
+    uint32_t tile, column;
+    bool narrow;
+    tiles.decode(plan, p, n, tile, column, narrow);
+    bool kept = tiles.kept(p, tile, lane);
+    for (uint32_t first = 0; first < tiles.inner; first += WARP) {
+      uint32_t todo = __ballot_sync(~0u, kept);
+      kept = tiles.kept(p, tile, first + WARP + lane);  // on its way while these are copied
+      if (lane == 0) {
+        for (; todo; todo &= todo - 1) {
+          const uint32_t inner = (first + __ffs(todo) - 1) * KEEP;
+          for (uint32_t k = inner; k < inner + KEEP; k += BLOCK_K) {
+            const uint32_t other_k = CLASSIFIER ? k : p.first_class + k;
+            if (narrow)
+              copy_block<CLASSIFIER, true, NARROW>(ring, gradient, tile * KEEP, k, other, column, other_k);
+            else
+              copy_block<CLASSIFIER, true, TILE_N>(ring, gradient, tile * KEEP, k, other, column, other_k);
+          }
+        }
+      }
+      __syncwarp();
+    }
+  }
+}
+
+// dE: f32, added to what earlier ranges left. `product` null: nothing was kept.
+template <int R>
+__device__ __forceinline__ void add_rows(const float (*product)[R], const ProductParams& p, uint32_t rows,
+                                         uint32_t first_row, uint32_t first_column) {
+  if (!product && !p.overwrite) return;
+  constexpr int BATCH = 8;  // loads in flight
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    const uint32_t row = first_row + s / 2 * 64 + s % 2 * 8;
+    if (row >= rows) continue;
+    float* to = static_cast<float*>(p.out) + static_cast<size_t>(row) * p.depth + first_column + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int first = 0; first < R / 4; first += BATCH) {
+      float2 sum[BATCH];
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) {
+        sum[i] = make_float2(0.0f, 0.0f);
+        if (!p.overwrite && first_column + 8 * (first + i) < p.depth)
+          sum[i] = *reinterpret_cast<const float2*>(to + 8 * (first + i));
+      }
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) {
+        const int j = 4 * (first + i) + 2 * (s % 2);
+        if (product) sum[i].x += product[s / 2][j], sum[i].y += product[s / 2][j + 1];
+        if (first_column + 8 * (first + i) < p.depth) *reinterpret_cast<float2*>(to + 8 * (first + i)) = sum[i];
+      }
+    }
+  }
+}
+
+// dC: scaled and rounded once; final. `product` null: zeros.
+template <typename T, int R>
+__device__ __forceinline__ void write_classes(const float (*product)[R], const ProductParams& p,
+                                              uint32_t first_class, uint32_t first_column) {
+  const float scale = *p.scale;
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    const uint32_t row = first_class + s / 2 * 64 + s % 2 * 8;
+    if (row >= p.classes) continue;
+    T* to = static_cast<T*>(p.out) + static_cast<size_t>(row) * p.depth + first_column + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < R / 4; ++i) {
+      const int j = 4 * i + 2 * (s % 2);
+      const uint32_t value = product ? pack<T>(scale * product[s / 2][j], scale * product[s / 2][j + 1]) : 0;
+      if (first_column + 8 * i < p.depth) *reinterpret_cast<uint32_t*>(to + 8 * i) = value;
+    }
+  }
+}
+
+// One output tile, `blocks` stages deep; `issued` hands the tensor cores over.
+template <typename T, bool CLASSIFIER, int WIDTH, typename Issued>
+__device__ __forceinline__ void make_output(Drainer<decltype(ProductPlan::ring)>& ring, uint32_t blocks,
+                                            Issued issued, const ProductParams& p, uint32_t rows, uint32_t first,
+                                            uint32_t column) {
+  auto write = [&](const float (*product)[WIDTH / 2]) {
+    if constexpr (CLASSIFIER)
+      write_classes<T>(product, p, p.first_class + first, column);
+    else
+      add_rows(product, p, rows, first, column);
+  };
+  if (blocks == 0) {
+    issued();
+    write(nullptr);
+    return;
+  }
+  float product[2][WIDTH / 2];
+  multiply<T, CLASSIFIER, true>(product, ring, blocks, issued);
+  write(product);
+}
+
+template <typename T, bool CLASSIFIER>
+__device__ void consume(ProductPlan& plan, uint32_t group, const ProductParams& p) {
+  ProductTiles<CLASSIFIER> tiles(p);
+  Drainer ring(plan.ring);
+  const uint32_t thread = threadIdx.x % GROUP;
+  const uint32_t thread_row = thread / WARP * 16 + thread % WARP / 4;
+
+  for (uint32_t n = 0; n < tiles.share; ++n) {
+    uint32_t tile, column;
+    bool narrow;
+    tiles.decode(plan, p, n, tile, column, narrow);
+    const uint32_t blocks = uniform(BLOCKS * plan.kept[tile]);
+    if (n % CONSUMERS != group) {
+      ring.at.skip(blocks);
+      continue;
+    }
+    auto hand_over = [&] {
+      if (n + 1 < tiles.share) give_turn(1 - group);
+    };
+    if (n > 0) take_turn(group);
+    const uint32_t first = tile * KEEP + thread_row;
+    if (narrow)
+      make_output<T, CLASSIFIER, NARROW>(ring, blocks, hand_over, p, tiles.rows, first, column);
+    else
+      make_output<T, CLASSIFIER, TILE_N>(ring, blocks, hand_over, p, tiles.rows, first, column);
+  }
+}
+
+template <typename T, bool CLASSIFIER>
+__device__ __forceinline__ void product(const TensorMap* gradient, const TensorMap* other, const ProductParams& p) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  auto& plan = *reinterpret_cast<ProductPlan*>(shared);
+  if (threadIdx.x == 0) {
+    prefetch_map(gradient);
+    prefetch_map(other);
+    plan.ring.init(1);
+  }
+  sort_outputs(plan, ProductTiles<CLASSIFIER>(p), p);
+  plan.ring.sync();
+  if (threadIdx.x < GROUP) {
+    shrink_registers<PRODUCER_REGISTERS>();
+    if (threadIdx.x < WARP) produce<CLASSIFIER>(plan, gradient, other, p);
+  } else {
+    grow_registers<CONSUMER_REGISTERS>();
+    consume<T, CLASSIFIER>(plan, uniform(threadIdx.x / GROUP - 1), p);
+  }
+  __syncwarp();
+  plan.ring.sync();
+}
+
+// `other` is the classifier for dE, the compacted embeddings for dC; rows of embeddings past the count, up to the
+// next multiple of 128, must be finite: they meet zeros of G.
+#define PRODUCT(NAME, T, CLASSIFIER)                                                                  \
+  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)            \
+      NAME(const __grid_constant__ TensorMap gradient, const __grid_constant__ TensorMap other,       \
+           const __grid_constant__ ProductParams params) {                                            \
+    product<T, CLASSIFIER>(&gradient, &other, params);                                                \
+  }
+
+PRODUCT(embeddings_gradient_sm90a_bf16, __nv_bfloat16, false)
+PRODUCT(embeddings_gradient_sm90a_f16, __half, false)
+PRODUCT(classifier_gradient_sm90a_bf16, __nv_bfloat16, true)
+PRODUCT(classifier_gradient_sm90a_f16, __half, true)
+
+static_assert(sizeof(ProductPlan) == 222208, "the host asks for as much shared memory");
