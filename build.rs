@@ -5,11 +5,14 @@ use std::process::Command;
 use std::{env, fs};
 
 /// Sources and the virtual architecture each is compiled for.
-const KERNELS: [(&str, &str); 4] = [
+const KERNELS: [(&str, &str); 7] = [
     ("rows", "compute_80"),
     ("forward_sm80", "compute_80"),
     ("gradient_sm80", "compute_80"),
     ("products_sm80", "compute_80"),
+    ("forward_sm90a", "compute_90a"),
+    ("gradient_sm90a", "compute_90a"),
+    ("products_sm90a", "compute_90a"),
 ];
 
 fn main() {

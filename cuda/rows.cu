@@ -71,6 +71,24 @@ PICK(i64, int64_t)
 PICK(u32, uint32_t)
 PICK(i32, int32_t)
 
+struct GatherParams {
+  const uint4 *embeddings;  // (.., chunks): 16 bytes at a time
+  const uint32_t *row_embedding;
+  const uint32_t *count;
+  uint4 *gathered;  // out: (rows of this launch, chunks), zeros for rows there are not
+  int64_t chunks;
+  uint32_t first_row;
+};
+
+// One block a row: the rows that count, one after the other, as the copy engine wants them.
+extern "C" __global__ void gather_rows(const GatherParams p) {
+  const uint32_t row = p.first_row + blockIdx.x;
+  const bool exists = row < *p.count;
+  const uint4 *from = p.embeddings + (exists ? p.row_embedding[row] * p.chunks : 0);
+  uint4 *into = p.gathered + blockIdx.x * p.chunks;
+  for (int64_t i = threadIdx.x; i < p.chunks; i += blockDim.x) into[i] = exists ? from[i] : make_uint4(0, 0, 0, 0);
+}
+
 // ---------------------------------------------------------------- forward
 
 struct MergeParams {

@@ -105,10 +105,13 @@ fn forward(problem: &Problem, wanted: Wanted, kept: &Arc<KeptTiles>) -> Result<F
         match no_kernels(problem)? {
             #[cfg(feature = "cuda")]
             None => return crate::cuda::forward(problem, wanted, kept),
-            Some(why) if problem.settings.implementation == Implementation::Cuda => {
-                bail!("Implementation::Cuda: the CUDA kernels cannot run: {why}")
-            }
-            _ => {}
+            Some(_) if problem.settings.implementation == Implementation::Auto => {}
+            Some(why) => bail!(
+                "Implementation::{:?}: the CUDA kernels cannot run: {why}",
+                problem.settings.implementation
+            ),
+            #[cfg(not(feature = "cuda"))]
+            None => {}
         }
     }
     native::forward(problem, wanted, kept)

@@ -58,8 +58,11 @@ pub enum Implementation {
     /// Blocks of rows and classes in Candle tensor operations, on any device; on the CPU, matrix
     /// products with the passes between them fused in.
     Native,
-    /// The CUDA kernels, or an error that says why they cannot run.
+    /// The CUDA kernels, or an error that says why they cannot run. On compute capability 9.0, bf16 and f16
+    /// inputs whose hidden size is a multiple of 8 run in kernels made for it.
     Cuda,
+    /// The CUDA kernels for every GPU since compute capability 8.0, on newer ones too: a second opinion.
+    CudaPortable,
 }
 
 /// How the gradients come about, a trade of time for memory.
@@ -275,7 +278,9 @@ impl Options {
     }
 
     /// The bytes that a forward or backward may use beyond its inputs, its outputs and the
-    /// gradients. Default: 64 MiB for the native implementation.
+    /// gradients. Default: 64 MiB for the native implementation; for the CUDA kernels 256 MiB (448 MiB on
+    /// compute capability 9.0), or for long batches twice what they hold of every row: 4 bytes (6) times the
+    /// hidden size.
     pub fn workspace(mut self, bytes: usize) -> Self {
         self.workspace = Some(bytes);
         self

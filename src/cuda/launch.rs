@@ -1,12 +1,17 @@
 //! Memory and kernel launches on a Candle device. Everything runs on the device's one stream, in order.
 
 use candle_core::cuda_backend::cudarc::driver::{
-    sys::{CUdevice_attribute, CUfunction_attribute},
-    CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
-    SyncOnDrop,
+    sys::{
+        cuTensorMapEncodeTiled, CUdevice_attribute, CUfunction_attribute, CUtensorMap,
+        CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave,
+        CUtensorMapL2promotion, CUtensorMapSwizzle,
+    },
+    CudaFunction, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig,
+    PushKernelArg, SyncOnDrop,
 };
 use candle_core::cuda_backend::{CudaStorage, CudaStorageSlice, WrapErr};
 use candle_core::{bail, CudaDevice, DType, Error, Layout, Result, Shape, Storage, Tensor};
+use std::mem::MaybeUninit;
 use std::sync::Arc;
 
 /// A file of kernels, compiled by `build.rs`.
@@ -30,6 +35,75 @@ modules! {
     FORWARD_SM80 = "forward_sm80";
     GRADIENT_SM80 = "gradient_sm80";
     PRODUCTS_SM80 = "products_sm80";
+    FORWARD_SM90A = "forward_sm90a";
+    GRADIENT_SM90A = "gradient_sm90a";
+    PRODUCTS_SM90A = "products_sm90a";
+}
+
+/// A kernel and the blocks it is launched with.
+#[derive(Debug)]
+pub(super) struct Kernel {
+    pub module: Module,
+    pub name: String,
+    pub grid: (usize, usize),
+    pub threads: u32,
+    pub shared_bytes: usize,
+}
+
+/// Where the copy engine finds a row-major matrix of half-precision numbers, and what boxes it copies: 64
+/// columns wide, zeros outside, swizzled by 128 bytes.
+#[repr(transparent)]
+#[derive(Debug)]
+pub(super) struct TensorMap(CUtensorMap);
+
+// SAFETY: the driver's own 128 opaque bytes, passed by value.
+unsafe impl DeviceRepr for TensorMap {}
+
+impl TensorMap {
+    /// A matrix `(rows, columns)` at this address, its rows `stride` numbers apart, in boxes `box_rows` high.
+    ///
+    /// # Errors
+    /// What the driver objects to: an address or a stride that is not a multiple of 16 bytes, most likely.
+    pub fn new(
+        address: u64,
+        dtype: DType,
+        (rows, columns): (usize, usize),
+        stride: usize,
+        box_rows: usize,
+    ) -> Result<Self> {
+        let number = match dtype {
+            DType::BF16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            DType::F16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            dtype => bail!("no tensor maps for {dtype:?}"),
+        };
+        let mut map = MaybeUninit::<CUtensorMap>::uninit();
+        let dims = [columns as u64, rows as u64];
+        let strides = [stride as u64 * 2];
+        let boxes = [64, box_rows as u32];
+        let steps = [1u32, 1];
+        // SAFETY: every pointer is to as many numbers as rank 2 asks for, and outlives the call.
+        let result = unsafe {
+            cuTensorMapEncodeTiled(
+                map.as_mut_ptr(),
+                number,
+                2,
+                address as *mut std::ffi::c_void,
+                dims.as_ptr(),
+                strides.as_ptr(),
+                boxes.as_ptr(),
+                steps.as_ptr(),
+                CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        if let Err(error) = result.result() {
+            bail!("cannot map a {dtype:?} matrix ({rows}, {columns}) at {address:#x}, {stride} numbers a row: {error}")
+        }
+        // SAFETY: the driver has filled it.
+        Ok(Self(unsafe { map.assume_init() }))
+    }
 }
 
 /// A CUDA device and its stream.
@@ -57,39 +131,57 @@ impl Gpu {
     }
 
     /// Launches a kernel on its parameters.
-    pub fn launch<P: DeviceRepr>(
+    pub fn launch<P: DeviceRepr>(&self, kernel: &Kernel, params: &P) -> Result<()> {
+        let (func, config) = self.prepare(kernel)?;
+        let mut builder = self.stream.launch_builder(&func);
+        builder.arg(params);
+        // SAFETY: `params` is laid out as the kernel's parameter; its addresses belong to buffers that the caller
+        // keeps until after this call, and freeing is ordered after the kernel on the same stream.
+        unsafe { builder.launch(config) }.w()?;
+        Ok(())
+    }
+
+    /// Launches a kernel of the copy engine on the maps of its operands and its parameters.
+    pub fn launch_on_maps<P: DeviceRepr>(
         &self,
-        module: Module,
-        kernel: &str,
-        grid: (usize, usize),
-        threads: u32,
-        shared_bytes: usize,
+        kernel: &Kernel,
+        maps: [&TensorMap; 2],
         params: &P,
     ) -> Result<()> {
-        let load = || {
-            self.device
-                .get_or_load_custom_func(kernel, module.name, module.ptx)
-        };
-        let func = load().map_err(|e| explain(e, module))?;
-        if shared_bytes > 48 << 10 {
+        let (func, config) = self.prepare(kernel)?;
+        let mut builder = self.stream.launch_builder(&func);
+        builder.arg(maps[0]).arg(maps[1]).arg(params);
+        // SAFETY: as in `launch`; the maps are of buffers that the caller keeps too.
+        unsafe { builder.launch(config) }.w()?;
+        Ok(())
+    }
+
+    fn prepare(&self, kernel: &Kernel) -> Result<(CudaFunction, LaunchConfig)> {
+        let Kernel {
+            module,
+            name,
+            grid,
+            threads,
+            shared_bytes,
+        } = kernel;
+        let func = self
+            .device
+            .get_or_load_custom_func(name, module.name, module.ptx)
+            .map_err(|e| explain(e, *module))?;
+        if *shared_bytes > 48 << 10 {
             let limit = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            func.set_attribute(limit, shared_bytes as i32).w()?;
+            func.set_attribute(limit, *shared_bytes as i32).w()?;
         }
         let dim = |n: usize, most: usize| match u32::try_from(n) {
             Ok(n) if n as usize <= most => Ok(n),
-            _ => bail!("{kernel}: a grid of {grid:?} blocks is too large"),
+            _ => bail!("{name}: a grid of {grid:?} blocks is too large"),
         };
         let config = LaunchConfig {
             grid_dim: (dim(grid.0, i32::MAX as usize)?, dim(grid.1, 65_535)?, 1),
-            block_dim: (threads, 1, 1),
-            shared_mem_bytes: shared_bytes as u32,
+            block_dim: (*threads, 1, 1),
+            shared_mem_bytes: *shared_bytes as u32,
         };
-        let mut builder = func.builder();
-        builder.arg(params);
-        // SAFETY: `params` is laid out as the kernel's parameter; its addresses belong to buffers that the
-        // caller keeps until after this call, and freeing is ordered after the kernel on the same stream.
-        unsafe { builder.launch(config) }.w()?;
-        Ok(())
+        Ok((func.into_cuda_function(), config))
     }
 
     /// Device memory, not initialised.
@@ -97,7 +189,12 @@ impl Gpu {
         self.array::<u8>(bytes.max(1))
     }
 
-    /// Like [`Gpu::buffer`], for what becomes a tensor.
+    /// Device memory, all zeros.
+    pub fn zeros(&self, bytes: usize) -> Result<Buffer> {
+        Ok(self.own(self.device.alloc_zeros::<u8>(bytes.max(1))?))
+    }
+
+    /// Like [`Gpu::buffer`], for numbers of another type.
     pub fn array<T: DeviceRepr>(&self, len: usize) -> Result<Array<T>> {
         // SAFETY: kernels write every number before one is read.
         let slice = unsafe { self.device.alloc::<T>(len)? };

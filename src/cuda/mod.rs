@@ -2,38 +2,32 @@
 //!
 //! Nothing here waits for the device. How many rows count, which tiles the filter keeps and what the upstream
 //! gradient is stay there; launches are sized for the most there can be, and blocks without work leave at once.
+//!
+//! The matrix products come in two forms, [`portable`] and [`hopper`]; everything around them is the same.
 
+mod hopper;
 mod launch;
 mod params;
+mod portable;
 
 use crate::op::{self, Gradients, KeptTiles, Wanted};
 use crate::problem::{Matrices, Problem, Settings};
-use crate::Reduction;
+use crate::{Implementation, Reduction};
 use candle_core::{bail, DType, Device, Result, Tensor};
-use launch::{Array, Buffer, Gpu};
+use launch::{Array, Buffer, Gpu, Kernel, ROWS};
 use params::*;
 use std::sync::Arc;
 
-pub(crate) const DEFAULT_WORKSPACE: usize = 256 << 20;
-
-/// Rows and classes of a tile of the gradient filter, and rows of a block.
+/// Rows and classes of a tile of the gradient filter.
 const TILE: usize = 128;
-const THREADS: u32 = 256;
+/// Threads of the kernels that are one block.
 const ONE_BLOCK: u32 = 1024;
-/// Bytes of row maxima that a forward holds at once.
-const MAXIMA_BYTES: usize = 8 << 20;
-/// Bytes of embeddings that blocks running at the same time share in the L2 cache.
-const PANEL_BYTES: usize = 18 << 20;
-/// Blocks of a forward launch, per multiprocessor.
-const WAVES: usize = 4;
 
 /// Why the kernels cannot run on this problem, if they cannot.
 pub(crate) fn unsupported(problem: &Problem) -> Result<Option<String>> {
+    let location = problem.embeddings.device().location();
     let Device::Cuda(device) = problem.embeddings.device() else {
-        return Ok(Some(format!(
-            "the inputs are on {:?}",
-            problem.embeddings.device().location()
-        )));
+        return Ok(Some(format!("the inputs are on {location:?}")));
     };
     let dtype = problem.embeddings.dtype();
     if !matches!(dtype, DType::BF16 | DType::F16 | DType::F32) {
@@ -48,38 +42,31 @@ pub(crate) fn unsupported(problem: &Problem) -> Result<Option<String>> {
     Ok(None)
 }
 
-/// What depends on the dtype.
+/// The end of a kernel's name, and the bytes of a number.
 #[derive(Debug, Clone, Copy)]
 struct Kind {
+    dtype: DType,
     suffix: &'static str,
     size: usize,
-    /// Classes of a block of the forward, of the gradient of the logits (all tiles kept, or some), and
-    /// columns of a block of the products.
-    columns: usize,
 }
 
 impl Kind {
     fn of(dtype: DType) -> Result<Self> {
-        let kind = |suffix, size, columns| Kind {
+        let (suffix, size) = match dtype {
+            DType::BF16 => ("bf16", 2),
+            DType::F16 => ("f16", 2),
+            DType::F32 => ("f32", 4),
+            dtype => bail!("no CUDA kernels for {dtype:?}"),
+        };
+        Ok(Kind {
+            dtype,
             suffix,
             size,
-            columns,
-        };
-        Ok(match dtype {
-            DType::BF16 => kind("bf16", 2, 256),
-            DType::F16 => kind("f16", 2, 256),
-            DType::F32 => kind("f32", 4, 128),
-            dtype => bail!("no CUDA kernels for {dtype:?}"),
         })
     }
 
     fn kernel(self, name: &str) -> String {
         format!("{name}_{}", self.suffix)
-    }
-
-    /// Shared memory of a pipeline whose blocks are `columns` wide: 4 stages of 64 bytes a row.
-    fn stages(columns: usize) -> usize {
-        4 * 64 * (TILE + columns)
     }
 }
 
@@ -91,6 +78,7 @@ struct Operands {
     bias: u64,
     hidden: usize,
     vocab: usize,
+    /// 0 for none.
     softcap: f32,
     kind: Kind,
     /// Whether every row of both matrices begins on 16 bytes.
@@ -131,6 +119,74 @@ impl Operands {
 
     fn class_tiles(&self) -> usize {
         self.vocab.div_ceil(TILE)
+    }
+}
+
+/// Which form of the products runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Path {
+    Portable,
+    Hopper,
+}
+
+impl Path {
+    fn choose(gpu: &Gpu, operands: Operands, rows: usize, settings: &Settings) -> Result<Self> {
+        let hopper = settings.implementation != Implementation::CudaPortable
+            && gpu.compute_capability()? == (9, 0)
+            && hopper::can_run(operands, rows);
+        Ok(if hopper { Path::Hopper } else { Path::Portable })
+    }
+}
+
+/// How a forward goes through the rows and classes.
+#[derive(Debug, Clone, Copy)]
+struct ForwardPlan {
+    /// Rows of a launch, a multiple of 128.
+    group_rows: usize,
+    /// Parts of the classes that a row's partial results come from.
+    splits: usize,
+    /// Hopper: tiles of a split.
+    tiles_per_split: usize,
+}
+
+/// The buffers of a launch of the forward.
+#[derive(Debug, Clone, Copy)]
+struct Group {
+    first_row: usize,
+    partials: u64,
+    target_logit: u64,
+    /// 0 where nothing is filtered.
+    maxima: u64,
+}
+
+/// What a range of classes of the backward reads and writes.
+#[derive(Debug, Clone, Copy)]
+struct Range {
+    first_class: usize,
+    /// Classes, a multiple of 256; the leading dimension of `gradient` too.
+    classes: usize,
+    first_row: usize,
+    rows: usize,
+    gradient: u64,
+    /// `(row tiles, class tiles)`, 0 where every tile is kept.
+    keep: u64,
+    /// Sums of the gradient of the embeddings, 0 where not wanted.
+    sums: u64,
+    /// 0 where not wanted.
+    classifier_grad: u64,
+}
+
+fn one_block(name: &str) -> Kernel {
+    per_block(name, (1, 1), ONE_BLOCK)
+}
+
+fn per_block(name: impl Into<String>, grid: (usize, usize), threads: u32) -> Kernel {
+    Kernel {
+        module: ROWS,
+        name: name.into(),
+        grid,
+        threads,
+        shared_bytes: 0,
     }
 }
 
@@ -176,9 +232,10 @@ impl Rows {
                 shift: positions.shift as u32,
                 vocab: problem.vocab() as u32,
             };
-            gpu.launch(launch::ROWS, kernel, (1, 1), ONE_BLOCK, 0, &params)
+            gpu.launch(&one_block(kernel), &params)
         })?;
         if problem.settings.check_targets {
+            // Waits for the device.
             let index = gpu.to_host(&rows.count)?[1];
             if index != u32::MAX {
                 let target = problem.targets.get(index as usize)?.to_dtype(DType::I64)?;
@@ -187,17 +244,42 @@ impl Rows {
         }
         Ok(rows)
     }
+
+    /// Copies these rows of the embeddings, one after the other, zeros where there are fewer.
+    fn gather(
+        &self,
+        gpu: &Gpu,
+        operands: Operands,
+        first_row: usize,
+        rows: usize,
+        into: &Buffer,
+    ) -> Result<()> {
+        let params = GatherParams {
+            embeddings: operands.embeddings,
+            row_embedding: self.embedding.address,
+            count: self.count.address,
+            gathered: into.address,
+            chunks: (operands.hidden * operands.kind.size / 16) as i64,
+            first_row: first_row as u32,
+        };
+        gpu.launch(&per_block("gather_rows", (rows, 1), 128), &params)
+    }
 }
 
 struct Saved {
     gpu: Gpu,
     rows: Rows,
-    row_max: Buffer,
-    row_log_sum: Buffer,
+    statistics: Statistics,
     /// `(row tiles, class tiles)`, where something is filtered.
     keep: Option<Buffer>,
     settings: Settings,
     kept: Arc<KeptTiles>,
+}
+
+/// `lse = row_max + row_log_sum` of every row, in two parts so that large logits keep their digits.
+struct Statistics {
+    row_max: Buffer,
+    row_log_sum: Buffer,
 }
 
 pub(crate) fn forward(
@@ -216,7 +298,10 @@ pub(crate) fn forward(
     let n = problem.positions.len();
     let packed = gpu.unfinished(DType::F32, 2 * n + 1, false)?;
     let rows = Rows::pick(&gpu, problem, packed.address)?;
-    let (row_max, row_log_sum) = (gpu.buffer(n * 4)?, gpu.buffer(n * 4)?);
+    let statistics = Statistics {
+        row_max: gpu.buffer(n * 4)?,
+        row_log_sum: gpu.buffer(n * 4)?,
+    };
     let detached = (
         problem.embeddings.detach(),
         problem.classifier.detach(),
@@ -228,49 +313,31 @@ pub(crate) fn forward(
         bias: detached.2.as_ref(),
     };
     let keep = Operands::read(&gpu, matrices, settings, |operands| {
-        let thresholds = (
-            settings.filter_embeddings.filter(|_| wanted.embeddings),
-            settings
-                .filter_classifier
-                .filter(|_| wanted.classifier || wanted.bias),
-        );
-        // A gradient that is not wanted must not keep a tile: its threshold is above every gradient.
-        let threshold = |filter: Option<f64>, wanted: bool| match filter {
-            Some(eps) => eps as f32,
-            None if wanted => -1.,
-            None => f32::INFINITY,
-        };
-        let filter = (thresholds.0.is_some() || thresholds.1.is_some()).then(|| {
-            [
-                threshold(thresholds.0, wanted.embeddings),
-                threshold(thresholds.1, wanted.classifier || wanted.bias),
-            ]
-        });
+        let path = Path::choose(&gpu, operands, n, settings)?;
+        let filter = thresholds(settings, wanted);
         logits(
             &gpu,
+            path,
             operands,
             &rows,
-            &row_max,
-            &row_log_sum,
+            &statistics,
             packed.address,
             filter,
         )
     })?;
-    let mean = u32::from(settings.reduction == Reduction::Mean);
     let params = LossParams {
         packed: packed.address,
         count: rows.count.address,
         positions: n as u32,
-        mean,
+        mean: u32::from(settings.reduction == Reduction::Mean),
     };
-    gpu.launch(launch::ROWS, "reduce_loss", (1, 1), ONE_BLOCK, 0, &params)?;
+    gpu.launch(&one_block("reduce_loss"), &params)?;
     Ok(op::Forward {
         packed: packed.finish(&gpu),
         backward: Box::new(Saved {
             gpu,
             rows,
-            row_max,
-            row_log_sum,
+            statistics,
             keep,
             settings: settings.clone(),
             kept: kept.clone(),
@@ -278,29 +345,46 @@ pub(crate) fn forward(
     })
 }
 
-/// lse and nll of every row, group of rows by group, and the tiles that a filter with these thresholds (of the
-/// gradient of the embeddings, of the classifier) keeps.
+/// What the gradient of the embeddings and that of the classifier must reach to keep a tile; `None` if every tile
+/// is kept for one of them anyway, or nothing is differentiated.
+fn thresholds(settings: &Settings, wanted: Wanted) -> Option<[f32; 2]> {
+    let classifier = wanted.classifier || wanted.bias;
+    // A gradient that is not wanted must not keep a tile: its threshold is above every gradient.
+    let threshold = |filter: Option<f64>, wanted: bool| match (wanted, filter) {
+        (false, _) => f32::INFINITY,
+        (true, Some(eps)) => eps as f32,
+        (true, None) => -1.,
+    };
+    let thresholds = [
+        threshold(settings.filter_embeddings, wanted.embeddings),
+        threshold(settings.filter_classifier, classifier),
+    ];
+    thresholds
+        .iter()
+        .any(|t| (0. ..=1.).contains(t))
+        .then_some(thresholds)
+}
+
+/// lse and nll of every row, group of rows by group, and the tiles that a filter with these thresholds keeps.
 fn logits(
     gpu: &Gpu,
+    path: Path,
     operands: Operands,
     rows: &Rows,
-    row_max: &Buffer,
-    row_log_sum: &Buffer,
+    statistics: &Statistics,
     packed: u64,
     filter: Option<[f32; 2]>,
 ) -> Result<Option<Buffer>> {
-    let kind = operands.kind;
     let class_tiles = operands.class_tiles();
     let all_rows = rows.positions.next_multiple_of(TILE);
-    let mut group_rows = PANEL_BYTES / (operands.hidden * kind.size);
-    if filter.is_some() {
-        group_rows = group_rows.min(MAXIMA_BYTES / (class_tiles * 2));
-    }
-    let group_rows = (group_rows / TILE * TILE).clamp(TILE, all_rows);
-    let row_tiles = group_rows / TILE;
-    let splits = (WAVES * gpu.multiprocessors()? / row_tiles)
-        .clamp(1, operands.vocab.div_ceil(kind.columns));
-
+    let multiprocessors = gpu.multiprocessors()?;
+    let plan = match path {
+        Path::Portable => portable::plan(operands, all_rows, multiprocessors, filter.is_some()),
+        Path::Hopper => hopper::plan(operands, all_rows, multiprocessors, filter.is_some()),
+    };
+    let ForwardPlan {
+        group_rows, splits, ..
+    } = plan;
     let target_logit = gpu.buffer(rows.positions * 4)?;
     let partials = gpu.buffer(splits * group_rows * 8)?;
     let filtering = match filter {
@@ -311,64 +395,52 @@ fn logits(
             gpu.buffer(all_rows / TILE * class_tiles)?,
         )),
     };
+    let gathered = match path {
+        Path::Portable => None,
+        Path::Hopper => Some(gpu.buffer(group_rows * operands.hidden * operands.kind.size)?),
+    };
     for first_row in (0..all_rows).step_by(group_rows) {
-        let params = ForwardParams {
-            embeddings: operands.embeddings,
-            classifier: operands.classifier,
-            bias: operands.bias,
-            row_embedding: rows.embedding.address,
-            row_target: rows.target.address,
-            count: rows.count.address,
+        let maxima = filtering
+            .as_ref()
+            .map_or(0, |(_, maxima, _)| maxima.address);
+        let group = Group {
+            first_row,
             partials: partials.address,
             target_logit: target_logit.address,
-            maxima: filtering
-                .as_ref()
-                .map_or(0, |(_, maxima, _)| maxima.address),
-            hidden: operands.hidden as i64,
-            vocab: operands.vocab as i64,
-            first_row: first_row as u32,
-            group_rows: group_rows as u32,
-            splits: splits as u32,
-            softcap: operands.softcap,
-            aligned: operands.aligned.into(),
+            maxima,
         };
-        let shared = Kind::stages(kind.columns) + 4 * TILE * 4 + TILE * 4;
-        gpu.launch(
-            launch::FORWARD_SM80,
-            &kind.kernel("forward_sm80"),
-            (row_tiles * splits, 1),
-            THREADS,
-            shared,
-            &params,
-        )?;
+        match &gathered {
+            None => portable::forward(gpu, operands, rows, plan, group)?,
+            Some(gathered) => {
+                rows.gather(gpu, operands, first_row, group_rows, gathered)?;
+                hopper::forward(gpu, operands, rows, plan, group, gathered)?;
+            }
+        }
         let params = MergeParams {
             partials: partials.address,
             target_logit: target_logit.address,
             row_position: rows.position.address,
             row_target: rows.target.address,
             count: rows.count.address,
-            row_max: row_max.address,
-            row_log_sum: row_log_sum.address,
+            row_max: statistics.row_max.address,
+            row_log_sum: statistics.row_log_sum.address,
             packed,
             first_row: first_row as u32,
             group_rows: group_rows as u32,
             splits: splits as u32,
             positions: rows.positions as u32,
         };
-        let blocks = (row_tiles, 1);
+        // The last group may reach beyond the rows there can be.
+        let row_tiles = (group_rows / TILE).min((all_rows - first_row) / TILE);
         gpu.launch(
-            launch::ROWS,
-            "merge_partials",
-            blocks,
-            TILE as u32,
-            0,
+            &per_block("merge_partials", (row_tiles, 1), TILE as u32),
             &params,
         )?;
         if let Some((thresholds, maxima, keep)) = &filtering {
             let params = KeepParams {
                 maxima: maxima.address,
-                row_max: row_max.address,
-                row_log_sum: row_log_sum.address,
+                row_max: statistics.row_max.address,
+                row_log_sum: statistics.row_log_sum.address,
                 row_target: rows.target.address,
                 count: rows.count.address,
                 keep: keep.address,
@@ -378,10 +450,8 @@ fn logits(
                 embeddings_threshold: thresholds[0],
                 classifier_threshold: thresholds[1],
             };
-            // The last group may reach beyond the rows that `keep` has room for.
-            let row_tiles = row_tiles.min((all_rows - first_row) / TILE);
-            let blocks = (class_tiles, row_tiles);
-            gpu.launch(launch::ROWS, "keep_tiles", blocks, TILE as u32, 0, &params)?;
+            let grid = (class_tiles, row_tiles);
+            gpu.launch(&per_block("keep_tiles", grid, TILE as u32), &params)?;
         }
     }
     Ok(filtering.map(|(_, _, keep)| keep))
@@ -427,14 +497,7 @@ impl op::Backward for Saved {
                 positions: n as u32,
                 mean: u32::from(self.settings.reduction == Reduction::Mean),
             };
-            gpu.launch(
-                launch::ROWS,
-                "upstream_scales",
-                (1, 1),
-                ONE_BLOCK,
-                0,
-                &params,
-            )
+            gpu.launch(&one_block("upstream_scales"), &params)
         })?;
         let address = |grad: &Option<launch::Unfinished>| grad.as_ref().map_or(0, |g| g.address);
         let results = Results {
@@ -443,7 +506,8 @@ impl op::Backward for Saved {
             bias: address(&db),
         };
         Operands::read(gpu, matrices, &self.settings, |operands| {
-            for sweep in Sweep::plan(n, operands, results, self.settings.workspace) {
+            let path = Path::choose(gpu, operands, n, &self.settings)?;
+            for sweep in Sweep::plan(path, n, operands, results, self.settings.workspace) {
                 self.sweep(operands, &scales, &sweep)?;
             }
             self.count_kept(operands)
@@ -475,6 +539,7 @@ struct Results {
 /// A pass over all classes for some rows, `range` classes at a time.
 #[derive(Debug, Clone, Copy)]
 struct Sweep {
+    path: Path,
     first_row: usize,
     rows: usize,
     range: usize,
@@ -482,52 +547,79 @@ struct Sweep {
 }
 
 impl Sweep {
-    /// One sweep, if the sums of dE in f32 and the gradient of the logits for a range of classes fit the
-    /// workspace; otherwise dE chunk of rows by chunk, then dC and db, which computes the logits once more.
-    fn plan(n: usize, operands: Operands, results: Results, workspace: Option<usize>) -> Vec<Self> {
-        let workspace = workspace.unwrap_or(DEFAULT_WORKSPACE);
+    /// One sweep, if what it holds of every row and the gradient of the logits for a range of classes fit the
+    /// workspace; otherwise, by the portable kernels, dE chunk of rows by chunk, then dC and db, which computes
+    /// the logits once more.
+    fn plan(
+        path: Path,
+        n: usize,
+        operands: Operands,
+        results: Results,
+        workspace: Option<usize>,
+    ) -> Vec<Self> {
         let all_rows = n.next_multiple_of(TILE);
         let (hidden, vocab, size) = (operands.hidden, operands.vocab, operands.kind.size);
-        let columns = 2 * TILE;
-        // Whole blocks, and ranges of about the same length.
-        let range = |bytes: usize, rows: usize| {
-            let most = (bytes / (rows * size) / columns * columns).max(columns);
-            vocab
-                .div_ceil(vocab.div_ceil(most))
-                .next_multiple_of(columns)
-        };
+        // Sums of dE in f32 and, on Hopper, the gathered embeddings.
         let sums = |rows: usize| match results.embeddings {
             0 => 0,
             _ => rows * hidden * 4,
         };
-        if sums(all_rows) <= workspace / 2 {
-            return vec![Self {
-                first_row: 0,
-                rows: all_rows,
-                range: range(workspace - sums(all_rows), all_rows),
-                results,
-            }];
+        let held = |path: Path| match path {
+            Path::Portable => sums(all_rows),
+            Path::Hopper => sums(all_rows) + all_rows * hidden * size,
+        };
+        let workspace = workspace.unwrap_or(match path {
+            Path::Portable => portable::WORKSPACE.max(2 * held(path)),
+            Path::Hopper => hopper::WORKSPACE.max(2 * held(path)),
+        });
+        // Whole blocks, and ranges of about the same length.
+        let columns = 2 * TILE;
+        let range = |bytes: usize, rows: usize, at_most: usize| {
+            let most = (bytes / (rows * size)).min(at_most) / columns * columns;
+            let ranges = vocab.div_ceil(most.max(columns));
+            vocab.div_ceil(ranges).next_multiple_of(columns)
+        };
+        let paths = match path {
+            Path::Portable => &[Path::Portable][..],
+            Path::Hopper => &[Path::Hopper, Path::Portable],
+        };
+        for &path in paths {
+            let at_most = match path {
+                Path::Portable => usize::MAX,
+                Path::Hopper => hopper::longest_range(all_rows),
+            };
+            if held(path) <= workspace / 2 && at_most >= columns {
+                return vec![Self {
+                    path,
+                    first_row: 0,
+                    rows: all_rows,
+                    range: range(workspace - held(path), all_rows, at_most),
+                    results,
+                }];
+            }
         }
         let chunk = workspace / (hidden * 4 + 8 * columns * size);
         let chunk = (chunk / TILE * TILE).clamp(TILE, all_rows);
-        let mut sweeps: Vec<_> = (0..all_rows)
-            .step_by(chunk)
-            .map(|first_row| Self {
+        let mut sweeps = Vec::new();
+        if results.embeddings != 0 {
+            sweeps.extend((0..all_rows).step_by(chunk).map(|first_row| Self {
+                path: Path::Portable,
                 first_row,
                 rows: chunk.min(all_rows - first_row),
-                range: range(workspace.saturating_sub(sums(chunk)), chunk),
+                range: range(workspace.saturating_sub(sums(chunk)), chunk, usize::MAX),
                 results: Results {
                     classifier: 0,
                     bias: 0,
                     ..results
                 },
-            })
-            .collect();
+            }));
+        }
         if results.classifier != 0 || results.bias != 0 {
             sweeps.push(Self {
+                path: Path::Portable,
                 first_row: 0,
                 rows: all_rows,
-                range: range(workspace, all_rows),
+                range: range(workspace, all_rows, usize::MAX),
                 results: Results {
                     embeddings: 0,
                     ..results
@@ -548,6 +640,7 @@ impl Saved {
             ..
         } = operands;
         let Sweep {
+            path,
             first_row,
             rows,
             range,
@@ -561,90 +654,29 @@ impl Saved {
             0 => None,
             _ => Some(gpu.buffer(rows * hidden * 4)?),
         };
-        for first_class in (0..vocab).step_by(range) {
-            let (name, columns) = match keep {
-                0 => ("gradient_sm80", kind.columns),
-                _ => ("gradient_narrow_sm80", TILE),
-            };
-            let params = GradientParams {
-                embeddings: operands.embeddings,
-                classifier: operands.classifier,
-                bias: operands.bias,
-                row_embedding: self.rows.embedding.address,
-                row_target: self.rows.target.address,
-                count,
-                row_max: self.row_max.address,
-                row_log_sum: self.row_log_sum.address,
-                p_scale: scales.p.address,
-                target_scale: scales.target.address,
-                keep,
-                gradient: gradient.address,
-                hidden: hidden as i64,
-                vocab: vocab as i64,
-                first_class: first_class as i64,
-                range: range as i64,
-                first_row: first_row as u32,
-                class_tiles,
-                softcap: operands.softcap,
-                aligned: operands.aligned.into(),
-            };
-            let shared = Kind::stages(columns).max(TILE * columns * kind.size);
-            let grid = (rows / TILE, range / columns);
-            gpu.launch(
-                launch::GRADIENT_SM80,
-                &kind.kernel(name),
-                grid,
-                THREADS,
-                shared,
-                &params,
-            )?;
-
-            let product = ProductParams {
-                gradient: gradient.address,
-                row_embedding: self.rows.embedding.address,
-                count,
-                keep,
-                scale: scales.result.address,
-                hidden: hidden as i64,
-                vocab: vocab as i64,
-                first_class: first_class as i64,
-                range: range as i64,
-                first_row: first_row as u32,
-                rows: rows as u32,
-                class_tiles,
-                accumulate: u32::from(first_class > 0),
-                aligned: operands.aligned.into(),
-                ..Default::default()
-            };
-            // The lists of kept tiles: numbers of 16 bits, and a count a warp.
-            let shared = Kind::stages(kind.columns) + 2048 * 2 + 8 * 4;
-            let columns = hidden.div_ceil(kind.columns);
-            let multiply = |name: &str, grid, params: &ProductParams| {
-                let kernel = kind.kernel(name);
-                gpu.launch(
-                    launch::PRODUCTS_SM80,
-                    &kernel,
-                    grid,
-                    THREADS,
-                    shared,
-                    params,
-                )
-            };
-            if let Some(sums) = &sums {
-                let params = ProductParams {
-                    operand: operands.classifier,
-                    result: sums.address,
-                    ..product
-                };
-                multiply("embeddings_product_sm80", (columns, rows / TILE), &params)?;
+        let gathered = match path {
+            Path::Portable => None,
+            Path::Hopper => {
+                let gathered = gpu.buffer(rows * hidden * kind.size)?;
+                self.rows
+                    .gather(gpu, operands, first_row, rows, &gathered)?;
+                Some(gathered)
             }
-            if results.classifier != 0 {
-                let params = ProductParams {
-                    operand: operands.embeddings,
-                    result: results.classifier,
-                    ..product
-                };
-                multiply("classifier_product_sm80", (columns, range / TILE), &params)?;
+        };
+        for first_class in (0..vocab).step_by(range) {
+            let part = Range {
+                first_class,
+                classes: range,
+                first_row,
+                rows,
+                gradient: gradient.address,
+                keep,
+                sums: sums.as_ref().map_or(0, |sums| sums.address),
+                classifier_grad: results.classifier,
+            };
+            match &gathered {
+                None => portable::backward(self, operands, scales, part)?,
+                Some(gathered) => hopper::backward(self, operands, scales, part, gathered)?,
             }
             if results.bias != 0 {
                 let params = BiasParams {
@@ -658,15 +690,8 @@ impl Saved {
                     range: range as i64,
                     class_tiles,
                 };
-                let kernel = kind.kernel("bias_gradient");
-                gpu.launch(
-                    launch::ROWS,
-                    &kernel,
-                    (range.div_ceil(32), 1),
-                    THREADS,
-                    0,
-                    &params,
-                )?;
+                let grid = (range.div_ceil(32), 1);
+                gpu.launch(&per_block(kind.kernel("bias_gradient"), grid, 256), &params)?;
             }
         }
         if let Some(sums) = sums {
@@ -679,8 +704,8 @@ impl Saved {
                 hidden: hidden as i64,
                 first_row: first_row as u32,
             };
-            let kernel = kind.kernel("finish_embeddings");
-            gpu.launch(launch::ROWS, &kernel, (rows, 1), THREADS, 0, &params)?;
+            let kernel = per_block(kind.kernel("finish_embeddings"), (rows, 1), 256);
+            gpu.launch(&kernel, &params)?;
         }
         Ok(())
     }
@@ -693,8 +718,7 @@ impl Saved {
             kept: kept.address,
             class_tiles: operands.class_tiles() as u32,
         };
-        self.gpu
-            .launch(launch::ROWS, "count_kept", (1, 1), ONE_BLOCK, 0, &params)?;
+        self.gpu.launch(&one_block("count_kept"), &params)?;
         self.kept.set(kept.finish(&self.gpu));
         Ok(())
     }

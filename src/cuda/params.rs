@@ -104,6 +104,69 @@ params! {
         range: i64,
         class_tiles: u32,
     }
+    /// `rows.cu`
+    GatherParams {
+        embeddings: u64,
+        row_embedding: u64,
+        count: u64,
+        gathered: u64,
+        chunks: i64,
+        first_row: u32,
+    }
+    /// `forward_sm90a.cu`
+    HopperForwardParams {
+        count: u64,
+        row_target: u64,
+        bias: u64,
+        partials: u64,
+        target_logit: u64,
+        pace: u64,
+        maxima: u64,
+        first_row: u32,
+        rows: u32,
+        classes: u32,
+        depth: u32,
+        splits: u32,
+        tiles_per_split: u32,
+        raster: u32,
+        softcap: f32,
+    }
+    /// `gradient_sm90a.cu`
+    HopperGradientParams {
+        count: u64,
+        row_target: u64,
+        bias: u64,
+        row_max: u64,
+        row_log_sum: u64,
+        p_scale: u64,
+        target_scale: u64,
+        keep: u64,
+        gradient: u64,
+        rows: u32,
+        classes: u32,
+        depth: u32,
+        first_class: u32,
+        range: u32,
+        gradient_stride: u32,
+        keep_stride: u32,
+        raster: u32,
+        softcap: f32,
+    }
+    /// `products_sm90a.cu`
+    HopperProductParams {
+        count: u64,
+        keep: u64,
+        scale: u64,
+        out: u64,
+        rows: u32,
+        classes: u32,
+        depth: u32,
+        first_class: u32,
+        range: u32,
+        keep_stride: u32,
+        overwrite: u32,
+        band: u32,
+    }
     /// `forward_sm80.cu`
     ForwardParams {
         embeddings: u64,

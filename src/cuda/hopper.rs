@@ -1,0 +1,269 @@
+//! The products for compute capability 9.0: `cuda/*_sm90a.cu`.
+//!
+//! The copy engine cannot pick rows, so the rows that count are gathered first: a group of them in the forward,
+//! all of them in the backward.
+
+use super::launch::{
+    Buffer, Gpu, Kernel, TensorMap, FORWARD_SM90A, GRADIENT_SM90A, PRODUCTS_SM90A,
+};
+use super::params::{HopperForwardParams, HopperGradientParams, HopperProductParams};
+use super::{ForwardPlan, Group, Operands, Range, Rows, Saved, Scales, TILE};
+use candle_core::{DType, Result};
+
+/// Bytes of a backward's workspace unless the user says otherwise.
+pub(super) const WORKSPACE: usize = 448 << 20;
+
+const THREADS: u32 = 384;
+/// Shared memory of the three kernels; each file asserts its own.
+const FORWARD_BYTES: usize = 207_872;
+const GRADIENT_BYTES: usize = 207_872;
+const PRODUCT_BYTES: usize = 222_208;
+
+/// Classes of a tile of the forward, and rows of a cluster's panel.
+const FORWARD_CLASSES: usize = 192;
+const PANEL: usize = 256;
+/// Panels that walk the classes together, so that both operands come from the L2 cache.
+const RASTER: usize = 8;
+/// What a forward holds for a group of rows, in bytes: where gradients will be wanted, and where not.
+const TRAINING_BYTES: usize = 36 << 20;
+const EVALUATION_BYTES: usize = 15 << 20;
+
+/// Columns of a strip of the products: what a cluster computes side by side.
+const STRIP: usize = 384;
+/// Output tiles of a product, and entries of a cluster's list of kept tiles, at most.
+const OUTER_TILES: usize = 4096;
+const LISTED: usize = 2048;
+/// Bytes of an operand that stay in the L2 cache while others go by.
+const RESIDENT_BYTES: usize = 40 << 20;
+const ROWS_BYTES: usize = 18 << 20;
+
+/// Whether the kernels take these matrices, on a GPU of compute capability 9.0.
+pub(super) fn can_run(operands: Operands, rows: usize) -> bool {
+    let half = matches!(operands.kind.dtype, DType::BF16 | DType::F16);
+    half && operands.aligned && rows.div_ceil(TILE) <= OUTER_TILES
+}
+
+/// Classes of a range of the backward at most: what the kernels' lists have room for on the smallest GPU.
+pub(super) fn longest_range(all_rows: usize) -> usize {
+    let clusters = 50;
+    (LISTED * clusters / (all_rows / TILE)).min(OUTER_TILES) * TILE
+}
+
+/// The group of rows and the splits of the classes that leave the fewest clusters idle at the end of a launch.
+pub(super) fn plan(
+    operands: Operands,
+    all_rows: usize,
+    multiprocessors: usize,
+    filtering: bool,
+) -> ForwardPlan {
+    let tiles = operands.vocab.div_ceil(FORWARD_CLASSES);
+    let clusters = (multiprocessors / 2).max(1);
+    let budget = if filtering {
+        TRAINING_BYTES
+    } else {
+        EVALUATION_BYTES
+    };
+    let mut row_bytes = operands.hidden * operands.kind.size;
+    if filtering {
+        row_bytes += operands.class_tiles() * 2;
+    }
+    let mut best = (
+        f64::INFINITY,
+        ForwardPlan {
+            group_rows: PANEL,
+            splits: tiles.div_ceil(16),
+            tiles_per_split: 16,
+        },
+    );
+    let most_rows = all_rows.next_multiple_of(PANEL).min(8192);
+    for group_rows in (PANEL..=most_rows).step_by(PANEL) {
+        for tiles_per_split in (2..=32).step_by(2) {
+            let splits = tiles.div_ceil(tiles_per_split);
+            if group_rows * (row_bytes + splits * 8) > budget {
+                continue;
+            }
+            // Rounds of a launch, each as long as a split, and about a third of a tile for its start and end.
+            let cost: f64 = (0..all_rows)
+                .step_by(group_rows)
+                .map(|first| {
+                    let panels = group_rows.min(all_rows - first).div_ceil(PANEL);
+                    let items = panels * splits.div_ceil(2);
+                    (items.div_ceil(clusters) * tiles_per_split) as f64 + 0.3
+                })
+                .sum();
+            if cost < best.0 {
+                best = (
+                    cost,
+                    ForwardPlan {
+                        group_rows,
+                        splits,
+                        tiles_per_split,
+                    },
+                );
+            }
+        }
+    }
+    best.1
+}
+
+pub(super) fn forward(
+    gpu: &Gpu,
+    operands: Operands,
+    rows: &Rows,
+    plan: ForwardPlan,
+    group: Group,
+    gathered: &Buffer,
+) -> Result<()> {
+    let Operands {
+        hidden,
+        vocab,
+        kind,
+        ..
+    } = operands;
+    // Row arrays begin at the group's first row.
+    let offset = group.first_row as u64 * 4;
+    let pace = gpu.zeros(4)?;
+    let params = HopperForwardParams {
+        count: rows.count.address,
+        row_target: rows.target.address + offset,
+        bias: operands.bias,
+        partials: group.partials,
+        target_logit: group.target_logit + offset,
+        pace: pace.address,
+        maxima: group.maxima,
+        first_row: group.first_row as u32,
+        rows: plan.group_rows as u32,
+        classes: vocab as u32,
+        depth: hidden as u32,
+        splits: plan.splits as u32,
+        tiles_per_split: plan.tiles_per_split as u32,
+        raster: RASTER as u32,
+        softcap: operands.softcap,
+    };
+    let embeddings = TensorMap::new(
+        gathered.address,
+        kind.dtype,
+        (plan.group_rows, hidden),
+        hidden,
+        64,
+    )?;
+    // Each block of a cluster copies half of a tile of classes.
+    let classifier = TensorMap::new(
+        operands.classifier,
+        kind.dtype,
+        (vocab, hidden),
+        hidden,
+        FORWARD_CLASSES / 2,
+    )?;
+    let items = plan.group_rows.div_ceil(PANEL) * plan.splits.div_ceil(2);
+    let kernel = Kernel {
+        module: FORWARD_SM90A,
+        name: kind.kernel("forward_sm90a"),
+        grid: (clusters(gpu)?.min(items) * 2, 1),
+        threads: THREADS,
+        shared_bytes: FORWARD_BYTES,
+    };
+    gpu.launch_on_maps(&kernel, [&embeddings, &classifier], &params)
+}
+
+pub(super) fn backward(
+    saved: &Saved,
+    operands: Operands,
+    scales: &Scales,
+    part: Range,
+    gathered: &Buffer,
+) -> Result<()> {
+    let gpu = &saved.gpu;
+    let Operands {
+        hidden,
+        vocab,
+        kind,
+        ..
+    } = operands;
+    let map =
+        |address, rows, columns| TensorMap::new(address, kind.dtype, (rows, columns), columns, 64);
+    let embeddings = map(gathered.address, part.rows, hidden)?;
+    let classifier = map(operands.classifier, vocab, hidden)?;
+    let gradient = map(part.gradient, part.rows, part.classes)?;
+    let grid = (clusters(gpu)? * 2, 1);
+    let row_bytes = hidden * kind.size;
+    let classes = part.classes.min(vocab - part.first_class);
+    let keep_stride = operands.class_tiles() as u32;
+
+    let raster = match part.keep {
+        // Every tile: rows that fit the cache next to the classes that pass through.
+        0 => (ROWS_BYTES / (TILE * row_bytes) / 2 * 2).clamp(2, 32),
+        // Few of them: more rows, so that those which share a class meet.
+        _ => 32,
+    };
+    let params = HopperGradientParams {
+        count: saved.rows.count.address,
+        row_target: saved.rows.target.address,
+        bias: operands.bias,
+        row_max: saved.statistics.row_max.address,
+        row_log_sum: saved.statistics.row_log_sum.address,
+        p_scale: scales.p.address,
+        target_scale: scales.target.address,
+        keep: part.keep,
+        gradient: part.gradient,
+        rows: part.rows as u32,
+        classes: vocab as u32,
+        depth: hidden as u32,
+        first_class: part.first_class as u32,
+        range: classes as u32,
+        gradient_stride: part.classes as u32,
+        keep_stride,
+        raster: raster as u32,
+        softcap: operands.softcap,
+    };
+    let kernel = Kernel {
+        module: GRADIENT_SM90A,
+        name: kind.kernel("gradient_sm90a"),
+        grid,
+        threads: THREADS,
+        shared_bytes: GRADIENT_BYTES,
+    };
+    gpu.launch_on_maps(&kernel, [&embeddings, &classifier], &params)?;
+
+    let multiply = |name: &str, other: &TensorMap, out: u64, inner: usize| {
+        let params = HopperProductParams {
+            count: saved.rows.count.address,
+            keep: part.keep,
+            scale: scales.result.address,
+            out,
+            rows: part.rows as u32,
+            classes: vocab as u32,
+            depth: hidden as u32,
+            first_class: part.first_class as u32,
+            range: classes as u32,
+            keep_stride,
+            overwrite: u32::from(part.first_class == 0),
+            band: (RESIDENT_BYTES / (inner * STRIP * kind.size)).max(1) as u32,
+        };
+        let kernel = Kernel {
+            module: PRODUCTS_SM90A,
+            name: kind.kernel(name),
+            grid,
+            threads: THREADS,
+            shared_bytes: PRODUCT_BYTES,
+        };
+        gpu.launch_on_maps(&kernel, [&gradient, other], &params)
+    };
+    if part.sums != 0 {
+        multiply("embeddings_gradient_sm90a", &classifier, part.sums, classes)?;
+    }
+    if part.classifier_grad != 0 {
+        multiply(
+            "classifier_gradient_sm90a",
+            &embeddings,
+            part.classifier_grad,
+            part.rows,
+        )?;
+    }
+    Ok(())
+}
+
+/// Clusters of two blocks that run at the same time.
+fn clusters(gpu: &Gpu) -> Result<usize> {
+    Ok((gpu.multiprocessors()? / 2).max(1))
+}

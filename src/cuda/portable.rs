@@ -1,0 +1,177 @@
+//! The products for compute capability 8.0 and later: `cuda/*_sm80.cu`.
+
+use super::launch::{Gpu, Kernel, FORWARD_SM80, GRADIENT_SM80, PRODUCTS_SM80};
+use super::params::{ForwardParams, GradientParams, ProductParams};
+use super::{ForwardPlan, Group, Kind, Operands, Range, Rows, Saved, Scales, TILE};
+use candle_core::{DType, Result};
+
+/// Bytes of a backward's workspace unless the user says otherwise.
+pub(super) const WORKSPACE: usize = 256 << 20;
+
+const THREADS: u32 = 256;
+/// Bytes of row maxima that a forward holds at once.
+const MAXIMA_BYTES: usize = 8 << 20;
+/// Bytes of embeddings that blocks running at the same time share in the L2 cache.
+const PANEL_BYTES: usize = 18 << 20;
+/// Blocks of a launch of the forward, per multiprocessor.
+const WAVES: usize = 4;
+
+/// Classes of a block of the forward and the dense gradient, columns of a block of the products.
+fn columns(kind: Kind) -> usize {
+    match kind.dtype {
+        DType::F32 => 128,
+        _ => 256,
+    }
+}
+
+/// Shared memory of a pipeline whose blocks are `columns` wide: 4 stages of 64 bytes a row.
+fn stages(columns: usize) -> usize {
+    4 * 64 * (TILE + columns)
+}
+
+pub(super) fn plan(
+    operands: Operands,
+    all_rows: usize,
+    multiprocessors: usize,
+    filtering: bool,
+) -> ForwardPlan {
+    let mut group_rows = PANEL_BYTES / (operands.hidden * operands.kind.size);
+    if filtering {
+        group_rows = group_rows.min(MAXIMA_BYTES / (operands.class_tiles() * 2));
+    }
+    let group_rows = (group_rows / TILE * TILE).clamp(TILE, all_rows);
+    let tiles = operands.vocab.div_ceil(columns(operands.kind));
+    ForwardPlan {
+        group_rows,
+        splits: (WAVES * multiprocessors / (group_rows / TILE)).clamp(1, tiles),
+        tiles_per_split: 0,
+    }
+}
+
+pub(super) fn forward(
+    gpu: &Gpu,
+    operands: Operands,
+    rows: &Rows,
+    plan: ForwardPlan,
+    group: Group,
+) -> Result<()> {
+    let kind = operands.kind;
+    let params = ForwardParams {
+        embeddings: operands.embeddings,
+        classifier: operands.classifier,
+        bias: operands.bias,
+        row_embedding: rows.embedding.address,
+        row_target: rows.target.address,
+        count: rows.count.address,
+        partials: group.partials,
+        target_logit: group.target_logit,
+        maxima: group.maxima,
+        hidden: operands.hidden as i64,
+        vocab: operands.vocab as i64,
+        first_row: group.first_row as u32,
+        group_rows: plan.group_rows as u32,
+        splits: plan.splits as u32,
+        softcap: operands.softcap,
+        aligned: operands.aligned.into(),
+    };
+    let kernel = Kernel {
+        module: FORWARD_SM80,
+        name: kind.kernel("forward_sm80"),
+        grid: (plan.group_rows / TILE * plan.splits, 1),
+        threads: THREADS,
+        // Row maxima of 4 warps, and targets.
+        shared_bytes: stages(columns(kind)) + 4 * TILE * 4 + TILE * 4,
+    };
+    gpu.launch(&kernel, &params)
+}
+
+pub(super) fn backward(
+    saved: &Saved,
+    operands: Operands,
+    scales: &Scales,
+    part: Range,
+) -> Result<()> {
+    let kind = operands.kind;
+    let gpu = &saved.gpu;
+    let class_tiles = operands.class_tiles() as u32;
+    let params = GradientParams {
+        embeddings: operands.embeddings,
+        classifier: operands.classifier,
+        bias: operands.bias,
+        row_embedding: saved.rows.embedding.address,
+        row_target: saved.rows.target.address,
+        count: saved.rows.count.address,
+        row_max: saved.statistics.row_max.address,
+        row_log_sum: saved.statistics.row_log_sum.address,
+        p_scale: scales.p.address,
+        target_scale: scales.target.address,
+        keep: part.keep,
+        gradient: part.gradient,
+        hidden: operands.hidden as i64,
+        vocab: operands.vocab as i64,
+        first_class: part.first_class as i64,
+        range: part.classes as i64,
+        first_row: part.first_row as u32,
+        class_tiles,
+        softcap: operands.softcap,
+        aligned: operands.aligned.into(),
+    };
+    let (name, wide) = match part.keep {
+        0 => ("gradient_sm80", columns(kind)),
+        _ => ("gradient_narrow_sm80", TILE),
+    };
+    let kernel = Kernel {
+        module: GRADIENT_SM80,
+        name: kind.kernel(name),
+        grid: (part.rows / TILE, part.classes / wide),
+        threads: THREADS,
+        shared_bytes: stages(wide).max(TILE * wide * kind.size),
+    };
+    gpu.launch(&kernel, &params)?;
+
+    let params = ProductParams {
+        gradient: part.gradient,
+        row_embedding: saved.rows.embedding.address,
+        count: saved.rows.count.address,
+        keep: part.keep,
+        scale: scales.result.address,
+        hidden: operands.hidden as i64,
+        vocab: operands.vocab as i64,
+        first_class: part.first_class as i64,
+        range: part.classes as i64,
+        first_row: part.first_row as u32,
+        rows: part.rows as u32,
+        class_tiles,
+        accumulate: u32::from(part.first_class > 0),
+        aligned: operands.aligned.into(),
+        ..Default::default()
+    };
+    let multiply = |name: &str, outer: usize, params: &ProductParams| {
+        let kernel = Kernel {
+            module: PRODUCTS_SM80,
+            name: kind.kernel(name),
+            grid: (operands.hidden.div_ceil(columns(kind)), outer / TILE),
+            threads: THREADS,
+            // The list of kept tiles, numbers of 16 bits, and a count a warp.
+            shared_bytes: stages(columns(kind)) + 2048 * 2 + 8 * 4,
+        };
+        gpu.launch(&kernel, params)
+    };
+    if part.sums != 0 {
+        let params = ProductParams {
+            operand: operands.classifier,
+            result: part.sums,
+            ..params
+        };
+        multiply("embeddings_product_sm80", part.rows, &params)?;
+    }
+    if part.classifier_grad != 0 {
+        let params = ProductParams {
+            operand: operands.embeddings,
+            result: part.classifier_grad,
+            ..params
+        };
+        multiply("classifier_product_sm80", part.classes, &params)?;
+    }
+    Ok(())
+}
