@@ -183,7 +183,7 @@ __device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& 
         hand_over();
         continue;
       }
-      multiply<T, false, false>(z, ring, blocks, hand_over);
+      multiply<T, false, false, TILE_N>(z, ring, blocks, hand_over);
       if (group == 0 && step < second_steps) ring.at.skip(blocks);
 
       finish_logits(z, bias ? plan.bias[group] : nullptr, p.softcap);

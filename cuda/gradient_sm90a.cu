@@ -162,7 +162,6 @@ __device__ __forceinline__ void write_gradient(float (&z)[2][TILE_N / 2], const 
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
     const uint32_t row = first_row + s / 2 * 64 + s % 2 * 8;
-    if (row >= p.rows) continue;
     const bool counts = row < rows;
     float max = 0.0f, log2_sum = 0.0f, p_scale = 0.0f, target_scale = 0.0f;
     int target = -1;
@@ -171,22 +170,34 @@ __device__ __forceinline__ void write_gradient(float (&z)[2][TILE_N / 2], const 
       p_scale = p.p_scale[row], target_scale = p.target_scale[row];
       target = p.row_target[row] - static_cast<int>(first_class) - lane_column;
     }
-    T* to = static_cast<T*>(p.gradient) + static_cast<size_t>(row) * p.gradient_stride + first_column + lane_column;
+    T* to = static_cast<T*>(p.gradient) + static_cast<size_t>(row) * p.gradient_stride + first_column;
 #pragma unroll
-    for (int j = 0; j < TILE_N / 8; ++j) {
-      float g[2];
+    for (int first = 0; first < TILE_N / 8; first += 4) {
+      uint32_t word[4];
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float logit = z[s / 2][4 * j + 2 * (s % 2) + e];
-        g[e] = p_scale * exp2_fast(fmaf(logit - max, LOG2E, -log2_sum));
-        if (target == 8 * j + e) g[e] -= target_scale;
-        if (capped) {
-          const float part = logit * inverse_cap;
-          g[e] *= fmaf(-part, part, 1.0f);
+      for (int i = 0; i < 4; ++i) {
+        float g[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int column = 8 * (first + i) + e;  // from the lane's first
+          const float logit = z[s / 2][4 * (first + i) + 2 * (s % 2) + e];
+          g[e] = p_scale * exp2_fast(fmaf(logit - max, LOG2E, -log2_sum));
+          if (target == column) g[e] -= target_scale;
+          if (capped) {
+            const float part = logit * inverse_cap;
+            g[e] *= fmaf(-part, part, 1.0f);
+          }
+          if (!counts || first_class + column + lane_column >= p.classes) g[e] = 0.0f;
         }
-        if (!counts || first_class + 8 * j + lane_column + e >= p.classes) g[e] = 0.0f;
+        word[i] = pack<T>(g[0], g[1]);
+#ifdef NARROW_STORES
+        if (row < p.rows) *reinterpret_cast<uint32_t*>(to + 8 * (first + i) + lane_column) = word[i];
+#endif
       }
-      *reinterpret_cast<uint32_t*>(to + 8 * j) = pack<T>(g[0], g[1]);
+#ifndef NARROW_STORES
+      const uint4 chunk = collect_chunk(word[0], word[1], word[2], word[3]);
+      if (row < p.rows) *reinterpret_cast<uint4*>(to + 8 * (first + threadIdx.x % 4)) = chunk;
+#endif
     }
   }
 }
@@ -209,7 +220,7 @@ __device__ void consume(GradientPlan& plan, int group, const GradientParams& p) 
 
     float z[2][TILE_N / 2];
     if (n > 0) take_turn(group);
-    multiply<T, false, false>(z, ring, blocks, [&] {
+    multiply<T, false, false, TILE_N>(z, ring, blocks, [&] {
       if (n + 1 < share.count) give_turn(1 - group);
     });
     ring.at.skip(blocks);  // the other group's

@@ -9,7 +9,8 @@ using namespace hopper;
 constexpr int TILE_N = 192;       // columns of an output tile, along the depth of E and C ...
 constexpr int NARROW = 128;       // ... or of one in the last strip, if that is enough
 constexpr int KEEP = 128;         // rows and classes of a tile of the keep table
-constexpr int OUTER_MAX = 4096;   // row tiles (dE) or class tiles (dC) of a launch at most
+constexpr int OUTER_MAX = 2048;   // row tiles (dE) or class tiles (dC) of a launch at most ...
+constexpr int WORDS_MAX = 4096;   // ... times the words of 32 tiles each of them is summed over
 constexpr int CLUSTER = 2;        // blocks with the same gradient tiles and neighbouring columns: a strip
 constexpr uint32_t STRIP = CLUSTER * TILE_N;
 constexpr int STAGES = 5;
@@ -38,18 +39,21 @@ struct ProductPlan {
   Ring<TILE_M, TILE_N, STAGES, Share::A> ring;
   uint16_t kept[OUTER_MAX];   // kept tiles of each outer tile
   uint16_t order[OUTER_MAX];  // outer tiles, most kept first
+  uint32_t bits[WORDS_MAX];   // [outer tile][words] which inner tiles are kept
 };
 
 // "Outer" tiles are those of the output (rows for dE, classes for dC), "inner" ones are summed over.
 template <bool CLASSIFIER>
 struct ProductTiles {
-  uint32_t rows, outer, inner, strips, share, cluster, clusters;
+  uint32_t rows, outer, inner, words, strips, share, cluster, clusters;
 
   __device__ explicit ProductTiles(const ProductParams& p) {
     rows = min(*p.count, p.rows);
     uint32_t row_tiles = (rows + KEEP - 1) / KEEP, class_tiles = (p.range + KEEP - 1) / KEEP;
-    outer = min(CLASSIFIER ? class_tiles : row_tiles, uint32_t(OUTER_MAX));
+    outer = CLASSIFIER ? class_tiles : row_tiles;
     inner = CLASSIFIER ? row_tiles : class_tiles;
+    words = (inner + WARP - 1) / WARP;
+    if (outer > OUTER_MAX || outer * words > WORDS_MAX) __trap();  // the host promised not to
     strips = (p.depth + STRIP - 1) / STRIP;
     cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
     // Round n hands out outputs [n G, (n + 1) G) to the G clusters, forwards and backwards in turn.
@@ -77,18 +81,17 @@ struct ProductTiles {
   }
 };
 
-// All threads of the block: how many tiles each output sums, and the order to take the outputs in.
+// All threads of the block: which tiles each output sums, how many, and the order to take the outputs in.
 template <bool CLASSIFIER>
-__device__ void sort_outputs(ProductPlan& plan, const ProductTiles<CLASSIFIER>& tiles, const ProductParams& p) {
+__device__ void list_outputs(ProductPlan& plan, const ProductTiles<CLASSIFIER>& tiles, const ProductParams& p) {
   const uint32_t lane = threadIdx.x % WARP;
   for (uint32_t tile = threadIdx.x / WARP; tile < tiles.outer; tile += THREADS / WARP) {
     uint32_t kept = 0;
-    if (p.keep) {
 #pragma unroll 4
-      for (uint32_t first = 0; first < tiles.inner; first += WARP) kept += tiles.kept(p, tile, first + lane);
-      kept = __reduce_add_sync(~0u, kept);
-    } else {
-      kept = tiles.inner;
+    for (uint32_t word = 0; word < tiles.words; ++word) {
+      const uint32_t bits = __ballot_sync(~0u, tiles.kept(p, tile, word * WARP + lane));
+      kept += __popc(bits);
+      if (lane == 0) plan.bits[tile * tiles.words + word] = bits;
     }
     if (lane == 0) plan.kept[tile] = kept;
   }
@@ -102,42 +105,33 @@ __device__ void sort_outputs(ProductPlan& plan, const ProductTiles<CLASSIFIER>& 
   }
 }
 
-// The producing warp: finds the kept tiles 32 at a time, its first lane starts the copies.
 template <bool CLASSIFIER>
 __device__ void produce(ProductPlan& plan, const TensorMap* gradient, const TensorMap* other,
                         const ProductParams& p) {
   ProductTiles<CLASSIFIER> tiles(p);
   Filler ring(plan.ring);
-  const uint32_t lane = threadIdx.x % WARP;
   for (uint32_t n = 0; n < tiles.share; ++n) {
     uint32_t tile, column;
     bool narrow;
     tiles.decode(plan, p, n, tile, column, narrow);
-    bool kept = tiles.kept(p, tile, lane);
-    for (uint32_t first = 0; first < tiles.inner; first += WARP) {
-      uint32_t todo = __ballot_sync(~0u, kept);
-      kept = tiles.kept(p, tile, first + WARP + lane);  // on its way while these are copied
-      if (lane == 0) {
-        for (; todo; todo &= todo - 1) {
-          const uint32_t inner = (first + __ffs(todo) - 1) * KEEP;
-          for (uint32_t k = inner; k < inner + KEEP; k += BLOCK_K) {
-            const uint32_t other_k = CLASSIFIER ? k : p.first_class + k;
-            if (narrow)
-              copy_block<CLASSIFIER, true, NARROW>(ring, gradient, tile * KEEP, k, other, column, other_k);
-            else
-              copy_block<CLASSIFIER, true, TILE_N>(ring, gradient, tile * KEEP, k, other, column, other_k);
-          }
+    for (uint32_t word = 0; word < tiles.words; ++word) {
+      for (uint32_t todo = plan.bits[tile * tiles.words + word]; todo; todo &= todo - 1) {
+        const uint32_t inner = (word * WARP + __ffs(todo) - 1) * KEEP;
+        for (uint32_t k = inner; k < inner + KEEP; k += BLOCK_K) {
+          const uint32_t other_k = CLASSIFIER ? k : p.first_class + k;
+          if (narrow)
+            copy_block<CLASSIFIER, true, NARROW>(ring, gradient, tile * KEEP, k, other, column, other_k);
+          else
+            copy_block<CLASSIFIER, true, TILE_N>(ring, gradient, tile * KEEP, k, other, column, other_k);
         }
       }
-      __syncwarp();
     }
   }
 }
 
 // dE: f32, added to what earlier ranges left. `product` null: nothing was kept.
-template <int R>
-__device__ __forceinline__ void add_rows(const float (*product)[R], const ProductParams& p, uint32_t rows,
-                                         uint32_t first_row, uint32_t first_column) {
+__device__ __forceinline__ void add_rows(const float (*product)[TILE_N / 2], const ProductParams& p, uint32_t rows,
+                                         uint32_t first_row, uint32_t first_column, uint32_t end_column) {
   if (!product && !p.overwrite) return;
   constexpr int BATCH = 8;  // loads in flight
 #pragma unroll
@@ -146,62 +140,57 @@ __device__ __forceinline__ void add_rows(const float (*product)[R], const Produc
     if (row >= rows) continue;
     float* to = static_cast<float*>(p.out) + static_cast<size_t>(row) * p.depth + first_column + threadIdx.x % 4 * 2;
 #pragma unroll
-    for (int first = 0; first < R / 4; first += BATCH) {
+    for (int first = 0; first < TILE_N / 8; first += BATCH) {
       float2 sum[BATCH];
 #pragma unroll
       for (int i = 0; i < BATCH; ++i) {
         sum[i] = make_float2(0.0f, 0.0f);
-        if (!p.overwrite && first_column + 8 * (first + i) < p.depth)
+        if (!p.overwrite && first_column + 8 * (first + i) < end_column)
           sum[i] = *reinterpret_cast<const float2*>(to + 8 * (first + i));
       }
 #pragma unroll
       for (int i = 0; i < BATCH; ++i) {
         const int j = 4 * (first + i) + 2 * (s % 2);
         if (product) sum[i].x += product[s / 2][j], sum[i].y += product[s / 2][j + 1];
-        if (first_column + 8 * (first + i) < p.depth) *reinterpret_cast<float2*>(to + 8 * (first + i)) = sum[i];
+        if (first_column + 8 * (first + i) < end_column) *reinterpret_cast<float2*>(to + 8 * (first + i)) = sum[i];
       }
     }
   }
 }
 
 // dC: scaled and rounded once; final. `product` null: zeros.
-template <typename T, int R>
-__device__ __forceinline__ void write_classes(const float (*product)[R], const ProductParams& p,
-                                              uint32_t first_class, uint32_t first_column) {
+template <typename T>
+__device__ __forceinline__ void write_classes(const float (*product)[TILE_N / 2], const ProductParams& p,
+                                              uint32_t first_class, uint32_t first_column, uint32_t end_column) {
   const float scale = *p.scale;
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
     const uint32_t row = first_class + s / 2 * 64 + s % 2 * 8;
+    T* to = static_cast<T*>(p.out) + static_cast<size_t>(row) * p.depth;
+#ifdef NARROW_STORES
     if (row >= p.classes) continue;
-    T* to = static_cast<T*>(p.out) + static_cast<size_t>(row) * p.depth + first_column + threadIdx.x % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < R / 4; ++i) {
+    for (int i = 0; i < TILE_N / 8; ++i) {
       const int j = 4 * i + 2 * (s % 2);
       const uint32_t value = product ? pack<T>(scale * product[s / 2][j], scale * product[s / 2][j + 1]) : 0;
-      if (first_column + 8 * i < p.depth) *reinterpret_cast<uint32_t*>(to + 8 * i) = value;
+      if (first_column + 8 * i < end_column)
+        *reinterpret_cast<uint32_t*>(to + first_column + 8 * i + threadIdx.x % 4 * 2) = value;
     }
+#else
+#pragma unroll
+    for (int first = 0; first < TILE_N / 8; first += 4) {
+      uint32_t word[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int j = 4 * (first + i) + 2 * (s % 2);
+        word[i] = product ? pack<T>(scale * product[s / 2][j], scale * product[s / 2][j + 1]) : 0;
+      }
+      const uint4 chunk = collect_chunk(word[0], word[1], word[2], word[3]);
+      const uint32_t column = first_column + 8 * (first + threadIdx.x % 4);
+      if (row < p.classes && column < end_column) *reinterpret_cast<uint4*>(to + column) = chunk;
+    }
+#endif
   }
-}
-
-// One output tile, `blocks` stages deep; `issued` hands the tensor cores over.
-template <typename T, bool CLASSIFIER, int WIDTH, typename Issued>
-__device__ __forceinline__ void make_output(Drainer<decltype(ProductPlan::ring)>& ring, uint32_t blocks,
-                                            Issued issued, const ProductParams& p, uint32_t rows, uint32_t first,
-                                            uint32_t column) {
-  auto write = [&](const float (*product)[WIDTH / 2]) {
-    if constexpr (CLASSIFIER)
-      write_classes<T>(product, p, p.first_class + first, column);
-    else
-      add_rows(product, p, rows, first, column);
-  };
-  if (blocks == 0) {
-    issued();
-    write(nullptr);
-    return;
-  }
-  float product[2][WIDTH / 2];
-  multiply<T, CLASSIFIER, true>(product, ring, blocks, issued);
-  write(product);
 }
 
 template <typename T, bool CLASSIFIER>
@@ -220,15 +209,29 @@ __device__ void consume(ProductPlan& plan, uint32_t group, const ProductParams& 
       ring.at.skip(blocks);
       continue;
     }
+    auto write = [&](const float (*product)[TILE_N / 2]) {
+      const uint32_t first = tile * KEEP + thread_row;
+      const uint32_t end = min(column + (narrow ? NARROW : TILE_N), p.depth);
+      if constexpr (CLASSIFIER)
+        write_classes<T>(product, p, p.first_class + first, column, end);
+      else
+        add_rows(product, p, tiles.rows, first, column, end);
+    };
     auto hand_over = [&] {
       if (n + 1 < tiles.share) give_turn(1 - group);
     };
     if (n > 0) take_turn(group);
-    const uint32_t first = tile * KEEP + thread_row;
+    if (blocks == 0) {
+      hand_over();
+      write(nullptr);
+      continue;
+    }
+    float product[2][TILE_N / 2];
     if (narrow)
-      make_output<T, CLASSIFIER, NARROW>(ring, blocks, hand_over, p, tiles.rows, first, column);
+      multiply<T, CLASSIFIER, true, NARROW>(product, ring, blocks, hand_over);
     else
-      make_output<T, CLASSIFIER, TILE_N>(ring, blocks, hand_over, p, tiles.rows, first, column);
+      multiply<T, CLASSIFIER, true, TILE_N>(product, ring, blocks, hand_over);
+    write(product);
   }
 }
 
@@ -241,11 +244,11 @@ __device__ __forceinline__ void product(const TensorMap* gradient, const TensorM
     prefetch_map(other);
     plan.ring.init(1);
   }
-  sort_outputs(plan, ProductTiles<CLASSIFIER>(p), p);
+  list_outputs(plan, ProductTiles<CLASSIFIER>(p), p);
   plan.ring.sync();
   if (threadIdx.x < GROUP) {
     shrink_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x < WARP) produce<CLASSIFIER>(plan, gradient, other, p);
+    if (threadIdx.x == 0) produce<CLASSIFIER>(plan, gradient, other, p);
   } else {
     grow_registers<CONSUMER_REGISTERS>();
     consume<T, CLASSIFIER>(plan, uniform(threadIdx.x / GROUP - 1), p);
@@ -268,4 +271,4 @@ PRODUCT(embeddings_gradient_sm90a_f16, __half, false)
 PRODUCT(classifier_gradient_sm90a_bf16, __nv_bfloat16, true)
 PRODUCT(classifier_gradient_sm90a_f16, __half, true)
 
-static_assert(sizeof(ProductPlan) == 222208, "the host asks for as much shared memory");
+static_assert(sizeof(ProductPlan) == 230400, "the host asks for as much shared memory");
