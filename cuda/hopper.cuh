@@ -171,27 +171,28 @@ constexpr uint64_t NEXT_K16 = MN_MAJOR ? 16 * 128 / 16 : 32 / 16;
 // From one set of 64 rows to the next: one box.
 constexpr uint64_t NEXT_M64 = BOX_BYTES / 16;
 
-#define ACC4(a, i) "+f"((a)[i]), "+f"((a)[i + 1]), "+f"((a)[i + 2]), "+f"((a)[i + 3])
-#define ACC8(a, i) ACC4(a, i), ACC4(a, i + 4)
+#define ACC4(io, a, i) io(a[i]), io(a[i + 1]), io(a[i + 2]), io(a[i + 3])
+#define ACC8(io, a, i) ACC4(io, a, i), ACC4(io, a, i + 4)
 
-// acc (64 x N, f32) = [add ?] acc + A (64 x 16) B (16 x N). Thread t of the group holds, in
+// acc (64 x N, f32) = [ADD: acc +] A (64 x 16) B (16 x N). That the first of a
+// product only writes acc must show in the operands ("=f"), or acc would occupy its registers for good. Thread t of the group holds, in
 // acc[4 j + 2 q + e], row t / 32 * 16 + t % 32 / 4 + 8 q and column 8 j + t % 4 * 2 + e.
-#define WGMMA_N128(TYPE) \
+#define WGMMA_N128(TYPE, ADD, IO) \
   asm volatile( \
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n" \
+      "{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\n" \
       "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE "\n{" \
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63 " \
-      "}, %64, %65, add, 1, 1, %67, %68;\n}\n" \
-      : ACC8(acc, 0), ACC8(acc, 8), ACC8(acc, 16), ACC8(acc, 24), \
-        ACC8(acc, 32), ACC8(acc, 40), ACC8(acc, 48), ACC8(acc, 56) \
-      : "l"(a), "l"(b), "r"(add), "n"(int(MN_A)), "n"(int(MN_B)))
+      "}, %64, %65, add, 1, 1, %66, %67;\n}\n" \
+      : ACC8(IO, acc, 0), ACC8(IO, acc, 8), ACC8(IO, acc, 16), ACC8(IO, acc, 24), \
+        ACC8(IO, acc, 32), ACC8(IO, acc, 40), ACC8(IO, acc, 48), ACC8(IO, acc, 56) \
+      : "l"(a), "l"(b), "n"(int(MN_A)), "n"(int(MN_B)))
 
-#define WGMMA_N192(TYPE) \
+#define WGMMA_N192(TYPE, ADD, IO) \
   asm volatile( \
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %98, 0;\n" \
+      "{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\n" \
       "wgmma.mma_async.sync.aligned.m64n192k16.f32." TYPE "." TYPE "\n{" \
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
@@ -199,20 +200,24 @@ constexpr uint64_t NEXT_M64 = BOX_BYTES / 16;
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
       "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
       "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95 " \
-      "}, %96, %97, add, 1, 1, %99, %100;\n}\n" \
-      : ACC8(acc, 0), ACC8(acc, 8), ACC8(acc, 16), ACC8(acc, 24), \
-        ACC8(acc, 32), ACC8(acc, 40), ACC8(acc, 48), ACC8(acc, 56), \
-        ACC8(acc, 64), ACC8(acc, 72), ACC8(acc, 80), ACC8(acc, 88) \
-      : "l"(a), "l"(b), "r"(add), "n"(int(MN_A)), "n"(int(MN_B)))
+      "}, %96, %97, add, 1, 1, %98, %99;\n}\n" \
+      : ACC8(IO, acc, 0), ACC8(IO, acc, 8), ACC8(IO, acc, 16), ACC8(IO, acc, 24), \
+        ACC8(IO, acc, 32), ACC8(IO, acc, 40), ACC8(IO, acc, 48), ACC8(IO, acc, 56), \
+        ACC8(IO, acc, 64), ACC8(IO, acc, 72), ACC8(IO, acc, 80), ACC8(IO, acc, 88) \
+      : "l"(a), "l"(b), "n"(int(MN_A)), "n"(int(MN_B)))
 
-template <typename T, int N, bool MN_A, bool MN_B>
-__device__ __forceinline__ void wgmma(float* acc, uint64_t a, uint64_t b, uint32_t add) {
+template <typename T, int N, bool MN_A, bool MN_B, bool ADD>
+__device__ __forceinline__ void wgmma(float* acc, uint64_t a, uint64_t b) {
   static_assert(N == 128 || N == 192, "no wrapper for this width");
-  constexpr bool BF16 = sizeof(T) == 2 && !__is_same(T, __half);
-  if constexpr (N == 128 && BF16) WGMMA_N128("bf16");
-  if constexpr (N == 128 && !BF16) WGMMA_N128("f16");
-  if constexpr (N == 192 && BF16) WGMMA_N192("bf16");
-  if constexpr (N == 192 && !BF16) WGMMA_N192("f16");
+  constexpr bool BF16 = !__is_same(T, __half);
+  if constexpr (N == 128 && BF16 && ADD) WGMMA_N128("bf16", "1", "+f");
+  if constexpr (N == 128 && BF16 && !ADD) WGMMA_N128("bf16", "0", "=f");
+  if constexpr (N == 128 && !BF16 && ADD) WGMMA_N128("f16", "1", "+f");
+  if constexpr (N == 128 && !BF16 && !ADD) WGMMA_N128("f16", "0", "=f");
+  if constexpr (N == 192 && BF16 && ADD) WGMMA_N192("bf16", "1", "+f");
+  if constexpr (N == 192 && BF16 && !ADD) WGMMA_N192("bf16", "0", "=f");
+  if constexpr (N == 192 && !BF16 && ADD) WGMMA_N192("f16", "1", "+f");
+  if constexpr (N == 192 && !BF16 && !ADD) WGMMA_N192("f16", "0", "=f");
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -324,38 +329,48 @@ struct Drainer {
   }
 };
 
+// Waits for the next stage and issues its products into acc (128 x WIDTH); the first of them starts the sum.
+template <typename T, bool MN_A, bool MN_B, int WIDTH, bool FIRST, int M, int N, int COUNT, Share SHARED>
+__device__ __forceinline__ void multiply_stage(float (&acc)[2][WIDTH / 2],
+                                               Drainer<Ring<M, N, COUNT, SHARED>>& from) {
+  using R = Ring<M, N, COUNT, SHARED>;
+  static_assert(M == TILE_M && WIDTH <= N, "a stage holds a tile");
+  barrier_wait(from.base + offsetof(R, full) + from.at.stage * 8, from.at.round);
+  const uint32_t stage = from.base + from.at.stage * sizeof(typename R::Stage);
+  const uint64_t a = operand<MN_A>(stage), b = operand<MN_B>(stage + M / BOX * BOX_BYTES);
+  wgmma_fence();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) wgmma<T, WIDTH, MN_A, MN_B, !FIRST>(acc[half], a + half * NEXT_M64, b);
+#pragma unroll
+  for (int k = 1; k < BLOCK_K / 16; ++k) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      wgmma<T, WIDTH, MN_A, MN_B, true>(acc[half], a + half * NEXT_M64 + k * NEXT_K16<MN_A>, b + k * NEXT_K16<MN_B>);
+  }
+  wgmma_commit();
+  from.at.next();
+}
+
 // acc (128 x WIDTH) = the product of the next `blocks` stages, at least one. `issued` runs once the last product
 // is under way, before it is done.
 template <typename T, bool MN_A, bool MN_B, int WIDTH, int M, int N, int COUNT, Share SHARED, typename Issued>
-__device__ __forceinline__ void multiply(float (&acc)[2][N / 2], Drainer<Ring<M, N, COUNT, SHARED>>& from,
+__device__ __forceinline__ void multiply(float (&acc)[2][WIDTH / 2], Drainer<Ring<M, N, COUNT, SHARED>>& from,
                                          uint32_t blocks, Issued issued) {
-  static_assert(M == TILE_M && WIDTH <= N, "the accumulators are as wide as the stage");
-  using R = Ring<M, N, COUNT, SHARED>;
-  constexpr uint32_t STAGE = sizeof(typename R::Stage);
   uint32_t previous = from.at.stage;
-  for (uint32_t block = 0; block < blocks; ++block) {
-    barrier_wait(from.base + offsetof(R, full) + from.at.stage * 8, from.at.round);
-    const uint32_t stage = from.base + from.at.stage * STAGE;
-    const uint64_t a = operand<MN_A>(stage), b = operand<MN_B>(stage + M / BOX * BOX_BYTES);
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < BLOCK_K / 16; ++k) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        wgmma<T, WIDTH, MN_A, MN_B>(acc[half], a + half * NEXT_M64 + k * NEXT_K16<MN_A>, b + k * NEXT_K16<MN_B>,
-                                    (block | k) != 0);
-    }
-    wgmma_commit();
+  multiply_stage<T, MN_A, MN_B, WIDTH, true>(acc, from);
+  for (uint32_t block = 1; block < blocks; ++block) {
+    const uint32_t current = from.at.stage;
+    multiply_stage<T, MN_A, MN_B, WIDTH, false>(acc, from);
     // One block stays in flight; the stage before it is read to the end and can be filled again.
-    if (block > 0) {
-      wgmma_wait<1>();
-      if (from.releases) barrier_arrive(from.release + previous * 8);
-    }
-    previous = from.at.stage;
-    from.at.next();
+    wgmma_wait<1>();
+    if (from.releases) barrier_arrive(from.release + previous * 8);
+    previous = current;
   }
   issued();
   wgmma_wait<0>();
+  // Tells the compiler what the hardware does: only now are these the product.
+#pragma unroll
+  for (int i = 0; i < WIDTH; ++i) asm volatile("" : "+f"(acc[i / (WIDTH / 2)][i % (WIDTH / 2)])::"memory");
   if (from.releases) barrier_arrive(from.release + previous * 8);
 }
 
@@ -444,6 +459,13 @@ __device__ __forceinline__ uint4 collect_chunk(uint32_t c0, uint32_t c1, uint32_
   const uint32_t b0 = odd ? r1 : c2, b1 = odd ? c3 : r1;  // of chunk 2 or 3
   const uint32_t s0 = __shfl_xor_sync(~0u, high ? a0 : b0, 2), s1 = __shfl_xor_sync(~0u, high ? a1 : b1, 2);
   return high ? make_uint4(s0, s1, b0, b1) : make_uint4(a0, a1, s0, s1);
+}
+
+// Memory += value, without waiting for it. With one adder an element, as here, the order is not left to chance.
+__device__ __forceinline__ void add_in_memory(float* to, float4 value) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(value.x), "f"(value.y),
+               "f"(value.z), "f"(value.w)
+               : "memory");
 }
 
 // The smallest bf16 that is not below x.

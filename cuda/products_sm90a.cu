@@ -129,67 +129,67 @@ __device__ void produce(ProductPlan& plan, const TensorMap* gradient, const Tens
   }
 }
 
-// dE: f32, added to what earlier ranges left. `product` null: nothing was kept.
-__device__ __forceinline__ void add_rows(const float (*product)[TILE_N / 2], const ProductParams& p, uint32_t rows,
-                                         uint32_t first_row, uint32_t first_column, uint32_t end_column) {
-  if (!product && !p.overwrite) return;
-  constexpr int BATCH = 8;  // loads in flight
+// dE: f32, added to what earlier ranges left. Lanes swap halves in pairs to write 16 bytes each.
+template <int R>
+__device__ __forceinline__ void add_rows(const float (&product)[2][R], const ProductParams& p,
+                                         uint32_t rows, uint32_t first_row, uint32_t first_column,
+                                         uint32_t end_column) {
+  const bool odd = threadIdx.x & 1, overwrite = p.overwrite;
+  const uint32_t lane_column = first_column + 8 * odd + threadIdx.x % 4 / 2 * 4;
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
     const uint32_t row = first_row + s / 2 * 64 + s % 2 * 8;
-    if (row >= rows) continue;
-    float* to = static_cast<float*>(p.out) + static_cast<size_t>(row) * p.depth + first_column + threadIdx.x % 4 * 2;
+    float* to = static_cast<float*>(p.out) + static_cast<size_t>(row) * p.depth + lane_column;
 #pragma unroll
-    for (int first = 0; first < TILE_N / 8; first += BATCH) {
-      float2 sum[BATCH];
-#pragma unroll
-      for (int i = 0; i < BATCH; ++i) {
-        sum[i] = make_float2(0.0f, 0.0f);
-        if (!p.overwrite && first_column + 8 * (first + i) < end_column)
-          sum[i] = *reinterpret_cast<const float2*>(to + 8 * (first + i));
-      }
-#pragma unroll
-      for (int i = 0; i < BATCH; ++i) {
-        const int j = 4 * (first + i) + 2 * (s % 2);
-        if (product) sum[i].x += product[s / 2][j], sum[i].y += product[s / 2][j + 1];
-        if (first_column + 8 * (first + i) < end_column) *reinterpret_cast<float2*>(to + 8 * (first + i)) = sum[i];
-      }
+    for (int i = 0; i < R / 4; i += 2) {  // two chunks of 8 columns: one for even lanes, one for odd
+      const int even_chunk = 4 * i + 2 * (s % 2), odd_chunk = even_chunk + 4;
+      const float (&from)[R] = product[s / 2];
+      const float x = __shfl_xor_sync(~0u, odd ? from[even_chunk] : from[odd_chunk], 1);
+      const float y = __shfl_xor_sync(~0u, odd ? from[even_chunk + 1] : from[odd_chunk + 1], 1);
+      const float4 sum = odd ? make_float4(x, y, from[odd_chunk], from[odd_chunk + 1])
+                             : make_float4(from[even_chunk], from[even_chunk + 1], x, y);
+      const bool inside = row < rows && lane_column + 8 * i < end_column;
+      if (inside && overwrite) *reinterpret_cast<float4*>(to + 8 * i) = sum;
+      if (inside && !overwrite) add_in_memory(to + 8 * i, sum);
     }
   }
 }
 
-// dC: scaled and rounded once; final. `product` null: zeros.
-template <typename T>
-__device__ __forceinline__ void write_classes(const float (*product)[TILE_N / 2], const ProductParams& p,
+// dC: scaled and rounded once; final.
+template <typename T, int R>
+__device__ __forceinline__ void write_classes(const float (&product)[2][R], const ProductParams& p,
                                               uint32_t first_class, uint32_t first_column, uint32_t end_column) {
   const float scale = *p.scale;
+  const uint32_t lane_column = first_column + 8 * (threadIdx.x % 4);
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
     const uint32_t row = first_class + s / 2 * 64 + s % 2 * 8;
-    T* to = static_cast<T*>(p.out) + static_cast<size_t>(row) * p.depth;
-#ifdef NARROW_STORES
-    if (row >= p.classes) continue;
+    T* to = static_cast<T*>(p.out) + static_cast<size_t>(row) * p.depth + lane_column;
 #pragma unroll
-    for (int i = 0; i < TILE_N / 8; ++i) {
-      const int j = 4 * i + 2 * (s % 2);
-      const uint32_t value = product ? pack<T>(scale * product[s / 2][j], scale * product[s / 2][j + 1]) : 0;
-      if (first_column + 8 * i < end_column)
-        *reinterpret_cast<uint32_t*>(to + first_column + 8 * i + threadIdx.x % 4 * 2) = value;
-    }
-#else
-#pragma unroll
-    for (int first = 0; first < TILE_N / 8; first += 4) {
+    for (int first = 0; first < R / 4; first += 4) {
       uint32_t word[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int j = 4 * (first + i) + 2 * (s % 2);
-        word[i] = product ? pack<T>(scale * product[s / 2][j], scale * product[s / 2][j + 1]) : 0;
+        word[i] = pack<T>(scale * product[s / 2][j], scale * product[s / 2][j + 1]);
       }
       const uint4 chunk = collect_chunk(word[0], word[1], word[2], word[3]);
-      const uint32_t column = first_column + 8 * (first + threadIdx.x % 4);
-      if (row < p.classes && column < end_column) *reinterpret_cast<uint4*>(to + column) = chunk;
+      if (row < p.classes && lane_column + 8 * first < end_column) *reinterpret_cast<uint4*>(to + 8 * first) = chunk;
     }
-#endif
+  }
+}
+
+// An output to which nothing was kept.
+template <typename Out>
+__device__ void write_zeros(const ProductParams& p, uint32_t end_row, uint32_t first_row, uint32_t first_column,
+                            uint32_t end_column) {
+  constexpr uint32_t WIDTH = 16 / sizeof(Out);
+  const uint32_t columns = (end_column - min(first_column, end_column)) / WIDTH;
+  for (uint32_t i = threadIdx.x % GROUP; i < KEEP * columns; i += GROUP) {
+    const uint32_t row = first_row + i / columns, column = first_column + i % columns * WIDTH;
+    if (row < end_row)
+      *reinterpret_cast<uint4*>(static_cast<Out*>(p.out) + static_cast<size_t>(row) * p.depth + column) =
+          make_uint4(0, 0, 0, 0);
   }
 }
 
@@ -209,29 +209,35 @@ __device__ void consume(ProductPlan& plan, uint32_t group, const ProductParams& 
       ring.at.skip(blocks);
       continue;
     }
-    auto write = [&](const float (*product)[TILE_N / 2]) {
-      const uint32_t first = tile * KEEP + thread_row;
-      const uint32_t end = min(column + (narrow ? NARROW : TILE_N), p.depth);
-      if constexpr (CLASSIFIER)
-        write_classes<T>(product, p, p.first_class + first, column, end);
-      else
-        add_rows(product, p, tiles.rows, first, column, end);
-    };
+    const uint32_t end_column = min(column + (narrow ? NARROW : TILE_N), p.depth);
     auto hand_over = [&] {
       if (n + 1 < tiles.share) give_turn(1 - group);
     };
     if (n > 0) take_turn(group);
     if (blocks == 0) {
       hand_over();
-      write(nullptr);
+      if constexpr (CLASSIFIER)
+        write_zeros<T>(p, p.classes, p.first_class + tile * KEEP, column, end_column);
+      else if (p.overwrite)
+        write_zeros<float>(p, tiles.rows, tile * KEEP, column, end_column);
       continue;
     }
-    float product[2][TILE_N / 2];
-    if (narrow)
+    auto write = [&](auto& product) {
+      const uint32_t row = tile * KEEP + thread_row;
+      if constexpr (CLASSIFIER)
+        write_classes<T>(product, p, p.first_class + row, column, end_column);
+      else
+        add_rows(product, p, tiles.rows, row, column, end_column);
+    };
+    if (narrow) {
+      float product[2][NARROW / 2];
       multiply<T, CLASSIFIER, true, NARROW>(product, ring, blocks, hand_over);
-    else
+      write(product);
+    } else {
+      float product[2][TILE_N / 2];
       multiply<T, CLASSIFIER, true, TILE_N>(product, ring, blocks, hand_over);
-    write(product);
+      write(product);
+    }
   }
 }
 
