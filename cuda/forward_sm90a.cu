@@ -108,15 +108,17 @@ struct RowState {
   int target[4];
 };
 
-// exp(z - max) needs a max that is a number: a row of -inf so far is measured from 0.
-__device__ __forceinline__ float finite_max(float max) { return max == -INFINITY ? 0.0f : max; }
+// Sums are kept in powers of two, relative to 2^base2(max): then a logit costs one fma, exact in the difference
+// however large both are. `base2` must round the same way wherever it is formed, hence no contraction.
+__device__ __forceinline__ float base2(float max) { return __fmul_rn(max, LOG2E); }
 
-// Adds (max, sum) to the running pair.
-__device__ __forceinline__ void merge(float& max, float& sum, float other_max, float other_sum) {
-  float top = fmaxf(max, other_max), from = finite_max(top);
-  sum = sum * exp2_fast((max - from) * LOG2E) + other_sum * exp2_fast((other_max - from) * LOG2E);
-  max = top;
-}
+// What to measure from: a row of -inf so far is measured from 0.
+__device__ __forceinline__ float finite_base2(float max) { return max == -INFINITY ? 0.0f : base2(max); }
+
+__device__ __forceinline__ float term(float logit, float base) { return exp2_fast(fmaf(logit, LOG2E, -base)); }
+
+// The factor of a sum relative to `max` when it is to be relative to `base`.
+__device__ __forceinline__ float rescale(float max, float base) { return exp2_fast(__fadd_rn(base2(max), -base)); }
 
 // The few threads that hold a target's logit: keep it, count it, and take it out of the tile, so that the
 // maxima are over the other classes.
@@ -132,7 +134,9 @@ __device__ __forceinline__ void take_target(float (&z)[2][TILE_N / 2], RowState&
     }
   }
   *target_logit = logit;
-  merge(state.max[s], state.sum[s], fmaxf(logit, -INFINITY), logit == logit ? 1.0f : logit);
+  const float top = fmaxf(state.max[s], logit), base = finite_base2(top);
+  state.sum[s] = state.sum[s] * rescale(state.max[s], base) + term(logit, base);
+  state.max[s] = top;
 }
 
 // The thread's s-th row.
@@ -212,12 +216,12 @@ __device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& 
             unit[u] = fmaxf(unit[u], z[s / 2][(u * UNIT / 8 + i / 2) * 4 + 2 * (s % 2) + i % 2]);
         }
         const float top = fmaxf(fmaxf(state.max[s], unit[0]), fmaxf(unit[1], unit[2]));
-        const float from = finite_max(top);
-        float even = state.sum[s] * exp2_fast((state.max[s] - from) * LOG2E), odd = 0.0f;
+        const float base = finite_base2(top);
+        float even = state.sum[s] * rescale(state.max[s], base), odd = 0.0f;
 #pragma unroll
         for (int j = 0; j < TILE_N / 8; ++j) {
-          even += exp2_fast((z[s / 2][4 * j + 2 * (s % 2)] - from) * LOG2E);
-          odd += exp2_fast((z[s / 2][4 * j + 2 * (s % 2) + 1] - from) * LOG2E);
+          even += term(z[s / 2][4 * j + 2 * (s % 2)], base);
+          odd += term(z[s / 2][4 * j + 2 * (s % 2) + 1], base);
         }
         state.max[s] = top, state.sum[s] = even + odd;
         if (p.maxima) {
@@ -244,9 +248,13 @@ __device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& 
       float max = state.max[s], sum = state.sum[s];
 #pragma unroll
       for (int lanes = 1; lanes < 4; lanes *= 2) {
-        float other_max = __shfl_xor_sync(~0u, max, lanes), other_sum = __shfl_xor_sync(~0u, sum, lanes);
-        merge(max, sum, other_max, other_sum);
+        const float other_max = __shfl_xor_sync(~0u, max, lanes), other_sum = __shfl_xor_sync(~0u, sum, lanes);
+        const float top = fmaxf(max, other_max), base = finite_base2(top);
+        sum = sum * rescale(max, base) + other_sum * rescale(other_max, base);
+        max = top;
       }
+      // Relative to exp(max) itself, not to the rounded power of two.
+      if (max != -INFINITY) sum *= exp2_fast(-fmaf(max, LOG2E, -base2(max)));
       if (thread % 4 == 0 && row_of(first_row, s) < items.rows)
         p.partials[static_cast<size_t>(items.split(group)) * p.rows + row_of(first_row, s)] = make_float2(max, sum);
     }

@@ -48,7 +48,7 @@ struct GradientPlan {
 struct GradientTiles {
   uint32_t rows, row_tiles, class_tiles, raster, cells;
 
-  __device__ explicit GradientTiles(const GradientParams& p) : raster(p.raster) {
+  __device__ explicit GradientTiles(const GradientParams& p) : raster(min(p.raster, 32u)) {
     rows = min(*p.count, p.rows);
     row_tiles = (rows + TILE_M - 1) / TILE_M;
     class_tiles = (p.range + KEEP - 1) / KEEP;
@@ -190,14 +190,9 @@ __device__ __forceinline__ void write_gradient(float (&z)[2][TILE_N / 2], const 
           if (!counts || first_class + column + lane_column >= p.classes) g[e] = 0.0f;
         }
         word[i] = pack<T>(g[0], g[1]);
-#ifdef NARROW_STORES
-        if (row < p.rows) *reinterpret_cast<uint32_t*>(to + 8 * (first + i) + lane_column) = word[i];
-#endif
       }
-#ifndef NARROW_STORES
       const uint4 chunk = collect_chunk(word[0], word[1], word[2], word[3]);
       if (row < p.rows) *reinterpret_cast<uint4*>(to + 8 * (first + threadIdx.x % 4)) = chunk;
-#endif
     }
   }
 }

@@ -431,11 +431,6 @@ __device__ __forceinline__ float reciprocal(float x) {
   return y;
 }
 
-// tanh from one ex2 and one rcp, to about 1e-7 absolute; exact at +-infinity.
-__device__ __forceinline__ float tanh_fast(float x) {
-  return fmaf(-2.0f, reciprocal(1.0f + exp2_fast(2.0f * LOG2E * x)), 1.0f);
-}
-
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 
