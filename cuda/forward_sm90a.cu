@@ -6,15 +6,16 @@
 
 using namespace hopper;
 
-constexpr int TILE_N = 192;         // classes of a tile
-constexpr int BLOCKS = 2;           // of a cluster: different rows, the same classes
-constexpr int PANEL = BLOCKS * TILE_M;  // rows of a work item
+constexpr int TILE_N = 192;               // classes of a tile
+constexpr int BLOCKS = 2;                 // of a cluster: different rows, the same classes
+constexpr int PANEL = BLOCKS * TILE_M;    // rows of a work item
 constexpr int STAGES = 5;
 constexpr uint32_t PACE_K = 8 * BLOCK_K;  // depth between two looks at how far the other blocks are
-constexpr int MAXIMA = 128;         // classes per row maximum, as the backward's tiles are wide
-constexpr int UNIT = 64;            // two units to a maximum, three to a tile
+constexpr int MAXIMA = 128;               // classes per row maximum, as the backward's tiles are wide
+constexpr int UNIT = 64;                  // two units to a maximum, three to a tile
 
-// Everything but the two matrices. Rows are those of the group the embeddings' map covers.
+// Everything but the two matrices; mirrored on the host. Rows are those of the group the embeddings' map covers,
+// whose boxes are 64 high; those of the classifier's map are 96 high, half a tile.
 struct ForwardParams {
   const uint32_t* count;      // [1] compacted rows in all
   const int32_t* row_target;  // [rows] class, or negative: none
@@ -108,8 +109,8 @@ struct RowState {
   int target[4];
 };
 
-// Sums are kept in powers of two, relative to 2^base2(max): then a logit costs one fma, exact in the difference
-// however large both are. `base2` must round the same way wherever it is formed, hence no contraction.
+// Sums are kept in powers of two, relative to 2^base2(max): then a logit costs one fma before its ex2, which
+// rounds only the difference, however large the two are. `base2` must round the same way wherever it is formed, hence no contraction.
 __device__ __forceinline__ float base2(float max) { return __fmul_rn(max, LOG2E); }
 
 // What to measure from: a row of -inf so far is measured from 0.
@@ -118,7 +119,9 @@ __device__ __forceinline__ float finite_base2(float max) { return max == -INFINI
 __device__ __forceinline__ float term(float logit, float base) { return exp2_fast(fmaf(logit, LOG2E, -base)); }
 
 // The factor of a sum relative to `max` when it is to be relative to `base`.
-__device__ __forceinline__ float rescale(float max, float base) { return exp2_fast(__fadd_rn(base2(max), -base)); }
+__device__ __forceinline__ float rescale(float max, float base) {
+  return exp2_fast(__fadd_rn(base2(max), -base));
+}
 
 // The few threads that hold a target's logit: keep it, count it, and take it out of the tile, so that the
 // maxima are over the other classes.
@@ -140,7 +143,9 @@ __device__ __forceinline__ void take_target(float (&z)[2][TILE_N / 2], RowState&
 }
 
 // The thread's s-th row.
-__device__ __forceinline__ uint32_t row_of(uint32_t first_row, int s) { return first_row + s / 2 * 64 + s % 2 * 8; }
+__device__ __forceinline__ uint32_t row_of(uint32_t first_row, int s) {
+  return first_row + s / 2 * 64 + s % 2 * 8;
+}
 
 // The maximum over the four lanes that share a row.
 __device__ __forceinline__ float lanes_max(float x) {
@@ -269,7 +274,7 @@ __device__ __forceinline__ void forward(const TensorMap* embeddings, const Tenso
   if (threadIdx.x == 0) {
     prefetch_map(embeddings);
     prefetch_map(classifier);
-    plan.ring.init(1);
+    plan.ring.init();
   }
   plan.ring.sync();
   if (threadIdx.x < GROUP) {
@@ -294,3 +299,4 @@ FORWARD(forward_sm90a_bf16, __nv_bfloat16)
 FORWARD(forward_sm90a_f16, __half)
 
 static_assert(sizeof(ForwardPlan) == 207872, "the host asks for as much shared memory");
+static_assert(sizeof(ForwardParams) == 88, "the host mirrors it");

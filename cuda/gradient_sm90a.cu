@@ -6,14 +6,15 @@
 
 using namespace hopper;
 
-constexpr int KEEP = 128;        // rows and classes of a tile of the keep table ...
-constexpr int TILE_N = KEEP;     // ... and of the tile a consumer group works on
+constexpr int KEEP = 128;            // rows and classes of a tile of the keep table ...
+constexpr int TILE_N = KEEP;         // ... and of the tile a consumer group works on
 constexpr int STAGES = 6;
-constexpr int BLOCKS = 2;        // of a cluster: different rows, the same classes
-constexpr int SHARE = 2048;      // tiles of one block's list at most: row tiles x class tiles <= SHARE x blocks
+constexpr int BLOCKS = 2;            // of a cluster: different rows, the same classes
+constexpr int SHARE = 2048;          // of a block's list at most: row tiles x class tiles <= SHARE x blocks
 constexpr uint32_t IDLE = 1u << 31;  // in a list: computed to keep the other block company, not written
-static_assert(TILE_M == KEEP, "");
+static_assert(TILE_M == KEEP, "a consumer group works on the rows of one kept tile");
 
+// Everything but the two matrices; mirrored on the host. The boxes of both maps are 64 high.
 struct GradientParams {
   const uint32_t* count;        // [1] compacted rows
   const int32_t* row_target;    // [rows] class, or negative: none
@@ -84,11 +85,12 @@ __device__ void list_share(GradientPlan& plan, const GradientTiles& tiles, const
   }
   if (lane == WARP - 1) plan.warp_pairs[warp] = up_to;
   __syncthreads();
-  uint32_t number = up_to - pairs, all = 0;
+  uint32_t number = up_to - pairs, all = 0;  // of this thread's first pair, and how many there are
   for (uint32_t w = 0; w < THREADS / WARP; ++w) {
     if (w < warp) number += plan.warp_pairs[w];
     all += plan.warp_pairs[w];
   }
+  if (all > SHARE * clusters) __trap();  // the host promised not to
   for (uint32_t cell = begin; cell < end; ++cell) {
     const uint32_t first = cell / tiles.class_tiles * tiles.raster, class_tile = cell % tiles.class_tiles;
     for (uint32_t bits = tiles.kept(p, cell); bits; ++number) {
@@ -101,7 +103,7 @@ __device__ void list_share(GradientPlan& plan, const GradientTiles& tiles, const
           idle = IDLE;
       }
       bits &= bits - 1;
-      if (number % clusters == cluster && number / clusters < SHARE)
+      if (number % clusters == cluster)
         plan.share[number / clusters] = idle | row_tile << 16 | class_tile;
     }
   }
@@ -119,7 +121,7 @@ struct GradientShare {
     listed = p.keep != nullptr;
     const uint32_t all = (tiles.row_tiles + BLOCKS - 1) / BLOCKS * tiles.class_tiles, first = blockIdx.x / BLOCKS;
     const uint32_t clusters = gridDim.x / BLOCKS;
-    count = listed ? min(plan.listed, uint32_t(SHARE)) : all > first ? (all - first + clusters - 1) / clusters : 0;
+    count = listed ? plan.listed : all > first ? (all - first + clusters - 1) / clusters : 0;
   }
   // False: nothing to write.
   __device__ bool decode(uint32_t n, uint32_t& row_tile, uint32_t& class_tile) const {
@@ -234,7 +236,7 @@ __device__ __forceinline__ void gradient(const TensorMap* embeddings, const Tens
   if (threadIdx.x == 0) {
     prefetch_map(embeddings);
     prefetch_map(classifier);
-    plan.ring.init(1);
+    plan.ring.init();
   }
   if (p.keep) list_share(plan, GradientTiles(p), p);
   plan.ring.sync();
@@ -260,3 +262,4 @@ GRADIENT(gradient_sm90a_bf16, __nv_bfloat16)
 GRADIENT(gradient_sm90a_f16, __half)
 
 static_assert(sizeof(GradientPlan) == 207872, "the host asks for as much shared memory");
+static_assert(sizeof(GradientParams) == 112, "the host mirrors it");

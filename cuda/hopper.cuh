@@ -174,9 +174,9 @@ constexpr uint64_t NEXT_M64 = BOX_BYTES / 16;
 #define ACC4(io, a, i) io(a[i]), io(a[i + 1]), io(a[i + 2]), io(a[i + 3])
 #define ACC8(io, a, i) ACC4(io, a, i), ACC4(io, a, i + 4)
 
-// acc (64 x N, f32) = [ADD: acc +] A (64 x 16) B (16 x N). That the first of a
-// product only writes acc must show in the operands ("=f"), or acc would occupy its registers for good. Thread t of the group holds, in
-// acc[4 j + 2 q + e], row t / 32 * 16 + t % 32 / 4 + 8 q and column 8 j + t % 4 * 2 + e.
+// acc (64 x N, f32) = [ADD: acc +] A (64 x 16) B (16 x N). Thread t of the group holds, in acc[4 j + 2 q + e], row
+// t / 32 * 16 + t % 32 / 4 + 8 q and column 8 j + t % 4 * 2 + e. That the first of a product only writes acc must
+// show in the operands (IO "=f", not "+f"), or acc would occupy its registers for good.
 #define WGMMA_N128(TYPE, ADD, IO) \
   asm volatile( \
       "{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\n" \
@@ -240,11 +240,11 @@ struct Ring {
   uint64_t full[COUNT];   // the copies of a stage have landed
   uint64_t empty[COUNT];  // everyone who reads it, in both blocks, has multiplied it
 
-  // One thread: `groups` of consumers read each stage; one arrival a warp.
-  __device__ void init(int groups) {
+  // One thread. Each stage is read by one group of each block: one arrival a warp.
+  __device__ void init() {
     for (int i = 0; i < COUNT; ++i) {
       barrier_init(shared_address(&full[i]), 1);
-      barrier_init(shared_address(&empty[i]), BLOCKS * groups * GROUP / WARP);
+      barrier_init(shared_address(&empty[i]), BLOCKS * GROUP / WARP);
     }
     barrier_init_fence();
   }
@@ -456,7 +456,8 @@ __device__ __forceinline__ uint4 collect_chunk(uint32_t c0, uint32_t c1, uint32_
   return high ? make_uint4(s0, s1, b0, b1) : make_uint4(a0, a1, s0, s1);
 }
 
-// Memory += value, without waiting for it. With one adder an element, as here, the order is not left to chance.
+// Memory += value, without waiting for it (a load would, and the old values would crowd out what L1 holds). Each
+// element has one adder a launch, so no order is left to chance: results repeat bit for bit.
 __device__ __forceinline__ void add_in_memory(float* to, float4 value) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(value.x), "f"(value.y),
                "f"(value.z), "f"(value.w)

@@ -19,6 +19,7 @@ static_assert(TILE_M == KEEP, "an output tile is as tall as a kept tile");
 
 enum Keep : uint8_t { FOR_EMBEDDINGS = 1, FOR_CLASSIFIER = 2 };
 
+// Everything but the two matrices; mirrored on the host. The boxes of both maps are 64 high.
 struct ProductParams {
   const uint32_t* count;     // [1] compacted rows
   const uint8_t* keep;       // [row tiles][keep_stride] bits of Keep; null: all kept
@@ -31,8 +32,8 @@ struct ProductParams {
   uint32_t range;            // classes of the range
   uint32_t keep_stride;      // ceil(classes / 128)
   uint32_t overwrite;        // dE: 1 for the first range (dC: not read)
-  uint32_t band;             // strips of 384 columns that go through the output tiles together: so many that
-                             // their part of C or E stays in L2
+  uint32_t band;             // at least 1: strips of 384 columns that go through the output tiles together, so
+                             // many that their part of C or E stays in L2
 };
 
 struct ProductPlan {
@@ -105,6 +106,7 @@ __device__ void list_outputs(ProductPlan& plan, const ProductTiles<CLASSIFIER>& 
   }
 }
 
+// One thread: the kept tiles of each output, in order.
 template <bool CLASSIFIER>
 __device__ void produce(ProductPlan& plan, const TensorMap* gradient, const TensorMap* other,
                         const ProductParams& p) {
@@ -248,7 +250,7 @@ __device__ __forceinline__ void product(const TensorMap* gradient, const TensorM
   if (threadIdx.x == 0) {
     prefetch_map(gradient);
     prefetch_map(other);
-    plan.ring.init(1);
+    plan.ring.init();
   }
   list_outputs(plan, ProductTiles<CLASSIFIER>(p), p);
   plan.ring.sync();
@@ -278,3 +280,4 @@ PRODUCT(classifier_gradient_sm90a_bf16, __nv_bfloat16, true)
 PRODUCT(classifier_gradient_sm90a_f16, __half, true)
 
 static_assert(sizeof(ProductPlan) == 230400, "the host asks for as much shared memory");
+static_assert(sizeof(ProductParams) == 64, "the host mirrors it");
