@@ -110,7 +110,8 @@ struct RowState {
 };
 
 // Sums are kept in powers of two, relative to 2^base2(max): then a logit costs one fma before its ex2, which
-// rounds only the difference, however large the two are. `base2` must round the same way wherever it is formed, hence no contraction.
+// rounds only the difference, however large the two are. `base2` must round the same way wherever it is formed,
+// hence no contraction.
 __device__ __forceinline__ float base2(float max) { return __fmul_rn(max, LOG2E); }
 
 // What to measure from: a row of -inf so far is measured from 0.
