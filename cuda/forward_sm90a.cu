@@ -6,15 +6,16 @@
 
 using namespace hopper;
 
-constexpr int TILE_N = 192;         // classes of a tile
-constexpr int BLOCKS = 2;           // of a cluster: different rows, the same classes
-constexpr int PANEL = BLOCKS * TILE_M;  // rows of a work item
+constexpr int TILE_N = 192;               // classes of a tile
+constexpr int BLOCKS = 2;                 // of a cluster: different rows, the same classes
+constexpr int PANEL = BLOCKS * TILE_M;    // rows of a work item
 constexpr int STAGES = 5;
 constexpr uint32_t PACE_K = 8 * BLOCK_K;  // depth between two looks at how far the other blocks are
-constexpr int MAXIMA = 128;         // classes per row maximum, as the backward's tiles are wide
-constexpr int UNIT = 64;            // two units to a maximum, three to a tile
+constexpr int MAXIMA = 128;               // classes per row maximum, as the backward's tiles are wide
+constexpr int UNIT = 64;                  // two units to a maximum, three to a tile
 
-// Everything but the two matrices. Rows are those of the group the embeddings' map covers.
+// Everything but the two matrices; mirrored on the host. Rows are those of the group the embeddings' map covers,
+// whose boxes are 64 high; those of the classifier's map are 96 high, half a tile.
 struct ForwardParams {
   const uint32_t* count;      // [1] compacted rows in all
   const int32_t* row_target;  // [rows] class, or negative: none
@@ -108,14 +109,19 @@ struct RowState {
   int target[4];
 };
 
-// exp(z - max) needs a max that is a number: a row of -inf so far is measured from 0.
-__device__ __forceinline__ float finite_max(float max) { return max == -INFINITY ? 0.0f : max; }
+// Sums are kept in powers of two, relative to 2^base2(max): then a logit costs one fma before its ex2, which
+// rounds only the difference, however large the two are. `base2` must round the same way wherever it is formed,
+// hence no contraction.
+__device__ __forceinline__ float base2(float max) { return __fmul_rn(max, LOG2E); }
 
-// Adds (max, sum) to the running pair.
-__device__ __forceinline__ void merge(float& max, float& sum, float other_max, float other_sum) {
-  float top = fmaxf(max, other_max), from = finite_max(top);
-  sum = sum * exp2_fast((max - from) * LOG2E) + other_sum * exp2_fast((other_max - from) * LOG2E);
-  max = top;
+// What to measure from: a row of -inf so far is measured from 0.
+__device__ __forceinline__ float finite_base2(float max) { return max == -INFINITY ? 0.0f : base2(max); }
+
+__device__ __forceinline__ float term(float logit, float base) { return exp2_fast(fmaf(logit, LOG2E, -base)); }
+
+// The factor of a sum relative to `max` when it is to be relative to `base`.
+__device__ __forceinline__ float rescale(float max, float base) {
+  return exp2_fast(__fadd_rn(base2(max), -base));
 }
 
 // The few threads that hold a target's logit: keep it, count it, and take it out of the tile, so that the
@@ -132,11 +138,15 @@ __device__ __forceinline__ void take_target(float (&z)[2][TILE_N / 2], RowState&
     }
   }
   *target_logit = logit;
-  merge(state.max[s], state.sum[s], fmaxf(logit, -INFINITY), logit == logit ? 1.0f : logit);
+  const float top = fmaxf(state.max[s], logit), base = finite_base2(top);
+  state.sum[s] = state.sum[s] * rescale(state.max[s], base) + term(logit, base);
+  state.max[s] = top;
 }
 
 // The thread's s-th row.
-__device__ __forceinline__ uint32_t row_of(uint32_t first_row, int s) { return first_row + s / 2 * 64 + s % 2 * 8; }
+__device__ __forceinline__ uint32_t row_of(uint32_t first_row, int s) {
+  return first_row + s / 2 * 64 + s % 2 * 8;
+}
 
 // The maximum over the four lanes that share a row.
 __device__ __forceinline__ float lanes_max(float x) {
@@ -183,7 +193,7 @@ __device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& 
         hand_over();
         continue;
       }
-      multiply<T, false, false>(z, ring, blocks, hand_over);
+      multiply<T, false, false, TILE_N>(z, ring, blocks, hand_over);
       if (group == 0 && step < second_steps) ring.at.skip(blocks);
 
       finish_logits(z, bias ? plan.bias[group] : nullptr, p.softcap);
@@ -212,12 +222,12 @@ __device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& 
             unit[u] = fmaxf(unit[u], z[s / 2][(u * UNIT / 8 + i / 2) * 4 + 2 * (s % 2) + i % 2]);
         }
         const float top = fmaxf(fmaxf(state.max[s], unit[0]), fmaxf(unit[1], unit[2]));
-        const float from = finite_max(top);
-        float even = state.sum[s] * exp2_fast((state.max[s] - from) * LOG2E), odd = 0.0f;
+        const float base = finite_base2(top);
+        float even = state.sum[s] * rescale(state.max[s], base), odd = 0.0f;
 #pragma unroll
         for (int j = 0; j < TILE_N / 8; ++j) {
-          even += exp2_fast((z[s / 2][4 * j + 2 * (s % 2)] - from) * LOG2E);
-          odd += exp2_fast((z[s / 2][4 * j + 2 * (s % 2) + 1] - from) * LOG2E);
+          even += term(z[s / 2][4 * j + 2 * (s % 2)], base);
+          odd += term(z[s / 2][4 * j + 2 * (s % 2) + 1], base);
         }
         state.max[s] = top, state.sum[s] = even + odd;
         if (p.maxima) {
@@ -244,9 +254,13 @@ __device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& 
       float max = state.max[s], sum = state.sum[s];
 #pragma unroll
       for (int lanes = 1; lanes < 4; lanes *= 2) {
-        float other_max = __shfl_xor_sync(~0u, max, lanes), other_sum = __shfl_xor_sync(~0u, sum, lanes);
-        merge(max, sum, other_max, other_sum);
+        const float other_max = __shfl_xor_sync(~0u, max, lanes), other_sum = __shfl_xor_sync(~0u, sum, lanes);
+        const float top = fmaxf(max, other_max), base = finite_base2(top);
+        sum = sum * rescale(max, base) + other_sum * rescale(other_max, base);
+        max = top;
       }
+      // Relative to exp(max) itself, not to the rounded power of two.
+      if (max != -INFINITY) sum *= exp2_fast(-fmaf(max, LOG2E, -base2(max)));
       if (thread % 4 == 0 && row_of(first_row, s) < items.rows)
         p.partials[static_cast<size_t>(items.split(group)) * p.rows + row_of(first_row, s)] = make_float2(max, sum);
     }
@@ -261,7 +275,7 @@ __device__ __forceinline__ void forward(const TensorMap* embeddings, const Tenso
   if (threadIdx.x == 0) {
     prefetch_map(embeddings);
     prefetch_map(classifier);
-    plan.ring.init(1);
+    plan.ring.init();
   }
   plan.ring.sync();
   if (threadIdx.x < GROUP) {
@@ -286,3 +300,4 @@ FORWARD(forward_sm90a_bf16, __nv_bfloat16)
 FORWARD(forward_sm90a_f16, __half)
 
 static_assert(sizeof(ForwardPlan) == 207872, "the host asks for as much shared memory");
+static_assert(sizeof(ForwardParams) == 88, "the host mirrors it");

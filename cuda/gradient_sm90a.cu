@@ -6,14 +6,15 @@
 
 using namespace hopper;
 
-constexpr int KEEP = 128;        // rows and classes of a tile of the keep table ...
-constexpr int TILE_N = KEEP;     // ... and of the tile a consumer group works on
+constexpr int KEEP = 128;            // rows and classes of a tile of the keep table ...
+constexpr int TILE_N = KEEP;         // ... and of the tile a consumer group works on
 constexpr int STAGES = 6;
-constexpr int BLOCKS = 2;        // of a cluster: different rows, the same classes
-constexpr int SHARE = 2048;      // tiles of one block's list at most: row tiles x class tiles <= SHARE x blocks
+constexpr int BLOCKS = 2;            // of a cluster: different rows, the same classes
+constexpr int SHARE = 2048;          // of a block's list at most: row tiles x class tiles <= SHARE x blocks
 constexpr uint32_t IDLE = 1u << 31;  // in a list: computed to keep the other block company, not written
-static_assert(TILE_M == KEEP, "");
+static_assert(TILE_M == KEEP, "a consumer group works on the rows of one kept tile");
 
+// Everything but the two matrices; mirrored on the host. The boxes of both maps are 64 high.
 struct GradientParams {
   const uint32_t* count;        // [1] compacted rows
   const int32_t* row_target;    // [rows] class, or negative: none
@@ -48,7 +49,7 @@ struct GradientPlan {
 struct GradientTiles {
   uint32_t rows, row_tiles, class_tiles, raster, cells;
 
-  __device__ explicit GradientTiles(const GradientParams& p) : raster(p.raster) {
+  __device__ explicit GradientTiles(const GradientParams& p) : raster(min(p.raster, 32u)) {
     rows = min(*p.count, p.rows);
     row_tiles = (rows + TILE_M - 1) / TILE_M;
     class_tiles = (p.range + KEEP - 1) / KEEP;
@@ -84,11 +85,12 @@ __device__ void list_share(GradientPlan& plan, const GradientTiles& tiles, const
   }
   if (lane == WARP - 1) plan.warp_pairs[warp] = up_to;
   __syncthreads();
-  uint32_t number = up_to - pairs, all = 0;
+  uint32_t number = up_to - pairs, all = 0;  // of this thread's first pair, and how many there are
   for (uint32_t w = 0; w < THREADS / WARP; ++w) {
     if (w < warp) number += plan.warp_pairs[w];
     all += plan.warp_pairs[w];
   }
+  if (all > SHARE * clusters) __trap();  // the host promised not to
   for (uint32_t cell = begin; cell < end; ++cell) {
     const uint32_t first = cell / tiles.class_tiles * tiles.raster, class_tile = cell % tiles.class_tiles;
     for (uint32_t bits = tiles.kept(p, cell); bits; ++number) {
@@ -101,7 +103,7 @@ __device__ void list_share(GradientPlan& plan, const GradientTiles& tiles, const
           idle = IDLE;
       }
       bits &= bits - 1;
-      if (number % clusters == cluster && number / clusters < SHARE)
+      if (number % clusters == cluster)
         plan.share[number / clusters] = idle | row_tile << 16 | class_tile;
     }
   }
@@ -119,7 +121,7 @@ struct GradientShare {
     listed = p.keep != nullptr;
     const uint32_t all = (tiles.row_tiles + BLOCKS - 1) / BLOCKS * tiles.class_tiles, first = blockIdx.x / BLOCKS;
     const uint32_t clusters = gridDim.x / BLOCKS;
-    count = listed ? min(plan.listed, uint32_t(SHARE)) : all > first ? (all - first + clusters - 1) / clusters : 0;
+    count = listed ? plan.listed : all > first ? (all - first + clusters - 1) / clusters : 0;
   }
   // False: nothing to write.
   __device__ bool decode(uint32_t n, uint32_t& row_tile, uint32_t& class_tile) const {
@@ -162,7 +164,6 @@ __device__ __forceinline__ void write_gradient(float (&z)[2][TILE_N / 2], const 
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
     const uint32_t row = first_row + s / 2 * 64 + s % 2 * 8;
-    if (row >= p.rows) continue;
     const bool counts = row < rows;
     float max = 0.0f, log2_sum = 0.0f, p_scale = 0.0f, target_scale = 0.0f;
     int target = -1;
@@ -171,22 +172,29 @@ __device__ __forceinline__ void write_gradient(float (&z)[2][TILE_N / 2], const 
       p_scale = p.p_scale[row], target_scale = p.target_scale[row];
       target = p.row_target[row] - static_cast<int>(first_class) - lane_column;
     }
-    T* to = static_cast<T*>(p.gradient) + static_cast<size_t>(row) * p.gradient_stride + first_column + lane_column;
+    T* to = static_cast<T*>(p.gradient) + static_cast<size_t>(row) * p.gradient_stride + first_column;
 #pragma unroll
-    for (int j = 0; j < TILE_N / 8; ++j) {
-      float g[2];
+    for (int first = 0; first < TILE_N / 8; first += 4) {
+      uint32_t word[4];
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float logit = z[s / 2][4 * j + 2 * (s % 2) + e];
-        g[e] = p_scale * exp2_fast(fmaf(logit - max, LOG2E, -log2_sum));
-        if (target == 8 * j + e) g[e] -= target_scale;
-        if (capped) {
-          const float part = logit * inverse_cap;
-          g[e] *= fmaf(-part, part, 1.0f);
+      for (int i = 0; i < 4; ++i) {
+        float g[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int column = 8 * (first + i) + e;  // from the lane's first
+          const float logit = z[s / 2][4 * (first + i) + 2 * (s % 2) + e];
+          g[e] = p_scale * exp2_fast(fmaf(logit - max, LOG2E, -log2_sum));
+          if (target == column) g[e] -= target_scale;
+          if (capped) {
+            const float part = logit * inverse_cap;
+            g[e] *= fmaf(-part, part, 1.0f);
+          }
+          if (!counts || first_class + column + lane_column >= p.classes) g[e] = 0.0f;
         }
-        if (!counts || first_class + 8 * j + lane_column + e >= p.classes) g[e] = 0.0f;
+        word[i] = pack<T>(g[0], g[1]);
       }
-      *reinterpret_cast<uint32_t*>(to + 8 * j) = pack<T>(g[0], g[1]);
+      const uint4 chunk = collect_chunk(word[0], word[1], word[2], word[3]);
+      if (row < p.rows) *reinterpret_cast<uint4*>(to + 8 * (first + threadIdx.x % 4)) = chunk;
     }
   }
 }
@@ -209,7 +217,7 @@ __device__ void consume(GradientPlan& plan, int group, const GradientParams& p) 
 
     float z[2][TILE_N / 2];
     if (n > 0) take_turn(group);
-    multiply<T, false, false>(z, ring, blocks, [&] {
+    multiply<T, false, false, TILE_N>(z, ring, blocks, [&] {
       if (n + 1 < share.count) give_turn(1 - group);
     });
     ring.at.skip(blocks);  // the other group's
@@ -228,7 +236,7 @@ __device__ __forceinline__ void gradient(const TensorMap* embeddings, const Tens
   if (threadIdx.x == 0) {
     prefetch_map(embeddings);
     prefetch_map(classifier);
-    plan.ring.init(1);
+    plan.ring.init();
   }
   if (p.keep) list_share(plan, GradientTiles(p), p);
   plan.ring.sync();
@@ -254,3 +262,4 @@ GRADIENT(gradient_sm90a_bf16, __nv_bfloat16)
 GRADIENT(gradient_sm90a_f16, __half)
 
 static_assert(sizeof(GradientPlan) == 207872, "the host asks for as much shared memory");
+static_assert(sizeof(GradientParams) == 112, "the host mirrors it");

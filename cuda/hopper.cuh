@@ -171,27 +171,28 @@ constexpr uint64_t NEXT_K16 = MN_MAJOR ? 16 * 128 / 16 : 32 / 16;
 // From one set of 64 rows to the next: one box.
 constexpr uint64_t NEXT_M64 = BOX_BYTES / 16;
 
-#define ACC4(a, i) "+f"(a[i]), "+f"(a[i + 1]), "+f"(a[i + 2]), "+f"(a[i + 3])
-#define ACC8(a, i) ACC4(a, i), ACC4(a, i + 4)
+#define ACC4(io, a, i) io(a[i]), io(a[i + 1]), io(a[i + 2]), io(a[i + 3])
+#define ACC8(io, a, i) ACC4(io, a, i), ACC4(io, a, i + 4)
 
-// acc (64 x N, f32) += A (64 x 16) B (16 x N). Thread t of the group holds, in
-// acc[4 j + 2 q + e], row t / 32 * 16 + t % 32 / 4 + 8 q and column 8 j + t % 4 * 2 + e.
-#define WGMMA_N128(TYPE) \
+// acc (64 x N, f32) = [ADD: acc +] A (64 x 16) B (16 x N). Thread t of the group holds, in acc[4 j + 2 q + e], row
+// t / 32 * 16 + t % 32 / 4 + 8 q and column 8 j + t % 4 * 2 + e. That the first of a product only writes acc must
+// show in the operands (IO "=f", not "+f"), or acc would occupy its registers for good.
+#define WGMMA_N128(TYPE, ADD, IO) \
   asm volatile( \
-      "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n" \
+      "{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\n" \
       "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE "\n{" \
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63 " \
       "}, %64, %65, add, 1, 1, %66, %67;\n}\n" \
-      : ACC8(acc, 0), ACC8(acc, 8), ACC8(acc, 16), ACC8(acc, 24), \
-        ACC8(acc, 32), ACC8(acc, 40), ACC8(acc, 48), ACC8(acc, 56) \
+      : ACC8(IO, acc, 0), ACC8(IO, acc, 8), ACC8(IO, acc, 16), ACC8(IO, acc, 24), \
+        ACC8(IO, acc, 32), ACC8(IO, acc, 40), ACC8(IO, acc, 48), ACC8(IO, acc, 56) \
       : "l"(a), "l"(b), "n"(int(MN_A)), "n"(int(MN_B)))
 
-#define WGMMA_N192(TYPE) \
+#define WGMMA_N192(TYPE, ADD, IO) \
   asm volatile( \
-      "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n" \
+      "{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\n" \
       "wgmma.mma_async.sync.aligned.m64n192k16.f32." TYPE "." TYPE "\n{" \
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
@@ -200,19 +201,23 @@ constexpr uint64_t NEXT_M64 = BOX_BYTES / 16;
       "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
       "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95 " \
       "}, %96, %97, add, 1, 1, %98, %99;\n}\n" \
-      : ACC8(acc, 0), ACC8(acc, 8), ACC8(acc, 16), ACC8(acc, 24), \
-        ACC8(acc, 32), ACC8(acc, 40), ACC8(acc, 48), ACC8(acc, 56), \
-        ACC8(acc, 64), ACC8(acc, 72), ACC8(acc, 80), ACC8(acc, 88) \
+      : ACC8(IO, acc, 0), ACC8(IO, acc, 8), ACC8(IO, acc, 16), ACC8(IO, acc, 24), \
+        ACC8(IO, acc, 32), ACC8(IO, acc, 40), ACC8(IO, acc, 48), ACC8(IO, acc, 56), \
+        ACC8(IO, acc, 64), ACC8(IO, acc, 72), ACC8(IO, acc, 80), ACC8(IO, acc, 88) \
       : "l"(a), "l"(b), "n"(int(MN_A)), "n"(int(MN_B)))
 
-template <typename T, int N, bool MN_A, bool MN_B>
-__device__ __forceinline__ void wgmma(float (&acc)[N / 2], uint64_t a, uint64_t b) {
+template <typename T, int N, bool MN_A, bool MN_B, bool ADD>
+__device__ __forceinline__ void wgmma(float* acc, uint64_t a, uint64_t b) {
   static_assert(N == 128 || N == 192, "no wrapper for this width");
-  constexpr bool BF16 = sizeof(T) == 2 && !__is_same(T, __half);
-  if constexpr (N == 128 && BF16) WGMMA_N128("bf16");
-  if constexpr (N == 128 && !BF16) WGMMA_N128("f16");
-  if constexpr (N == 192 && BF16) WGMMA_N192("bf16");
-  if constexpr (N == 192 && !BF16) WGMMA_N192("f16");
+  constexpr bool BF16 = !__is_same(T, __half);
+  if constexpr (N == 128 && BF16 && ADD) WGMMA_N128("bf16", "1", "+f");
+  if constexpr (N == 128 && BF16 && !ADD) WGMMA_N128("bf16", "0", "=f");
+  if constexpr (N == 128 && !BF16 && ADD) WGMMA_N128("f16", "1", "+f");
+  if constexpr (N == 128 && !BF16 && !ADD) WGMMA_N128("f16", "0", "=f");
+  if constexpr (N == 192 && BF16 && ADD) WGMMA_N192("bf16", "1", "+f");
+  if constexpr (N == 192 && BF16 && !ADD) WGMMA_N192("bf16", "0", "=f");
+  if constexpr (N == 192 && !BF16 && ADD) WGMMA_N192("f16", "1", "+f");
+  if constexpr (N == 192 && !BF16 && !ADD) WGMMA_N192("f16", "0", "=f");
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -235,11 +240,11 @@ struct Ring {
   uint64_t full[COUNT];   // the copies of a stage have landed
   uint64_t empty[COUNT];  // everyone who reads it, in both blocks, has multiplied it
 
-  // One thread: `groups` of consumers read each stage; one arrival a warp.
-  __device__ void init(int groups) {
+  // One thread. Each stage is read by one group of each block: one arrival a warp.
+  __device__ void init() {
     for (int i = 0; i < COUNT; ++i) {
       barrier_init(shared_address(&full[i]), 1);
-      barrier_init(shared_address(&empty[i]), BLOCKS * groups * GROUP / WARP);
+      barrier_init(shared_address(&empty[i]), BLOCKS * GROUP / WARP);
     }
     barrier_init_fence();
   }
@@ -324,40 +329,48 @@ struct Drainer {
   }
 };
 
-// acc (128 rows, 2 R2 columns) = the product of the next `blocks` stages, at least one. `issued` runs once the
-// last product is under way, before it is done.
-template <typename T, bool MN_A, bool MN_B, int R2, int M, int N, int COUNT, Share SHARED, typename Issued>
-__device__ __forceinline__ void multiply(float (&acc)[2][R2], Drainer<Ring<M, N, COUNT, SHARED>>& from,
-                                         uint32_t blocks, Issued issued) {
-  static_assert(M == TILE_M && 2 * R2 <= N, "the accumulators are as wide as the stage, or narrower");
+// Waits for the next stage and issues its products into acc (128 x WIDTH); the first of them starts the sum.
+template <typename T, bool MN_A, bool MN_B, int WIDTH, bool FIRST, int M, int N, int COUNT, Share SHARED>
+__device__ __forceinline__ void multiply_stage(float (&acc)[2][WIDTH / 2],
+                                               Drainer<Ring<M, N, COUNT, SHARED>>& from) {
   using R = Ring<M, N, COUNT, SHARED>;
-  constexpr uint32_t STAGE = sizeof(typename R::Stage);
+  static_assert(M == TILE_M && WIDTH <= N, "a stage holds a tile");
+  barrier_wait(from.base + offsetof(R, full) + from.at.stage * 8, from.at.round);
+  const uint32_t stage = from.base + from.at.stage * sizeof(typename R::Stage);
+  const uint64_t a = operand<MN_A>(stage), b = operand<MN_B>(stage + M / BOX * BOX_BYTES);
+  wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < 2 * R2; ++i) acc[i / R2][i % R2] = 0.0f;
+  for (int half = 0; half < 2; ++half) wgmma<T, WIDTH, MN_A, MN_B, !FIRST>(acc[half], a + half * NEXT_M64, b);
+#pragma unroll
+  for (int k = 1; k < BLOCK_K / 16; ++k) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      wgmma<T, WIDTH, MN_A, MN_B, true>(acc[half], a + half * NEXT_M64 + k * NEXT_K16<MN_A>, b + k * NEXT_K16<MN_B>);
+  }
+  wgmma_commit();
+  from.at.next();
+}
+
+// acc (128 x WIDTH) = the product of the next `blocks` stages, at least one. `issued` runs once the last product
+// is under way, before it is done.
+template <typename T, bool MN_A, bool MN_B, int WIDTH, int M, int N, int COUNT, Share SHARED, typename Issued>
+__device__ __forceinline__ void multiply(float (&acc)[2][WIDTH / 2], Drainer<Ring<M, N, COUNT, SHARED>>& from,
+                                         uint32_t blocks, Issued issued) {
   uint32_t previous = from.at.stage;
-  for (uint32_t block = 0; block < blocks; ++block) {
-    barrier_wait(from.base + offsetof(R, full) + from.at.stage * 8, from.at.round);
-    const uint32_t stage = from.base + from.at.stage * STAGE;
-    const uint64_t a = operand<MN_A>(stage), b = operand<MN_B>(stage + M / BOX * BOX_BYTES);
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < BLOCK_K / 16; ++k) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        wgmma<T, 2 * R2, MN_A, MN_B>(acc[half], a + half * NEXT_M64 + k * NEXT_K16<MN_A>,
-                                     b + k * NEXT_K16<MN_B>);
-    }
-    wgmma_commit();
+  multiply_stage<T, MN_A, MN_B, WIDTH, true>(acc, from);
+  for (uint32_t block = 1; block < blocks; ++block) {
+    const uint32_t current = from.at.stage;
+    multiply_stage<T, MN_A, MN_B, WIDTH, false>(acc, from);
     // One block stays in flight; the stage before it is read to the end and can be filled again.
-    if (block > 0) {
-      wgmma_wait<1>();
-      if (from.releases) barrier_arrive(from.release + previous * 8);
-    }
-    previous = from.at.stage;
-    from.at.next();
+    wgmma_wait<1>();
+    if (from.releases) barrier_arrive(from.release + previous * 8);
+    previous = current;
   }
   issued();
   wgmma_wait<0>();
+  // Tells the compiler what the hardware does: only now are these the product.
+#pragma unroll
+  for (int i = 0; i < WIDTH; ++i) asm volatile("" : "+f"(acc[i / (WIDTH / 2)][i % (WIDTH / 2)])::"memory");
   if (from.releases) barrier_arrive(from.release + previous * 8);
 }
 
@@ -418,11 +431,6 @@ __device__ __forceinline__ float reciprocal(float x) {
   return y;
 }
 
-// tanh from one ex2 and one rcp, to about 1e-7 absolute; exact at +-infinity.
-__device__ __forceinline__ float tanh_fast(float x) {
-  return fmaf(-2.0f, reciprocal(1.0f + exp2_fast(2.0f * LOG2E * x)), 1.0f);
-}
-
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 
@@ -435,6 +443,25 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   else
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
+}
+
+// Four lanes share a row, and each holds two columns (one word) of four chunks of 8 columns: afterwards lane l of
+// the four holds all of chunk l, 16 bytes to write at once. All lanes of the warp take part.
+__device__ __forceinline__ uint4 collect_chunk(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+  const uint32_t r0 = __shfl_xor_sync(~0u, odd ? c0 : c1, 1), r1 = __shfl_xor_sync(~0u, odd ? c2 : c3, 1);
+  const uint32_t a0 = odd ? r0 : c0, a1 = odd ? c1 : r0;  // of chunk 0 or 1
+  const uint32_t b0 = odd ? r1 : c2, b1 = odd ? c3 : r1;  // of chunk 2 or 3
+  const uint32_t s0 = __shfl_xor_sync(~0u, high ? a0 : b0, 2), s1 = __shfl_xor_sync(~0u, high ? a1 : b1, 2);
+  return high ? make_uint4(s0, s1, b0, b1) : make_uint4(a0, a1, s0, s1);
+}
+
+// Memory += value, without waiting for it (a load would, and the old values would crowd out what L1 holds). Each
+// element has one adder a launch, so no order is left to chance: results repeat bit for bit.
+__device__ __forceinline__ void add_in_memory(float* to, float4 value) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(value.x), "f"(value.y),
+               "f"(value.z), "f"(value.w)
+               : "memory");
 }
 
 // The smallest bf16 that is not below x.

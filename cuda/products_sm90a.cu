@@ -9,7 +9,8 @@ using namespace hopper;
 constexpr int TILE_N = 192;       // columns of an output tile, along the depth of E and C ...
 constexpr int NARROW = 128;       // ... or of one in the last strip, if that is enough
 constexpr int KEEP = 128;         // rows and classes of a tile of the keep table
-constexpr int OUTER_MAX = 4096;   // row tiles (dE) or class tiles (dC) of a launch at most
+constexpr int OUTER_MAX = 2048;   // row tiles (dE) or class tiles (dC) of a launch at most ...
+constexpr int WORDS_MAX = 4096;   // ... times the words of 32 tiles each of them is summed over
 constexpr int CLUSTER = 2;        // blocks with the same gradient tiles and neighbouring columns: a strip
 constexpr uint32_t STRIP = CLUSTER * TILE_N;
 constexpr int STAGES = 5;
@@ -18,6 +19,7 @@ static_assert(TILE_M == KEEP, "an output tile is as tall as a kept tile");
 
 enum Keep : uint8_t { FOR_EMBEDDINGS = 1, FOR_CLASSIFIER = 2 };
 
+// Everything but the two matrices; mirrored on the host. The boxes of both maps are 64 high.
 struct ProductParams {
   const uint32_t* count;     // [1] compacted rows
   const uint8_t* keep;       // [row tiles][keep_stride] bits of Keep; null: all kept
@@ -30,26 +32,29 @@ struct ProductParams {
   uint32_t range;            // classes of the range
   uint32_t keep_stride;      // ceil(classes / 128)
   uint32_t overwrite;        // dE: 1 for the first range (dC: not read)
-  uint32_t band;             // strips of 384 columns that go through the output tiles together: so many that
-                             // their part of C or E stays in L2
+  uint32_t band;             // at least 1: strips of 384 columns that go through the output tiles together, so
+                             // many that their part of C or E stays in L2
 };
 
 struct ProductPlan {
   Ring<TILE_M, TILE_N, STAGES, Share::A> ring;
   uint16_t kept[OUTER_MAX];   // kept tiles of each outer tile
   uint16_t order[OUTER_MAX];  // outer tiles, most kept first
+  uint32_t bits[WORDS_MAX];   // [outer tile][words] which inner tiles are kept
 };
 
 // "Outer" tiles are those of the output (rows for dE, classes for dC), "inner" ones are summed over.
 template <bool CLASSIFIER>
 struct ProductTiles {
-  uint32_t rows, outer, inner, strips, share, cluster, clusters;
+  uint32_t rows, outer, inner, words, strips, share, cluster, clusters;
 
   __device__ explicit ProductTiles(const ProductParams& p) {
     rows = min(*p.count, p.rows);
     uint32_t row_tiles = (rows + KEEP - 1) / KEEP, class_tiles = (p.range + KEEP - 1) / KEEP;
-    outer = min(CLASSIFIER ? class_tiles : row_tiles, uint32_t(OUTER_MAX));
+    outer = CLASSIFIER ? class_tiles : row_tiles;
     inner = CLASSIFIER ? row_tiles : class_tiles;
+    words = (inner + WARP - 1) / WARP;
+    if (outer > OUTER_MAX || outer * words > WORDS_MAX) __trap();  // the host promised not to
     strips = (p.depth + STRIP - 1) / STRIP;
     cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
     // Round n hands out outputs [n G, (n + 1) G) to the G clusters, forwards and backwards in turn.
@@ -77,18 +82,17 @@ struct ProductTiles {
   }
 };
 
-// All threads of the block: how many tiles each output sums, and the order to take the outputs in.
+// All threads of the block: which tiles each output sums, how many, and the order to take the outputs in.
 template <bool CLASSIFIER>
-__device__ void sort_outputs(ProductPlan& plan, const ProductTiles<CLASSIFIER>& tiles, const ProductParams& p) {
+__device__ void list_outputs(ProductPlan& plan, const ProductTiles<CLASSIFIER>& tiles, const ProductParams& p) {
   const uint32_t lane = threadIdx.x % WARP;
   for (uint32_t tile = threadIdx.x / WARP; tile < tiles.outer; tile += THREADS / WARP) {
     uint32_t kept = 0;
-    if (p.keep) {
 #pragma unroll 4
-      for (uint32_t first = 0; first < tiles.inner; first += WARP) kept += tiles.kept(p, tile, first + lane);
-      kept = __reduce_add_sync(~0u, kept);
-    } else {
-      kept = tiles.inner;
+    for (uint32_t word = 0; word < tiles.words; ++word) {
+      const uint32_t bits = __ballot_sync(~0u, tiles.kept(p, tile, word * WARP + lane));
+      kept += __popc(bits);
+      if (lane == 0) plan.bits[tile * tiles.words + word] = bits;
     }
     if (lane == 0) plan.kept[tile] = kept;
   }
@@ -102,106 +106,93 @@ __device__ void sort_outputs(ProductPlan& plan, const ProductTiles<CLASSIFIER>& 
   }
 }
 
-// The producing warp: finds the kept tiles 32 at a time, its first lane starts the copies.
+// One thread: the kept tiles of each output, in order.
 template <bool CLASSIFIER>
 __device__ void produce(ProductPlan& plan, const TensorMap* gradient, const TensorMap* other,
                         const ProductParams& p) {
   ProductTiles<CLASSIFIER> tiles(p);
   Filler ring(plan.ring);
-  const uint32_t lane = threadIdx.x % WARP;
   for (uint32_t n = 0; n < tiles.share; ++n) {
     uint32_t tile, column;
     bool narrow;
     tiles.decode(plan, p, n, tile, column, narrow);
-    bool kept = tiles.kept(p, tile, lane);
-    for (uint32_t first = 0; first < tiles.inner; first += WARP) {
-      uint32_t todo = __ballot_sync(~0u, kept);
-      kept = tiles.kept(p, tile, first + WARP + lane);  // on its way while these are copied
-      if (lane == 0) {
-        for (; todo; todo &= todo - 1) {
-          const uint32_t inner = (first + __ffs(todo) - 1) * KEEP;
-          for (uint32_t k = inner; k < inner + KEEP; k += BLOCK_K) {
-            const uint32_t other_k = CLASSIFIER ? k : p.first_class + k;
-            if (narrow)
-              copy_block<CLASSIFIER, true, NARROW>(ring, gradient, tile * KEEP, k, other, column, other_k);
-            else
-              copy_block<CLASSIFIER, true, TILE_N>(ring, gradient, tile * KEEP, k, other, column, other_k);
-          }
+    for (uint32_t word = 0; word < tiles.words; ++word) {
+      for (uint32_t todo = plan.bits[tile * tiles.words + word]; todo; todo &= todo - 1) {
+        const uint32_t inner = (word * WARP + __ffs(todo) - 1) * KEEP;
+        for (uint32_t k = inner; k < inner + KEEP; k += BLOCK_K) {
+          const uint32_t other_k = CLASSIFIER ? k : p.first_class + k;
+          if (narrow)
+            copy_block<CLASSIFIER, true, NARROW>(ring, gradient, tile * KEEP, k, other, column, other_k);
+          else
+            copy_block<CLASSIFIER, true, TILE_N>(ring, gradient, tile * KEEP, k, other, column, other_k);
         }
       }
-      __syncwarp();
     }
   }
 }
 
-// dE: f32, added to what earlier ranges left. `product` null: nothing was kept.
+// dE: f32, added to what earlier ranges left. Lanes swap halves in pairs to write 16 bytes each.
 template <int R>
-__device__ __forceinline__ void add_rows(const float (*product)[R], const ProductParams& p, uint32_t rows,
-                                         uint32_t first_row, uint32_t first_column) {
-  if (!product && !p.overwrite) return;
-  constexpr int BATCH = 8;  // loads in flight
+__device__ __forceinline__ void add_rows(const float (&product)[2][R], const ProductParams& p,
+                                         uint32_t rows, uint32_t first_row, uint32_t first_column,
+                                         uint32_t end_column) {
+  const bool odd = threadIdx.x & 1, overwrite = p.overwrite;
+  const uint32_t lane_column = first_column + 8 * odd + threadIdx.x % 4 / 2 * 4;
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
     const uint32_t row = first_row + s / 2 * 64 + s % 2 * 8;
-    if (row >= rows) continue;
-    float* to = static_cast<float*>(p.out) + static_cast<size_t>(row) * p.depth + first_column + threadIdx.x % 4 * 2;
+    float* to = static_cast<float*>(p.out) + static_cast<size_t>(row) * p.depth + lane_column;
 #pragma unroll
-    for (int first = 0; first < R / 4; first += BATCH) {
-      float2 sum[BATCH];
-#pragma unroll
-      for (int i = 0; i < BATCH; ++i) {
-        sum[i] = make_float2(0.0f, 0.0f);
-        if (!p.overwrite && first_column + 8 * (first + i) < p.depth)
-          sum[i] = *reinterpret_cast<const float2*>(to + 8 * (first + i));
-      }
-#pragma unroll
-      for (int i = 0; i < BATCH; ++i) {
-        const int j = 4 * (first + i) + 2 * (s % 2);
-        if (product) sum[i].x += product[s / 2][j], sum[i].y += product[s / 2][j + 1];
-        if (first_column + 8 * (first + i) < p.depth) *reinterpret_cast<float2*>(to + 8 * (first + i)) = sum[i];
-      }
+    for (int i = 0; i < R / 4; i += 2) {  // two chunks of 8 columns: one for even lanes, one for odd
+      const int even_chunk = 4 * i + 2 * (s % 2), odd_chunk = even_chunk + 4;
+      const float (&from)[R] = product[s / 2];
+      const float x = __shfl_xor_sync(~0u, odd ? from[even_chunk] : from[odd_chunk], 1);
+      const float y = __shfl_xor_sync(~0u, odd ? from[even_chunk + 1] : from[odd_chunk + 1], 1);
+      const float4 sum = odd ? make_float4(x, y, from[odd_chunk], from[odd_chunk + 1])
+                             : make_float4(from[even_chunk], from[even_chunk + 1], x, y);
+      const bool inside = row < rows && lane_column + 8 * i < end_column;
+      if (inside && overwrite) *reinterpret_cast<float4*>(to + 8 * i) = sum;
+      if (inside && !overwrite) add_in_memory(to + 8 * i, sum);
     }
   }
 }
 
-// dC: scaled and rounded once; final. `product` null: zeros.
+// dC: scaled and rounded once; final.
 template <typename T, int R>
-__device__ __forceinline__ void write_classes(const float (*product)[R], const ProductParams& p,
-                                              uint32_t first_class, uint32_t first_column) {
+__device__ __forceinline__ void write_classes(const float (&product)[2][R], const ProductParams& p,
+                                              uint32_t first_class, uint32_t first_column, uint32_t end_column) {
   const float scale = *p.scale;
+  const uint32_t lane_column = first_column + 8 * (threadIdx.x % 4);
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
     const uint32_t row = first_class + s / 2 * 64 + s % 2 * 8;
-    if (row >= p.classes) continue;
-    T* to = static_cast<T*>(p.out) + static_cast<size_t>(row) * p.depth + first_column + threadIdx.x % 4 * 2;
+    T* to = static_cast<T*>(p.out) + static_cast<size_t>(row) * p.depth + lane_column;
 #pragma unroll
-    for (int i = 0; i < R / 4; ++i) {
-      const int j = 4 * i + 2 * (s % 2);
-      const uint32_t value = product ? pack<T>(scale * product[s / 2][j], scale * product[s / 2][j + 1]) : 0;
-      if (first_column + 8 * i < p.depth) *reinterpret_cast<uint32_t*>(to + 8 * i) = value;
+    for (int first = 0; first < R / 4; first += 4) {
+      uint32_t word[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int j = 4 * (first + i) + 2 * (s % 2);
+        word[i] = pack<T>(scale * product[s / 2][j], scale * product[s / 2][j + 1]);
+      }
+      const uint4 chunk = collect_chunk(word[0], word[1], word[2], word[3]);
+      if (row < p.classes && lane_column + 8 * first < end_column) *reinterpret_cast<uint4*>(to + 8 * first) = chunk;
     }
   }
 }
 
-// One output tile, `blocks` stages deep; `issued` hands the tensor cores over.
-template <typename T, bool CLASSIFIER, int WIDTH, typename Issued>
-__device__ __forceinline__ void make_output(Drainer<decltype(ProductPlan::ring)>& ring, uint32_t blocks,
-                                            Issued issued, const ProductParams& p, uint32_t rows, uint32_t first,
-                                            uint32_t column) {
-  auto write = [&](const float (*product)[WIDTH / 2]) {
-    if constexpr (CLASSIFIER)
-      write_classes<T>(product, p, p.first_class + first, column);
-    else
-      add_rows(product, p, rows, first, column);
-  };
-  if (blocks == 0) {
-    issued();
-    write(nullptr);
-    return;
+// An output to which nothing was kept.
+template <typename Out>
+__device__ void write_zeros(const ProductParams& p, uint32_t end_row, uint32_t first_row, uint32_t first_column,
+                            uint32_t end_column) {
+  constexpr uint32_t WIDTH = 16 / sizeof(Out);
+  const uint32_t columns = (end_column - min(first_column, end_column)) / WIDTH;
+  for (uint32_t i = threadIdx.x % GROUP; i < KEEP * columns; i += GROUP) {
+    const uint32_t row = first_row + i / columns, column = first_column + i % columns * WIDTH;
+    if (row < end_row)
+      *reinterpret_cast<uint4*>(static_cast<Out*>(p.out) + static_cast<size_t>(row) * p.depth + column) =
+          make_uint4(0, 0, 0, 0);
   }
-  float product[2][WIDTH / 2];
-  multiply<T, CLASSIFIER, true>(product, ring, blocks, issued);
-  write(product);
 }
 
 template <typename T, bool CLASSIFIER>
@@ -220,15 +211,35 @@ __device__ void consume(ProductPlan& plan, uint32_t group, const ProductParams& 
       ring.at.skip(blocks);
       continue;
     }
+    const uint32_t end_column = min(column + (narrow ? NARROW : TILE_N), p.depth);
     auto hand_over = [&] {
       if (n + 1 < tiles.share) give_turn(1 - group);
     };
     if (n > 0) take_turn(group);
-    const uint32_t first = tile * KEEP + thread_row;
-    if (narrow)
-      make_output<T, CLASSIFIER, NARROW>(ring, blocks, hand_over, p, tiles.rows, first, column);
-    else
-      make_output<T, CLASSIFIER, TILE_N>(ring, blocks, hand_over, p, tiles.rows, first, column);
+    if (blocks == 0) {
+      hand_over();
+      if constexpr (CLASSIFIER)
+        write_zeros<T>(p, p.classes, p.first_class + tile * KEEP, column, end_column);
+      else if (p.overwrite)
+        write_zeros<float>(p, tiles.rows, tile * KEEP, column, end_column);
+      continue;
+    }
+    auto write = [&](auto& product) {
+      const uint32_t row = tile * KEEP + thread_row;
+      if constexpr (CLASSIFIER)
+        write_classes<T>(product, p, p.first_class + row, column, end_column);
+      else
+        add_rows(product, p, tiles.rows, row, column, end_column);
+    };
+    if (narrow) {
+      float product[2][NARROW / 2];
+      multiply<T, CLASSIFIER, true, NARROW>(product, ring, blocks, hand_over);
+      write(product);
+    } else {
+      float product[2][TILE_N / 2];
+      multiply<T, CLASSIFIER, true, TILE_N>(product, ring, blocks, hand_over);
+      write(product);
+    }
   }
 }
 
@@ -239,13 +250,13 @@ __device__ __forceinline__ void product(const TensorMap* gradient, const TensorM
   if (threadIdx.x == 0) {
     prefetch_map(gradient);
     prefetch_map(other);
-    plan.ring.init(1);
+    plan.ring.init();
   }
-  sort_outputs(plan, ProductTiles<CLASSIFIER>(p), p);
+  list_outputs(plan, ProductTiles<CLASSIFIER>(p), p);
   plan.ring.sync();
   if (threadIdx.x < GROUP) {
     shrink_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x < WARP) produce<CLASSIFIER>(plan, gradient, other, p);
+    if (threadIdx.x == 0) produce<CLASSIFIER>(plan, gradient, other, p);
   } else {
     grow_registers<CONSUMER_REGISTERS>();
     consume<T, CLASSIFIER>(plan, uniform(threadIdx.x / GROUP - 1), p);
@@ -268,4 +279,5 @@ PRODUCT(embeddings_gradient_sm90a_f16, __half, false)
 PRODUCT(classifier_gradient_sm90a_bf16, __nv_bfloat16, true)
 PRODUCT(classifier_gradient_sm90a_f16, __half, true)
 
-static_assert(sizeof(ProductPlan) == 222208, "the host asks for as much shared memory");
+static_assert(sizeof(ProductPlan) == 230400, "the host asks for as much shared memory");
+static_assert(sizeof(ProductParams) == 64, "the host mirrors it");
