@@ -17,7 +17,7 @@ const THREADS: u32 = 384;
 /// Shared memory of the three kernels; each file asserts its own.
 const FORWARD_BYTES: usize = 207_872;
 const GRADIENT_BYTES: usize = 207_872;
-const PRODUCT_BYTES: usize = 222_208;
+const PRODUCT_BYTES: usize = 230_400;
 
 /// Classes of a tile of the forward, and rows of a cluster's panel.
 const FORWARD_CLASSES: usize = 192;
@@ -30,8 +30,10 @@ const EVALUATION_BYTES: usize = 15 << 20;
 
 /// Columns of a strip of the products: what a cluster computes side by side.
 const STRIP: usize = 384;
-/// Output tiles of a product, and entries of a cluster's list of kept tiles, at most.
-const OUTER_TILES: usize = 4096;
+/// What the kernels' lists have room for: tiles along either side of a range, words of 32 tiles that an output is
+/// summed over times outputs, and tiles of a range a cluster.
+const TILES: usize = 2048;
+const WORDS: usize = 4096;
 const LISTED: usize = 2048;
 /// Bytes of an operand that stay in the L2 cache while others go by.
 const RESIDENT_BYTES: usize = 40 << 20;
@@ -40,13 +42,16 @@ const ROWS_BYTES: usize = 18 << 20;
 /// Whether the kernels take these matrices, on a GPU of compute capability 9.0.
 pub(super) fn can_run(operands: Operands, rows: usize) -> bool {
     let half = matches!(operands.kind.dtype, DType::BF16 | DType::F16);
-    half && operands.aligned && rows.div_ceil(TILE) <= OUTER_TILES
+    half && operands.aligned && rows.div_ceil(TILE) <= TILES
 }
 
-/// Classes of a range of the backward at most: what the kernels' lists have room for on the smallest GPU.
-pub(super) fn longest_range(all_rows: usize) -> usize {
-    let clusters = 50;
-    (LISTED * clusters / (all_rows / TILE)).min(OUTER_TILES) * TILE
+/// Classes of a range of the backward at most.
+pub(super) fn longest_range(all_rows: usize, multiprocessors: usize) -> usize {
+    let rows = all_rows / TILE;
+    let tiles = (LISTED * (multiprocessors / 2) / rows)
+        .min(WORDS / rows * 32)
+        .min(WORDS / rows.div_ceil(32));
+    tiles.min(TILES) * TILE
 }
 
 /// The group of rows and the splits of the classes that leave the fewest clusters idle at the end of a launch.
@@ -226,6 +231,10 @@ pub(super) fn backward(
     gpu.launch_on_maps(&kernel, [&embeddings, &classifier], &params)?;
 
     let multiply = |name: &str, other: &TensorMap, out: u64, inner: usize| {
+        let band = match part.keep {
+            0 => hidden.div_ceil(STRIP),
+            _ => (RESIDENT_BYTES / (inner * STRIP * kind.size)).max(1),
+        };
         let params = HopperProductParams {
             count: saved.rows.count.address,
             keep: part.keep,
@@ -238,7 +247,7 @@ pub(super) fn backward(
             range: classes as u32,
             keep_stride,
             overwrite: u32::from(part.first_class == 0),
-            band: (RESIDENT_BYTES / (inner * STRIP * kind.size)).max(1) as u32,
+            band: band as u32,
         };
         let kernel = Kernel {
             module: PRODUCTS_SM90A,

@@ -131,7 +131,7 @@ enum Path {
 
 impl Path {
     fn choose(gpu: &Gpu, operands: Operands, rows: usize, settings: &Settings) -> Result<Self> {
-        let hopper = settings.implementation != Implementation::CudaPortable
+        let hopper = settings.implementation == Implementation::CudaHopper
             && gpu.compute_capability()? == (9, 0)
             && hopper::can_run(operands, rows);
         Ok(if hopper { Path::Hopper } else { Path::Portable })
@@ -507,7 +507,9 @@ impl op::Backward for Saved {
         };
         Operands::read(gpu, matrices, &self.settings, |operands| {
             let path = Path::choose(gpu, operands, n, &self.settings)?;
-            for sweep in Sweep::plan(path, n, operands, results, self.settings.workspace) {
+            let multiprocessors = gpu.multiprocessors()?;
+            let workspace = self.settings.workspace;
+            for sweep in Sweep::plan(path, multiprocessors, n, operands, results, workspace) {
                 self.sweep(operands, &scales, &sweep)?;
             }
             self.count_kept(operands)
@@ -552,6 +554,7 @@ impl Sweep {
     /// the logits once more.
     fn plan(
         path: Path,
+        multiprocessors: usize,
         n: usize,
         operands: Operands,
         results: Results,
@@ -586,7 +589,7 @@ impl Sweep {
         for &path in paths {
             let at_most = match path {
                 Path::Portable => usize::MAX,
-                Path::Hopper => hopper::longest_range(all_rows),
+                Path::Hopper => hopper::longest_range(all_rows, multiprocessors),
             };
             if held(path) <= workspace / 2 && at_most >= columns {
                 return vec![Self {
