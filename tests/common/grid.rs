@@ -190,7 +190,8 @@ fn run_problem(
     }
 }
 
-fn describe(case: &Case) -> String {
+/// One line that says what a case is.
+pub fn describe(case: &Case) -> String {
     let inputs = &case.inputs;
     format!(
         "{:?} {:?} D {} V {} targets {:?} bias {} softcap {:?} ignored {} shift {} {:?}",
