@@ -146,7 +146,7 @@ fn run_problem(
         for (name, options, eps) in filters(case.dtype) {
             for strategy in STRATEGIES {
                 *turn += 1;
-                if *turn % step != 0 {
+                if !turn.is_multiple_of(step) {
                     continue;
                 }
                 *computed += 1;

@@ -368,7 +368,8 @@ fn classes_masked_by_a_bias_of_minus_infinity_have_no_share() -> Result<()> {
     };
     let (hidden, vocab) = (64, 600);
     // A third of all, and whole tiles: the first one, and one in the middle.
-    let masked = |class: usize| class % 3 == 0 || class < 128 || (256..448).contains(&class);
+    let masked =
+        |class: usize| class.is_multiple_of(3) || class < 128 || (256..448).contains(&class);
     for dtype in DTYPES {
         let mut case = Case::random(112, dtype, &[140], hidden, vocab).with_bias(113);
         case.inputs.reduction = Reduced::None;
@@ -419,13 +420,14 @@ fn logits_of_ten_thousand_are_finite_and_right() -> Result<()> {
             let want = reference.gradients(&upstream, 0.);
             for implementation in KERNELS {
                 let what = format!("{implementation:?} {dtype:?} softcap {softcap:?}");
-                let fail = |e: String| -> () { panic!("{what}: {e}") };
+                let fail = |e: String| panic!("{what}: {e}");
                 let tensors = case.tensors(&device)?;
                 let options = case.options(exact().implementation(implementation), &tensors);
                 let (e, c) = (&tensors.embeddings, &tensors.classifier);
                 let output = linear_cross_entropy(e, c, &tensors.targets, &options)?;
                 let (loss, lse) = (numbers(&output.loss)?, numbers(&output.lse)?);
-                close("loss", &loss, &reference.loss, 2e-6, scale).unwrap_or_else(fail);
+                // The cap of a logit that cancels does not make its rounding smaller; an lse has few of these.
+                close("loss", &loss, &reference.loss, 2e-6, raw_scale).unwrap_or_else(fail);
                 close("lse", &lse, &reference.lse, 2e-6, scale).unwrap_or_else(fail);
                 let grads = weighted(&output, &upstream)?.backward()?;
                 // Logits this far apart leave softmaxes of 0 and 1, except where they are close.
