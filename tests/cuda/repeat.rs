@@ -94,8 +94,8 @@ fn threads_with_devices_and_problems_of_their_own_do_not_disturb_each_other() ->
             _ => Options::default(),
         };
         let options = options.implementation(match turn {
-            3 => Implementation::CudaPortable,
-            _ => Implementation::Cuda,
+            3 => Implementation::Cuda,
+            _ => Implementation::CudaHopper,
         });
         let case = case(80 + turn as u64, dtype, hidden);
         let alone = Computed::new(&case, options.clone(), &device)?;
@@ -134,17 +134,20 @@ fn threads_may_share_a_device() -> Result<()> {
     let cases: Vec<_> = (0..4)
         .map(|turn| case(90 + turn, DType::BF16, 48))
         .collect();
+    // Both forms of the kernels at the same time.
+    let options = |turn: usize| Options::default().implementation(KERNELS[turn % 2]);
     let alone: Vec<_> = cases
         .iter()
-        .map(|case| Computed::new(case, Options::default(), &device))
+        .enumerate()
+        .map(|(turn, case)| Computed::new(case, options(turn), &device))
         .collect::<Result<_>>()?;
     std::thread::scope(|scope| {
-        for (case, alone) in cases.iter().zip(&alone) {
+        for (turn, (case, alone)) in cases.iter().zip(&alone).enumerate() {
             let device = device.clone();
             scope.spawn(move || {
                 for run in 0..8 {
-                    let together = Computed::new(case, Options::default(), &device).unwrap();
-                    together.assert_same(alone, &format!("run {run}"));
+                    let together = Computed::new(case, options(turn), &device).unwrap();
+                    together.assert_same(alone, &format!("thread {turn}, run {run}"));
                 }
             });
         }

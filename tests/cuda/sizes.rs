@@ -280,7 +280,7 @@ fn more_logits_than_32_bits_count_are_right() -> Result<()> {
         return Ok(());
     }
     let whole = exact()
-        .implementation(Implementation::CudaPortable)
+        .implementation(Implementation::Cuda)
         .workspace(10 << 30);
-    run("CudaPortable, a workspace of 10 GiB", whole)
+    run("Cuda, a workspace of 10 GiB", whole)
 }
