@@ -34,19 +34,21 @@ fn compile() -> Result<(), String> {
     let nvcc = nvcc();
     let version = run(Command::new(&nvcc).arg("--version")).map_err(|e| {
         format!(
-            "candle-cut-cross-entropy: the feature `cuda` needs NVIDIA's compiler, nvcc 12.0 or later.\n\
+            "candle-cut-cross-entropy: the feature `cuda` needs NVIDIA's compiler, nvcc 12.1 or later.\n\
              Tried {}: {e}\nInstall the CUDA toolkit, or set NVCC or CUDA_HOME.",
             nvcc.display()
         )
     })?;
-    let major = version
-        .split("release ")
-        .nth(1)
-        .and_then(|v| v.split('.').next())
-        .and_then(|v| v.parse::<u32>().ok());
-    if major.is_some_and(|major| major < 12) {
+    // Such as "Cuda compilation tools, release 13.0, V13.0.88".
+    let release = version.split("release ").nth(1).and_then(|release| {
+        let mut numbers = release
+            .split([',', '.'])
+            .map(|n| n.trim().parse::<u32>().ok());
+        Some((numbers.next()??, numbers.next()??))
+    });
+    if release.is_some_and(|release| release < (12, 1)) {
         return Err(format!(
-            "candle-cut-cross-entropy: nvcc 12.0 or later is needed, {} is\n{version}",
+            "candle-cut-cross-entropy: nvcc 12.1 or later is needed, {} is\n{version}",
             nvcc.display()
         ));
     }

@@ -4,7 +4,7 @@
 // atomics and a run repeats exactly. Which tiles those are, it reads from `keep` and lists in shared memory.
 #include "mainloop_sm80.cuh"
 
-constexpr int MAX_LIST = 2048;  // tiles listed at a time
+constexpr int MAX_LIST = 1024;  // tiles listed at a time: with the stages, within the 99 KB of consumer GPUs
 
 struct ProductParams {
   const void *gradient;           // (rows of this launch, range)

@@ -1,5 +1,35 @@
 //! Cut Cross-Entropy for [Candle](https://docs.rs/candle-core): the cross-entropy loss of a linear
 //! classifier, and its gradients, without ever storing the `N x V` logits.
+//!
+//! [`linear_cross_entropy`] takes the place of
+//! `candle_nn::loss::cross_entropy(&hidden.matmul(&head.t()?)?, &targets)`:
+//!
+//! ```
+//! use candle_core::{DType, Device, Tensor, Var};
+//! use candle_cut_cross_entropy::{backward, linear_cross_entropy, Options};
+//!
+//! # fn main() -> candle_core::Result<()> {
+//! let hidden = Tensor::randn(0f32, 1., (2, 16, 64), &Device::Cpu)?; // (.., D)
+//! let head = Var::randn(0f32, 0.02, (1000, 64), &Device::Cpu)?; // (V, D)
+//! let tokens = Tensor::zeros((2, 16), DType::U32, &Device::Cpu)?; // (..)
+//! let loss = linear_cross_entropy(&hidden, &head, &tokens, &Options::default().shift(1))?.loss;
+//! let grads = backward(&loss)?; // optimizer.step(&grads)?
+//! # assert!(grads.get(&head).is_some());
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! - [`Options`]: bias, softcap, `ignore_index`, shift, reduction, gradient filters, workspace, and the
+//!   [`Preset`]s of the [reference implementation](https://github.com/apple/ml-cross-entropy).
+//! - [`LinearCrossEntropy`]: the same as a layer that owns or shares the head's weight.
+//! - [`backward()`]: `loss.backward()` with a third of the memory for the head's gradient.
+//! - [`objectives`]: z-loss, perplexity, sequence log-probabilities, DPO and PPO on top of the loss.
+//!
+//! Features: `cuda` for this crate's kernels on NVIDIA GPUs, `metal` for Candle's Metal backend. Without
+//! either, the loss runs on the CPU, on all threads.
+//!
+//! The method is that of Wijmans et al., *Cut Your Losses in Large-Vocabulary Language Models*,
+//! [arXiv 2411.09009](https://arxiv.org/abs/2411.09009).
 #![deny(missing_docs)]
 
 mod backward;

@@ -7,6 +7,23 @@ use candle_core::{Result, Tensor};
 use std::sync::Arc;
 
 /// What [`linear_cross_entropy`] returns. Both tensors are f32 and differentiable.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor, Var};
+/// use candle_cut_cross_entropy::{linear_cross_entropy, Options};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let e = Var::randn(0f32, 1., (4, 8), &Device::Cpu)?;
+/// let c = Tensor::randn(0f32, 1., (10, 8), &Device::Cpu)?;
+/// let y = Tensor::zeros(4, DType::U32, &Device::Cpu)?;
+/// let output = linear_cross_entropy(&e, &c, &y, &Options::default())?;
+/// // The loss and 1e-4 times the mean of the squared lse, through one backward.
+/// let total = (&output.loss + (output.lse.sqr()?.mean_all()? * 1e-4)?)?;
+/// total.backward()?;
+/// assert!(output.kept_tiles()?.is_some());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone)]
 pub struct Output {
     /// The loss: a scalar, or one number a position under [`Reduction::None`].

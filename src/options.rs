@@ -4,6 +4,21 @@ use candle_core::{bail, DType, Error, Result, Tensor};
 use std::str::FromStr;
 
 /// How the losses of the positions become one.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_cut_cross_entropy::{linear_cross_entropy, Options, Reduction};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let e = Tensor::randn(0f32, 1., (4, 8), &Device::Cpu)?;
+/// let c = Tensor::randn(0f32, 1., (10, 8), &Device::Cpu)?;
+/// let y = Tensor::zeros(4, DType::U32, &Device::Cpu)?;
+/// let loss = |r| linear_cross_entropy(&e, &c, &y, &Options::default().reduction(r)).map(|o| o.loss);
+/// assert_eq!(loss(Reduction::Mean)?.dims(), []);
+/// assert_eq!(loss(Reduction::None)?.dims(), [4]);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Reduction {
     /// The mean over the positions that count; 0 when none does.
@@ -18,7 +33,19 @@ pub enum Reduction {
 /// Which tiles of the gradient of the logits are too small to matter.
 ///
 /// A tile is a block of positions by a block of classes. One whose every
-/// `|softmax(z) - onehot(y)|` is below the threshold is skipped in the backward.
+/// `|softmax(z) - onehot(y)|` is below the threshold is skipped in the backward. One that holds the
+/// target of a position is always kept: the gradient of its loss is `p - 1` there and that of its lse
+/// `p`, and one of them is never small.
+///
+/// ```
+/// use candle_cut_cross_entropy::{Filter, Options};
+///
+/// // Exact gradients of the head; those of the embeddings without what is below 1e-6.
+/// let options = Options::default()
+///     .filter_classifier(Filter::Off)
+///     .filter_embeddings(Filter::Threshold(1e-6));
+/// # let _ = options;
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum Filter {
     /// Every tile counts: the exact gradient.
@@ -49,6 +76,14 @@ impl Filter {
 }
 
 /// Which code computes the loss.
+///
+/// ```
+/// use candle_cut_cross_entropy::{Implementation, Options};
+///
+/// // On a GPU, a second opinion of the kernels:
+/// let options = Options::default().implementation(Implementation::Native);
+/// # let _ = options;
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Implementation {
     /// The CUDA kernels where they can run (an NVIDIA GPU of compute capability 8.0 or later, bf16,
@@ -66,7 +101,16 @@ pub enum Implementation {
     CudaHopper,
 }
 
-/// How the gradients come about, a trade of time for memory.
+/// How the gradients come about, a trade of time for memory. The CUDA kernels always recompute.
+///
+/// ```
+/// use candle_cut_cross_entropy::{Options, Strategy};
+///
+/// // A forward that is cheap when its loss may never be differentiated:
+/// let options = Options::default().strategy(Strategy::Recompute);
+/// # let _ = options;
+/// ```
+///
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Strategy {
     /// `Fused` where it is faster within the workspace, else `Recompute`.
@@ -86,6 +130,17 @@ pub enum Strategy {
 ///
 /// Every implementation here accumulates gradients in f32 (f64 for f64 inputs), so the presets
 /// differ only in what they filter, and `cce` and `cce_kahan` are the same thing.
+///
+/// ```
+/// use candle_cut_cross_entropy::{Options, Preset};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let preset: Preset = "cce_kahan_full_c".parse()?;
+/// let options = Options::preset(preset);
+/// # let _ = options;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Preset {
     /// Filters both gradients: the default.
@@ -278,10 +333,10 @@ impl Options {
         self
     }
 
-    /// The bytes that a forward or backward may use beyond its inputs, its outputs and the
-    /// gradients. Default: 64 MiB for the native implementation; for the CUDA kernels 256 MiB (448 MiB
-    /// for [`Implementation::CudaHopper`]), or for long batches twice what they hold of every row: 4 bytes (6) times the
-    /// hidden size.
+    /// The bytes that a forward or backward may use beyond its inputs, its outputs and the gradients. Default:
+    /// 64 MiB for the native implementation. Of the CUDA kernels only the backward reads it; there it is
+    /// 256 MiB (448 MiB for [`Implementation::CudaHopper`]) or, for long batches, twice what is held of every
+    /// row: 4 bytes (6) times the hidden size.
     pub fn workspace(mut self, bytes: usize) -> Self {
         self.workspace = Some(bytes);
         self

@@ -345,8 +345,8 @@ pub(crate) fn forward(
     })
 }
 
-/// What the gradient of the embeddings and that of the classifier must reach to keep a tile; `None` if every tile
-/// is kept for one of them anyway, or nothing is differentiated.
+/// What the gradient of the embeddings and that of the classifier must reach to keep a tile; `None` if neither is
+/// filtered.
 fn thresholds(settings: &Settings, wanted: Wanted) -> Option<[f32; 2]> {
     let classifier = wanted.classifier || wanted.bias;
     // A gradient that is not wanted must not keep a tile: its threshold is above every gradient.

@@ -153,7 +153,7 @@ pub(super) fn backward(
             grid: (operands.hidden.div_ceil(columns(kind)), outer / TILE),
             threads: THREADS,
             // The list of kept tiles, numbers of 16 bits, and a count a warp.
-            shared_bytes: stages(columns(kind)) + 2048 * 2 + 8 * 4,
+            shared_bytes: stages(columns(kind)) + 1024 * 2 + 8 * 4,
         };
         gpu.launch(&kernel, params)
     };
