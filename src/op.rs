@@ -125,10 +125,11 @@ fn no_kernels(problem: &Problem) -> Result<Option<String>> {
 
 /// Why the CUDA kernels cannot run.
 #[cfg(not(feature = "cuda"))]
-fn no_kernels(_: &Problem) -> Result<Option<String>> {
-    Ok(Some(
-        "this program was built without the feature `cuda`".into(),
-    ))
+fn no_kernels(problem: &Problem) -> Result<Option<String>> {
+    Ok(Some(format!(
+        "this program was built without the feature `cuda`, and the inputs are on {:?}",
+        problem.embeddings.device().location()
+    )))
 }
 
 /// The node of the graph: its forward is already computed.

@@ -14,7 +14,7 @@ use std::str::FromStr;
 /// let c = Tensor::randn(0f32, 1., (10, 8), &Device::Cpu)?;
 /// let y = Tensor::zeros(4, DType::U32, &Device::Cpu)?;
 /// let loss = |r| linear_cross_entropy(&e, &c, &y, &Options::default().reduction(r)).map(|o| o.loss);
-/// assert_eq!(loss(Reduction::Mean)?.dims(), []);
+/// assert_eq!(loss(Reduction::Mean)?.rank(), 0);
 /// assert_eq!(loss(Reduction::None)?.dims(), [4]);
 /// # Ok(())
 /// # }
@@ -122,7 +122,9 @@ pub enum Strategy {
     /// that is one number (reduction mean or sum): 3 products. A forward whose loss is never
     /// differentiated pays for gradients nobody reads; detach its inputs. Where it cannot be done
     /// (reduction none, a workspace too small for a block of rows with all classes, Candle tensor
-    /// operations), and for any other upstream gradient or a second backward, this is `Recompute`.
+    /// operations), this is `Recompute`. For any other upstream gradient (a z-loss; for f16 a loss
+    /// scale) or a second backward the gradients are computed anew: 6 products, so choose `Recompute`
+    /// there.
     Fused,
 }
 

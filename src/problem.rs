@@ -136,8 +136,9 @@ impl Problem {
         }
         same_device("targets", targets, embeddings)?;
         if let Some(softcap) = options.softcap {
-            if !(softcap > 0. && softcap.is_finite()) {
-                bail!("softcap must be positive and finite, got {softcap}")
+            // Its inverse is used too: what f32 rounds to 0 or infinity would make NaN gradients.
+            if !(softcap > 0. && (softcap as f32).is_normal()) {
+                bail!("softcap must be positive and finite, as an f32 too, got {softcap}")
             }
         }
         let (positions, shape) = pick_positions(lead, options.shift)?;

@@ -11,8 +11,9 @@ use candle_core::{DType, Device, Result, Tensor, D};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Below every logit, and finite: a block whose every logit is -inf stays without a NaN.
-const LOWEST: f64 = -1e30;
+/// Not above any logit but -inf, and finite: a block whose every logit is -inf stays without a NaN. In
+/// f32, as Metal has no f64.
+const LOWEST: f32 = f32::MIN;
 
 /// The dtype that products and accumulators have for inputs of this dtype.
 fn accumulator(dtype: DType) -> DType {
@@ -114,7 +115,7 @@ fn blocks(len: usize, block: usize) -> impl Iterator<Item = Range<usize>> {
         .map(move |start| start..(start + block).min(len))
 }
 
-/// The block's logits, softcap applied, and what the softcap's derivative is.
+/// The block's logits, bias and softcap applied.
 fn logits(
     embeddings: &Tensor,
     matrices: Matrices<'_>,

@@ -22,7 +22,7 @@ pub(super) trait Real:
     + Neg<Output = Self>
 {
     const ONE: Self;
-    /// Below every logit, and finite: a tile whose every logit is -inf stays without a NaN.
+    /// Not above any logit but -inf, and finite: a tile whose every logit is -inf stays without a NaN.
     const LOWEST: Self;
     fn from_f64(x: f64) -> Self;
     fn to_f64(self) -> f64;
@@ -34,7 +34,7 @@ pub(super) trait Real:
 
 impl Real for f32 {
     const ONE: Self = 1.;
-    const LOWEST: Self = -1e30;
+    const LOWEST: Self = f32::MIN;
 
     fn from_f64(x: f64) -> Self {
         x as f32
@@ -97,7 +97,7 @@ impl Real for f32 {
 
 impl Real for f64 {
     const ONE: Self = 1.;
-    const LOWEST: Self = -1e30;
+    const LOWEST: Self = f64::MIN;
 
     fn from_f64(x: f64) -> Self {
         x

@@ -2,7 +2,8 @@
 //! threads, everything between the products done while a block's tile is in a core's cache.
 //!
 //! Half-precision inputs are widened tile by tile, and every sum is an f32 one (f64 for f64 inputs).
-//! Tiles are handed to the threads in any order, but every sum has one order: a run repeats bit by bit.
+//! Tiles are handed to the threads in any order, but every sum has one order: a run repeats bit by bit on
+//! the same machine with as many threads, on which the sizes of the blocks depend.
 
 mod blocks;
 mod element;
@@ -341,18 +342,18 @@ impl<T: Element> Saved<T> {
         Ok(())
     }
 
-    /// The gradients that the forward formed, scaled, the first time that they are wanted and fit.
+    /// The gradients that the forward formed, scaled, if this is the first backward and they fit it. They
+    /// are given up where they do not: what is computed instead is not to lie in memory beside them.
     fn take_formed(&self, upstream: &[f32], wanted: Wanted) -> Option<Formed<T>> {
-        let (of_loss, others) = upstream.split_last()?;
-        if others.iter().any(|u| *u != 0.) || (*of_loss != 1. && !T::SCALES_EXACTLY) {
-            return None;
-        }
         let mut formed = self
             .formed
             .lock()
             .unwrap_or_else(|e| e.into_inner())
             .take()?;
-        if (wanted.embeddings && formed.embeddings.is_none())
+        let (of_loss, others) = upstream.split_last()?;
+        if others.iter().any(|u| *u != 0.)
+            || (*of_loss != 1. && !T::SCALES_EXACTLY)
+            || (wanted.embeddings && formed.embeddings.is_none())
             || (wanted.classifier && formed.classifier.is_none())
             || (wanted.bias && formed.bias.is_none())
         {

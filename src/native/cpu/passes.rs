@@ -1,6 +1,6 @@
 //! What is done to a tile of logits between the products, in vector instructions of the machine at hand.
 //!
-//! Sums run in a fixed number of lanes whatever the machine, so that every one gives the same bits.
+//! Sums run in a fixed number of lanes whatever the width of the machine's vectors.
 
 use super::element::Real;
 

@@ -68,6 +68,8 @@ impl Plan {
         let least = match settings.strategy {
             Strategy::Recompute => usize::MAX,
             Strategy::Fused => GROUP.min(n),
+            // A loss scale, without which f16 is seldom trained, makes what was formed useless.
+            Strategy::Auto if !T::SCALES_EXACTLY => usize::MAX,
             Strategy::Auto => WORTH_FUSING.min(n),
         };
         let fused = wanted.any() && settings.reduction != Reduction::None && fits >= least;
@@ -94,10 +96,10 @@ impl Plan {
     }
 }
 
-/// Blocks of about equal size, at most `most` rows each, that begin with a group of rows.
+/// Blocks of about equal size that begin with a group of rows, at most `most` rows each, or a group.
 fn even(rows: usize, most: usize) -> usize {
     let most = (most / GROUP * GROUP).max(GROUP);
     rows.div_ceil(rows.div_ceil(most))
         .next_multiple_of(GROUP)
-        .min(rows.next_multiple_of(GROUP))
+        .min(rows)
 }
