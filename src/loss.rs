@@ -38,6 +38,9 @@ impl Output {
     /// The share of gradient tiles that the filter kept in the last backward through this output,
     /// in `[0, 1]`: of the gradient that kept more, where both are computed. `None` before a
     /// backward. On a GPU this waits for the device.
+    ///
+    /// # Errors
+    /// Those of copying two numbers from the device.
     pub fn kept_tiles(&self) -> Result<Option<f64>> {
         self.kept.share()
     }

@@ -273,7 +273,7 @@ fn keep(name: &str, values: &Tensor, mask: &Tensor) -> Result<Tensor> {
     if mask.dtype() != DType::U8 {
         bail!("mask must be u8, got {:?}", mask.dtype())
     }
-    same_shape(name, values, "the positions that may count", mask.dims())?;
+    same_shape(name, values, "mask", mask.dims())?;
     mask.where_cond(values, &values.zeros_like()?)
 }
 

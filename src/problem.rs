@@ -152,9 +152,13 @@ impl Problem {
         }
         let threshold = |filter: Filter| filter.threshold(dtype);
         Ok(Self {
-            embeddings: embeddings
-                .reshape((positions.rows(), hidden))?
-                .contiguous()?,
+            // A matrix stays what it is: a `Var` that is reshaped is none to `backward`.
+            embeddings: match embeddings.rank() {
+                2 => embeddings.contiguous()?,
+                _ => embeddings
+                    .reshape((positions.rows(), hidden))?
+                    .contiguous()?,
+            },
             classifier: classifier.contiguous()?,
             bias: match &options.bias {
                 Some(bias) => Some(bias.contiguous()?),
