@@ -1,11 +1,43 @@
-//! The decoder: its gradients and configs.
+//! The decoder against Hugging Face transformers (golden files by tests/golden/models.py), its gradients, configs and checkpoints.
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor};
-use candle_cut_cross_entropy::models::{CausalLm, Config, Decoder, Family};
-use candle_cut_cross_entropy::{Options, Preset};
+use candle_cut_cross_entropy::models::{generate, CausalLm, Config, Decoder, Family, Sampling};
+use candle_cut_cross_entropy::{backward, Options, Preset};
 use candle_nn::{VarBuilder, VarMap};
 use serde_json::{json, Value};
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const CASES: [&str; 10] = [
+    "llama",
+    "llama3",
+    "mistral",
+    "phi3",
+    "phi3_long",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+];
+
+fn folder(case: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden/models")
+        .join(case)
+}
+
+fn load(case: &str) -> Result<(Decoder, VarMap)> {
+    let vars = VarMap::new();
+    let decoder = Decoder::load(folder(case), &vars, DType::F32, &Device::Cpu)?;
+    Ok((decoder, vars))
+}
+
+fn expected(case: &str) -> Result<HashMap<String, Tensor>> {
+    candle_core::safetensors::load(folder(case).join("expected.safetensors"), &Device::Cpu)
+}
 
 fn exact() -> Options {
     Options::preset(Preset::CceExact)
@@ -13,6 +45,21 @@ fn exact() -> Options {
 
 fn values(tensor: &Tensor) -> Result<Vec<f64>> {
     tensor.flatten_all()?.to_dtype(DType::F64)?.to_vec1()
+}
+
+/// The largest difference, relative to numbers above 1, and fails where it is above the tolerance.
+#[track_caller]
+fn assert_close(what: &str, got: &Tensor, want: &Tensor, tolerance: f64) {
+    let read = || -> Result<(Vec<f64>, Vec<f64>)> { Ok((values(got)?, values(want)?)) };
+    let (got, want) = read().unwrap_or_else(|e| panic!("{what}: {e}"));
+    assert_eq!(got.len(), want.len(), "{what}: sizes");
+    let mut worst = 0f64;
+    for (i, (g, w)) in got.iter().zip(&want).enumerate() {
+        let difference = (g - w).abs() / w.abs().max(1.);
+        assert!(difference <= tolerance, "{what}[{i}]: got {g}, want {w}");
+        worst = worst.max(difference);
+    }
+    println!("{what}: {worst:.1e}");
 }
 
 #[track_caller]
@@ -41,6 +88,119 @@ fn norm(tensor: &Tensor) -> Result<f64> {
     Ok(values(tensor)?.iter().map(|x| x * x).sum::<f64>().sqrt())
 }
 
+/// A folder that goes with the test.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("cce-models-{}-{name}", std::process::id()));
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    fn copy(&self, case: &str) -> &Self {
+        for entry in fs::read_dir(folder(case)).unwrap() {
+            let path = entry.unwrap().path();
+            fs::copy(&path, self.0.join(path.file_name().unwrap())).unwrap();
+        }
+        self
+    }
+
+    fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> = fs::read_dir(&self.0)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+            .collect();
+        names.sort();
+        names
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+// Against Hugging Face transformers
+
+#[test]
+fn logits_are_those_of_transformers() -> Result<()> {
+    for case in CASES {
+        let (decoder, _) = load(case)?;
+        let expected = expected(case)?;
+        let ids = &expected["ids"];
+        let logits = decoder.logits(&decoder.hidden_states(ids)?)?;
+        assert_close(
+            &format!("{case} logits"),
+            &logits,
+            &expected["logits"],
+            1e-4,
+        );
+        let short = ids.narrow(1, 0, expected["short_logits"].dim(1)?)?;
+        let logits = decoder.logits(&decoder.hidden_states(&short)?)?;
+        assert_close(
+            &format!("{case} short logits"),
+            &logits,
+            &expected["short_logits"],
+            1e-4,
+        );
+        let last = logits.narrow(1, short.dim(1)? - 1, 1)?;
+        assert_close(case, &decoder.next_token_logits(&short)?, &last, 1e-5);
+    }
+    Ok(())
+}
+
+#[test]
+fn bf16_and_f16_come_close() -> Result<()> {
+    for (dtype, tolerance) in [(DType::BF16, 1e-2), (DType::F16, 1e-3)] {
+        for case in CASES {
+            let vars = VarMap::new();
+            let decoder = Decoder::load(folder(case), &vars, dtype, &Device::Cpu)?;
+            let expected = expected(case)?;
+            let (ids, labels) = (&expected["ids"], &expected["labels"]);
+            let hidden = decoder.hidden_states(ids)?;
+            assert_eq!(hidden.dtype(), dtype);
+            let loss = decoder.loss(ids, labels, &exact())?.loss;
+            let what = format!("{case} {dtype:?} loss");
+            assert_close(&what, &loss, &expected["loss"], tolerance);
+            assert_gradients(case, &decoder, &backward(&loss)?);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn losses_and_gradients_are_those_of_transformers() -> Result<()> {
+    for case in CASES {
+        let (decoder, _) = load(case)?;
+        let expected = expected(case)?;
+        // Whatever shift and softcap they say, those of the model count.
+        let options = exact().shift(0).softcap(0.1);
+        let loss = decoder
+            .loss(&expected["ids"], &expected["labels"], &options)?
+            .loss;
+        assert_close(&format!("{case} loss"), &loss, &expected["loss"], 1e-5);
+        let gradients = backward(&loss)?;
+        assert_gradients(case, &decoder, &gradients);
+        let norms = decoder
+            .tensors()
+            .values()
+            .filter_map(|tensor| gradients.get(tensor))
+            .map(norm)
+            .collect::<Result<Vec<f64>>>()?;
+        let norms = Tensor::new(norms, &Device::Cpu)?;
+        assert_close(
+            &format!("{case} gradient norms"),
+            &norms,
+            &expected["gradient_norms"],
+            1e-4,
+        );
+    }
+    Ok(())
+}
+
 // Gradients
 
 #[test]
@@ -56,6 +216,55 @@ fn every_new_weight_of_every_family_gets_a_gradient() -> Result<()> {
         assert_gradients(family.model_type(), &decoder, &loss.backward()?);
     }
     Ok(())
+}
+
+#[test]
+fn a_gradient_is_the_slope_of_the_loss() -> Result<()> {
+    for case in ["phi3_long", "gemma2", "gemma3"] {
+        let vars = VarMap::new();
+        let decoder = Decoder::load(folder(case), &vars, DType::F64, &Device::Cpu)?;
+        let expected = expected(case)?;
+        let loss = || decoder.loss(&expected["ids"], &expected["labels"], &exact());
+        let gradients = loss()?.loss.backward()?;
+        let named = vars.data().lock().unwrap().clone();
+        for (name, var) in &named {
+            let direction = var.randn_like(0., 1.)?;
+            let gradient = gradients.get(var).expect("a gradient");
+            let slope = (gradient * &direction)?.sum_all()?.to_scalar::<f64>()?;
+            let (at, step) = (var.copy()?, 1e-5);
+            let at_step = |step: f64| -> Result<f64> {
+                var.set(&(&at + (&direction * step)?)?)?;
+                // The loss is f32: summed over what it is the mean of, in f64, it would be finer.
+                let hidden = decoder.hidden_states(&expected["ids"])?;
+                f64_loss(&decoder, &hidden, &expected["labels"])
+            };
+            let measured = (at_step(step)? - at_step(-step)?) / (2. * step);
+            var.set(&at)?;
+            let difference = (slope - measured).abs() / measured.abs().max(1e-2);
+            assert!(
+                difference < 1e-4,
+                "{case} {name}: slope {slope}, measured {measured}"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// The loss from stored logits, in f64.
+fn f64_loss(decoder: &Decoder, hidden: &Tensor, labels: &Tensor) -> Result<f64> {
+    let logits = decoder.logits(hidden)?.to_vec3::<f64>()?;
+    let labels = labels.to_vec2::<i64>()?;
+    let (mut sum, mut count) = (0., 0.);
+    for (logits, labels) in logits.iter().zip(&labels) {
+        for (row, &label) in logits.iter().zip(&labels[1..]) {
+            if label >= 0 {
+                let lse = row.iter().map(|z| z.exp()).sum::<f64>().ln();
+                sum += lse - row[label as usize];
+                count += 1.;
+            }
+        }
+    }
+    Ok(sum / count)
 }
 
 #[test]
@@ -76,6 +285,51 @@ fn a_position_sees_its_window_and_nothing_after_it() -> Result<()> {
     let after = states([1, 2, 9, 4, 5, 6, 7, 8])?;
     let changed: Vec<usize> = (0..8).filter(|&t| before[t] != after[t]).collect();
     assert_eq!(changed, [2, 3, 4]);
+    Ok(())
+}
+
+// Generation
+
+#[test]
+fn generation_takes_the_likeliest_token_or_draws_by_the_seed() -> Result<()> {
+    let (decoder, _) = load("gemma2")?;
+    let prompt = [1u32, 5, 9];
+    let greedy = |n, stop: Vec<u32>| {
+        let sampling = Sampling {
+            max_new_tokens: n,
+            stop,
+            ..Sampling::default()
+        };
+        generate(&decoder, &prompt, &sampling)
+    };
+    let tokens = greedy(4, vec![])?;
+    let ids = Tensor::new(&prompt, &Device::Cpu)?.unsqueeze(0)?;
+    let likeliest = decoder
+        .next_token_logits(&ids)?
+        .argmax(1)?
+        .to_vec1::<u32>()?;
+    assert_eq!((tokens.len(), tokens[0]), (4, likeliest[0]));
+    let until = tokens.iter().position(|t| *t == tokens[2]).unwrap() + 1;
+    assert_eq!(greedy(4, vec![tokens[2]])?, tokens[..until]);
+
+    let drawn = |seed| {
+        let sampling = Sampling {
+            max_new_tokens: 12,
+            temperature: 2.,
+            seed,
+            stop: vec![],
+        };
+        generate(&decoder, &prompt, &sampling)
+    };
+    assert_eq!(drawn(1)?, drawn(1)?);
+    assert_ne!(drawn(1)?, drawn(2)?);
+    let message = error(generate(&decoder, &[], &Sampling::default()));
+    assert!(message.contains("prompt is empty"), "{message}");
+    let outside = Tensor::new(&[[99u32]], &Device::Cpu)?;
+    assert!(decoder.hidden_states(&outside).is_err());
+    let none = Tensor::zeros((1, 0), DType::U32, &Device::Cpu)?;
+    let message = error(decoder.hidden_states(&none));
+    assert!(message.contains("no tokens"), "{message}");
     Ok(())
 }
 
@@ -232,4 +486,104 @@ fn a_config_that_cannot_be_is_named() {
     assert!(message.contains("vocab_size"), "{message}");
     let message = error(Config::from_file("nowhere/config.json"));
     assert!(message.contains("nowhere"), "{message}");
+}
+
+// Checkpoints
+
+#[test]
+fn a_saved_checkpoint_loads_as_it_was() -> Result<()> {
+    for case in CASES {
+        let scratch = Scratch::new(case);
+        let (decoder, _) = load(case)?;
+        decoder.save(&scratch.0)?;
+        assert_eq!(scratch.names(), ["config.json", "model.safetensors"]);
+        let again = Decoder::load(&scratch.0, &VarMap::new(), DType::F32, &Device::Cpu)?;
+        assert_eq!(decoder.config(), again.config());
+        assert_eq!(decoder.tensors().len(), again.tensors().len());
+        for (name, tensor) in decoder.tensors() {
+            assert_eq!(values(tensor)?, values(&again.tensors()[name])?, "{name}");
+        }
+        assert_eq!(
+            again.tensors().contains_key("lm_head.weight"),
+            !decoder.config().tie_word_embeddings
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn a_save_that_fails_leaves_the_checkpoint_before_it() -> Result<()> {
+    let (decoder, vars) = load("gemma")?;
+    let scratch = Scratch::new("failing");
+    decoder.save(&scratch.0)?;
+    let before = fs::read(scratch.0.join("model.safetensors"))?;
+    for var in vars.all_vars() {
+        var.set(&var.zeros_like()?)?;
+    }
+    // The weights are to be written where a folder stands.
+    let temporary = format!(".model.safetensors.{}.tmp", std::process::id());
+    fs::create_dir(scratch.0.join(&temporary))?;
+    let message = error(decoder.save(&scratch.0));
+    assert!(message.contains(&temporary), "{message}");
+    assert_eq!(fs::read(scratch.0.join("model.safetensors"))?, before);
+    assert_eq!(
+        scratch.names(),
+        [temporary.as_str(), "config.json", "model.safetensors"]
+    );
+    // What a killed save leaves behind is not looked at.
+    fs::remove_dir(scratch.0.join(&temporary))?;
+    fs::write(scratch.0.join(".model.safetensors.1.tmp"), "half")?;
+    Decoder::load(&scratch.0, &VarMap::new(), DType::F32, &Device::Cpu)?;
+    decoder.save(&scratch.0)?;
+    assert_ne!(fs::read(scratch.0.join("model.safetensors"))?, before);
+    Ok(())
+}
+
+#[test]
+fn a_checkpoint_that_does_not_fit_is_named() -> Result<()> {
+    let load = |scratch: &Scratch| {
+        error(Decoder::load(
+            &scratch.0,
+            &VarMap::new(),
+            DType::F32,
+            &Device::Cpu,
+        ))
+    };
+    let edit = |scratch: &Scratch, entries: Value| {
+        let path = scratch.0.join("config.json");
+        let config = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+        fs::write(path, with(config, entries).to_string()).unwrap();
+    };
+    let scratch = Scratch::new("misfit");
+    assert!(load(&scratch).contains("config.json"));
+    scratch.copy("qwen3");
+    edit(
+        &scratch,
+        json!({"num_hidden_layers": 3, "layer_types": null}),
+    );
+    let message = load(&scratch);
+    assert!(message.contains("no tensor model.layers.2."), "{message}");
+    edit(&scratch, json!({"num_hidden_layers": 2, "vocab_size": 33}));
+    let message = load(&scratch);
+    assert!(
+        message.contains("model.embed_tokens.weight has shape [32, 16]"),
+        "{message}"
+    );
+    fs::remove_file(scratch.0.join("model.safetensors"))?;
+    let message = load(&scratch);
+    assert!(message.contains("neither model.safetensors"), "{message}");
+
+    let scratch = Scratch::new("shards");
+    let shard = "model-00002-of-00004.safetensors";
+    fs::remove_file(scratch.copy("llama").0.join(shard))?;
+    let message = load(&scratch);
+    assert!(message.contains(shard), "{message}");
+    let index = scratch.0.join("model.safetensors.index.json");
+    fs::write(&index, r#"{"weight_map": {"a": "../a.safetensors"}}"#)?;
+    let message = load(&scratch);
+    assert!(message.contains("../a.safetensors"), "{message}");
+    fs::write(&index, r#"{"weight_map": {}}"#)?;
+    let message = load(&scratch);
+    assert!(message.contains("names no files"), "{message}");
+    Ok(())
 }
