@@ -1,10 +1,12 @@
 //! The decoder against Hugging Face transformers (golden files by tests/golden/models.py), its gradients, configs and checkpoints.
 
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Device, Result, Tensor};
-use candle_cut_cross_entropy::models::{generate, CausalLm, Config, Decoder, Family, Sampling};
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_cut_cross_entropy::models::{
+    clip_gradients, generate, Accumulator, CausalLm, Config, Decoder, Family, Sampling,
+};
 use candle_cut_cross_entropy::{backward, Options, Preset};
-use candle_nn::{VarBuilder, VarMap};
+use candle_nn::{AdamW, Optimizer, VarBuilder, VarMap};
 use serde_json::{json, Value};
 use std::collections::HashMap;
 use std::fs;
@@ -285,6 +287,70 @@ fn a_position_sees_its_window_and_nothing_after_it() -> Result<()> {
     let after = states([1, 2, 9, 4, 5, 6, 7, 8])?;
     let changed: Vec<usize> = (0..8).filter(|&t| before[t] != after[t]).collect();
     assert_eq!(changed, [2, 3, 4]);
+    Ok(())
+}
+
+#[test]
+fn training_on_a_text_learns_it() -> Result<()> {
+    let (decoder, vars) = load("qwen3")?;
+    let ids = expected("qwen3")?["ids"].clone();
+    let mut optimizer = AdamW::new_lr(vars.all_vars(), 1e-2)?;
+    let mut losses = Vec::new();
+    for _ in 0..40 {
+        let loss = decoder.loss(&ids, &ids, &Options::default())?.loss;
+        losses.push(loss.to_scalar::<f32>()?);
+        let mut gradients = backward(&loss)?;
+        clip_gradients(&mut gradients, &vars.all_vars(), 1.)?;
+        optimizer.step(&gradients)?;
+    }
+    assert!(losses[39] < 0.1 * losses[0], "{losses:?}");
+    let text: Vec<u32> = ids.get(0)?.to_dtype(DType::U32)?.to_vec1()?;
+    let sampling = Sampling {
+        max_new_tokens: 10,
+        ..Sampling::default()
+    };
+    assert_eq!(generate(&decoder, &text[..10], &sampling)?, text[10..]);
+    Ok(())
+}
+
+#[test]
+fn accumulated_gradients_are_those_of_the_whole_batch() -> Result<()> {
+    let (decoder, vars) = load("llama")?;
+    let expected = expected("llama")?;
+    let (ids, labels) = (&expected["ids"], &expected["labels"]);
+    let options = exact().reduction(candle_cut_cross_entropy::Reduction::Sum);
+    let whole = backward(&decoder.loss(ids, labels, &options)?.loss)?;
+    let mut parts = Accumulator::new(vars.all_vars());
+    for row in 0..2 {
+        let (ids, labels) = (ids.narrow(0, row, 1)?, labels.narrow(0, row, 1)?);
+        parts.add(backward(&decoder.loss(&ids, &labels, &options)?.loss)?)?;
+    }
+    let parts = parts.take(1.)?.expect("gradients");
+    for (name, tensor) in decoder.tensors() {
+        let (got, want) = (parts.get(tensor).unwrap(), whole.get(tensor).unwrap());
+        assert_close(name, got, want, 1e-5);
+    }
+    Ok(())
+}
+
+#[test]
+fn clipped_gradients_have_the_norm_asked_for() -> Result<()> {
+    let a = Var::new(&[1f32, 2.], &Device::Cpu)?;
+    let b = Var::new(&[3f64], &Device::Cpu)?;
+    let loss = ((a.as_tensor() * 3.)?.sum_all()?.to_dtype(DType::F64)?
+        + (b.as_tensor() * 4.)?.sum_all()?)?;
+    let vars = [a.clone(), b.clone()];
+    let norm = 34f64.sqrt();
+    for (most, factor) in [(100., 1.), (1., 1. / norm)] {
+        let mut gradients = loss.backward()?;
+        assert!((clip_gradients(&mut gradients, &vars, most)? - norm).abs() < 1e-6);
+        let a = gradients.get(&a).unwrap().to_vec1::<f32>()?;
+        assert!((a[0] as f64 - 3. * factor).abs() < 1e-6, "{a:?}");
+        let b = gradients.get(&b).unwrap().to_vec1::<f64>()?;
+        assert!((b[0] - 4. * factor).abs() < 1e-6, "{b:?}");
+    }
+    let message = error(clip_gradients(&mut loss.backward()?, &vars, 0.));
+    assert!(message.contains("max_norm"), "{message}");
     Ok(())
 }
 

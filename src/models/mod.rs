@@ -8,10 +8,12 @@ mod causal_lm;
 mod checkpoint;
 mod config;
 mod decoder;
+mod gradients;
 mod layers;
 mod rope;
 
 pub use causal_lm::{generate, CausalLm, Sampling};
 pub use config::{Config, Family, LayerConfig};
 pub use decoder::Decoder;
+pub use gradients::{clip_gradients, Accumulator};
 pub use rope::Rope;
