@@ -544,6 +544,11 @@ fn a_config_that_cannot_be_is_named() {
             json!({"use_bidirectional_attention": true}),
             "use_bidirectional_attention",
         ),
+        (
+            "llama",
+            json!({"quantization_config": {"quant_method": "fp8"}}),
+            "quantization_config",
+        ),
         ("mistral", json!({"sliding_window": 0}), "sliding_window"),
     ] {
         let message = error(Config::from_json(&small(model_type, entries).to_string()));
@@ -607,6 +612,23 @@ fn a_save_that_fails_leaves_the_checkpoint_before_it() -> Result<()> {
 }
 
 #[test]
+fn a_save_beside_shards_is_what_loads() -> Result<()> {
+    let scratch = Scratch::new("beside");
+    let vars = VarMap::new();
+    let again =
+        |vars: &VarMap| Decoder::load(&scratch.copy("llama").0, vars, DType::F32, &Device::Cpu);
+    let decoder = again(&vars)?;
+    for var in vars.all_vars() {
+        var.set(&var.zeros_like()?)?;
+    }
+    decoder.save(&scratch.0)?;
+    let again = again(&VarMap::new())?;
+    let sizes = again.tensors().values().map(norm);
+    assert!(sizes.collect::<Result<Vec<_>>>()?.iter().all(|n| *n == 0.));
+    Ok(())
+}
+
+#[test]
 fn a_checkpoint_that_does_not_fit_is_named() -> Result<()> {
     let load = |scratch: &Scratch| {
         error(Decoder::load(
@@ -636,6 +658,9 @@ fn a_checkpoint_that_does_not_fit_is_named() -> Result<()> {
         message.contains("model.embed_tokens.weight has shape [32, 16]"),
         "{message}"
     );
+    fs::write(scratch.0.join("model.safetensors"), "no safetensors")?;
+    let message = load(&scratch);
+    assert!(message.contains("model.safetensors"), "{message}");
     fs::remove_file(scratch.0.join("model.safetensors"))?;
     let message = load(&scratch);
     assert!(message.contains("neither model.safetensors"), "{message}");

@@ -98,7 +98,11 @@ impl Default for Sampling {
 /// # Errors
 /// An empty prompt, a negative temperature, logits that are not finite, and those of
 /// [`CausalLm::hidden_states`].
-pub fn generate(model: &impl CausalLm, prompt: &[u32], sampling: &Sampling) -> Result<Vec<u32>> {
+pub fn generate(
+    model: &(impl CausalLm + ?Sized),
+    prompt: &[u32],
+    sampling: &Sampling,
+) -> Result<Vec<u32>> {
     if prompt.is_empty() {
         bail!("the prompt is empty: begin with the token that begins a text")
     }

@@ -201,6 +201,7 @@ struct File {
     attn_logit_softcapping: Option<f64>,
     final_logit_softcapping: Option<f64>,
     use_bidirectional_attention: Option<bool>,
+    quantization_config: Option<Value>,
     rope_theta: Option<f64>,
     rope_local_base_freq: Option<f64>,
     partial_rotary_factor: Option<f64>,
@@ -217,7 +218,7 @@ impl Config {
     ///
     /// # Errors
     /// No JSON, a missing entry or one of the wrong type, an unknown `model_type`, an unsupported
-    /// activation or rope type, sizes that do not fit together: each is named.
+    /// activation, rope type or quantisation, sizes that do not fit together: each is named.
     pub fn from_json(json: &str) -> Result<Self> {
         let value: Value = serde_json::from_str(json).or_else(|e| invalid(e.to_string()))?;
         if let Some(name) = value.get("model_type").and_then(Value::as_str) {
@@ -243,6 +244,9 @@ impl Config {
         });
         if file.use_bidirectional_attention == Some(true) {
             return invalid("use_bidirectional_attention: the decoder is causal".into());
+        }
+        if file.quantization_config.is_some() {
+            return invalid("quantization_config: quantised weights are not read".into());
         }
         let soft = matches!(family, Family::Gemma2 | Family::Gemma3);
         let query_scale = match soft {

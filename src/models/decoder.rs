@@ -108,13 +108,16 @@ impl Decoder {
             Tensor::arange(start as u32, (start + time) as u32, &self.device)?.reshape(shape)
         };
         let rows = range(0, (time, 1))?;
-        let mut hidden = rows.broadcast_lt(&range(0, (1, time))?)?;
-        if let Some(window) = window.filter(|window| *window < time) {
-            hidden = (hidden + rows.broadcast_ge(&range(window, (1, time))?)?)?;
-        }
-        let seen = Tensor::zeros((time, time), dtype, &self.device)?;
         let never = Tensor::full(f32::NEG_INFINITY, (time, time), &self.device)?.to_dtype(dtype)?;
-        hidden.where_cond(&never, &seen)
+        let after = rows.broadcast_lt(&range(0, (1, time))?)?;
+        let mask = after.where_cond(&never, &never.zeros_like()?)?;
+        match window {
+            Some(window) if window < time => {
+                let outside = rows.broadcast_ge(&range(window, (1, time))?)?;
+                outside.where_cond(&never, &mask)
+            }
+            _ => Ok(mask),
+        }
     }
 }
 
