@@ -37,6 +37,8 @@ mod backward;
 mod cuda;
 mod layer;
 mod loss;
+#[cfg(feature = "models")]
+pub mod models;
 mod native;
 pub mod objectives;
 mod op;

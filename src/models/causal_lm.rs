@@ -1,0 +1,150 @@
+//! What the loss needs of a language model, and what follows from it.
+
+use crate::{LinearCrossEntropy, Options, Output};
+use candle_core::{bail, DType, Result, Tensor};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+/// A causal language model that shows the hidden states its head reads, and the head's weight.
+///
+/// [`Decoder`](super::Decoder) is one, for training. Models of candle-transformers that show their
+/// hidden states are ones, for evaluation, through `WithHead` (feature `candle-transformers`).
+pub trait CausalLm {
+    /// The states that the head reads, `(batch, time, D)`, of tokens `(batch, time)` in u32 or i64.
+    ///
+    /// # Errors
+    /// Tokens of another rank or dtype, no tokens, tokens outside the vocabulary.
+    fn hidden_states(&self, ids: &Tensor) -> Result<Tensor>;
+
+    /// The head's weight, `(V, D)`.
+    fn head_weight(&self) -> &Tensor;
+
+    /// The soft cap of the logits.
+    fn softcap(&self) -> Option<f64> {
+        None
+    }
+
+    /// The head and its loss under these options, with a shift of 1 and the model's softcap.
+    fn head(&self, options: &Options) -> LinearCrossEntropy {
+        let mut options = options.clone().shift(1);
+        options.softcap = self.softcap();
+        LinearCrossEntropy::new(self.head_weight().clone(), None, options)
+    }
+
+    /// The loss of predicting each label from the tokens before it.
+    ///
+    /// `ids` and `labels` are `(batch, time)`; position `t` predicts the label at `t + 1`, so that
+    /// `labels` are `ids` with the `ignore_index` of the options (-100) where a token does not count.
+    /// Whatever they say, the shift is 1 and the softcap that of the model.
+    ///
+    /// # Errors
+    /// Those of [`hidden_states`](CausalLm::hidden_states) and of
+    /// [`linear_cross_entropy`](crate::linear_cross_entropy()).
+    fn loss(&self, ids: &Tensor, labels: &Tensor, options: &Options) -> Result<Output> {
+        self.head(options)
+            .forward(&self.hidden_states(ids)?, labels)
+    }
+
+    /// The logits `(.., V)` of hidden states `(.., D)`, softcap included. This stores them: hand it
+    /// the positions that matter.
+    ///
+    /// # Errors
+    /// Shapes, dtypes or devices that do not match.
+    fn logits(&self, hidden_states: &Tensor) -> Result<Tensor> {
+        self.head(&Options::default()).logits(hidden_states)
+    }
+
+    /// The logits `(batch, V)` of the token after the last of `ids` `(batch, time)`.
+    ///
+    /// # Errors
+    /// Those of [`hidden_states`](CausalLm::hidden_states).
+    fn next_token_logits(&self, ids: &Tensor) -> Result<Tensor> {
+        let hidden = self.hidden_states(ids)?;
+        let last = hidden.dim(1)?.saturating_sub(1);
+        self.logits(&hidden.narrow(1, last, 1)?.squeeze(1)?)
+    }
+}
+
+/// How [`generate`] chooses tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampling {
+    /// The most tokens to add.
+    pub max_new_tokens: usize,
+    /// What the logits are divided by before a token is drawn; 0 takes the likeliest token.
+    pub temperature: f64,
+    /// The seed of the random numbers.
+    pub seed: u64,
+    /// Tokens after which to stop, such as [`Config::eos_token_ids`](super::Config::eos_token_ids).
+    pub stop: Vec<u32>,
+}
+
+impl Default for Sampling {
+    /// 64 tokens, the likeliest each, without a token to stop at.
+    fn default() -> Self {
+        Self {
+            max_new_tokens: 64,
+            temperature: 0.,
+            seed: 0,
+            stop: Vec::new(),
+        }
+    }
+}
+
+/// Continues a prompt: the new tokens, the one that it stopped at included.
+///
+/// Meant for a look at what a model has learnt: each token is a forward over all before it, without a
+/// cache of keys and values.
+///
+/// # Errors
+/// An empty prompt, a negative temperature, logits that are not finite, and those of
+/// [`CausalLm::hidden_states`].
+pub fn generate(
+    model: &(impl CausalLm + ?Sized),
+    prompt: &[u32],
+    sampling: &Sampling,
+) -> Result<Vec<u32>> {
+    if prompt.is_empty() {
+        bail!("the prompt is empty: begin with the token that begins a text")
+    }
+    if !(sampling.temperature >= 0. && sampling.temperature.is_finite()) {
+        bail!(
+            "temperature must be at least 0 and finite, got {}",
+            sampling.temperature
+        )
+    }
+    let mut rng = StdRng::seed_from_u64(sampling.seed);
+    let mut tokens = prompt.to_vec();
+    for _ in 0..sampling.max_new_tokens {
+        let ids = Tensor::new(tokens.as_slice(), model.head_weight().device())?.unsqueeze(0)?;
+        let logits = model.next_token_logits(&ids)?.squeeze(0)?;
+        let logits: Vec<f64> = logits.to_dtype(DType::F64)?.to_vec1()?;
+        let Some(token) = choose(&logits, sampling.temperature, &mut rng) else {
+            bail!("the logits of token {} are not finite", tokens.len())
+        };
+        tokens.push(token);
+        if sampling.stop.contains(&token) {
+            break;
+        }
+    }
+    Ok(tokens.split_off(prompt.len()))
+}
+
+/// A token by its logits, `None` where they are no numbers to choose by.
+fn choose(logits: &[f64], temperature: f64, rng: &mut StdRng) -> Option<u32> {
+    let best = (0..logits.len()).reduce(|a, b| if logits[b] > logits[a] { b } else { a })?;
+    if logits.iter().any(|z| !z.is_finite()) {
+        return None;
+    }
+    if temperature == 0. {
+        return Some(best as u32);
+    }
+    let weight = |z: &f64| ((z - logits[best]) / temperature).exp();
+    let mut left = rng.random::<f64>() * logits.iter().map(weight).sum::<f64>();
+    for (token, z) in logits.iter().enumerate() {
+        left -= weight(z);
+        if left < 0. {
+            return Some(token as u32);
+        }
+    }
+    Some(best as u32)
+}

@@ -1,0 +1,167 @@
+//! The decoder: embedding, layers, norm, head.
+
+use super::layers::{Layer, Loader, Norm, Positions};
+use super::{CausalLm, Config};
+use candle_core::{bail, DType, Device, Result, Tensor};
+use candle_nn::VarBuilder;
+use std::collections::BTreeMap;
+
+/// A causal decoder of any [`Family`](super::Family), every operation of which has a backward.
+///
+/// Its tensors have the names of the Hugging Face checkpoint (`model.embed_tokens.weight`,
+/// `model.layers.0.self_attn.q_proj.weight`, ..). [`Decoder::load`] makes variables of a checkpoint's,
+/// [`Decoder::new`] takes those of any `VarBuilder`.
+///
+/// Attention stores the scores, `(batch, heads, time, time)`; the head's logits are never stored.
+/// There is no dropout. All sequences of a batch have one length: pad them on the right and ignore the
+/// labels of the padding, which nothing before it sees.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_cut_cross_entropy::models::{CausalLm, Config, Decoder};
+/// use candle_cut_cross_entropy::{backward, Options};
+/// use candle_nn::{VarBuilder, VarMap};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let config = Config::from_json(
+///     r#"{
+///         "model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128,
+///         "num_hidden_layers": 2, "num_attention_heads": 4
+///     }"#,
+/// )?;
+/// let vars = VarMap::new(); // new weights
+/// let decoder = Decoder::new(config, VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu))?;
+/// let ids = Tensor::new(&[[1u32, 5, 7, 9]], &Device::Cpu)?;
+/// let loss = decoder.loss(&ids, &ids, &Options::default())?.loss;
+/// let gradients = backward(&loss)?;
+/// assert!(vars.all_vars().iter().all(|var| gradients.get(var).is_some()));
+/// # Ok(())
+/// # }
+/// ```
+///
+/// Source: the modelling files of Hugging Face transformers, whose logits, losses and gradients it
+/// reproduces.
+#[derive(Debug, Clone)]
+pub struct Decoder {
+    config: Config,
+    embedding: Tensor,
+    layers: Vec<Layer>,
+    norm: Norm,
+    head: Tensor,
+    tensors: BTreeMap<String, Tensor>,
+    device: Device,
+}
+
+impl Decoder {
+    /// Loads, or creates, the weights, in the dtype and on the device of the `VarBuilder`. New ones
+    /// are small random numbers (`initializer_range`), biases 0, and norms that change nothing.
+    ///
+    /// # Errors
+    /// A tensor that is missing or has another shape: it is named.
+    pub fn new(config: Config, vb: VarBuilder) -> Result<Self> {
+        let device = vb.device().clone();
+        let loader = Loader::new(vb, &config);
+        let shape = (config.vocab_size, config.hidden_size);
+        let model = loader.pp("model");
+        let embedding = model.pp("embed_tokens").matrix(shape, "weight")?;
+        let layers = (0..config.layers.len())
+            .map(|i| Layer::new(&config, model.pp("layers").pp(i)))
+            .collect::<Result<_>>()?;
+        let norm = Norm::new(config.hidden_size, &config, model.pp("norm"))?;
+        let head = match config.tie_word_embeddings {
+            true => embedding.clone(),
+            false => loader.pp("lm_head").matrix(shape, "weight")?,
+        };
+        Ok(Self {
+            config,
+            embedding,
+            layers,
+            norm,
+            head,
+            tensors: loader.loaded(),
+            device,
+        })
+    }
+
+    /// The architecture.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The weights by their names in the checkpoint. A tied head is not among them.
+    pub fn tensors(&self) -> &BTreeMap<String, Tensor> {
+        &self.tensors
+    }
+
+    /// The dtype of the weights.
+    pub fn dtype(&self) -> DType {
+        self.embedding.dtype()
+    }
+
+    /// 0 where a position sees another, -inf elsewhere, `(time, time)` in the dtype of a softmax.
+    fn mask(&self, time: usize, window: Option<usize>) -> Result<Tensor> {
+        let dtype = match self.dtype() {
+            DType::F64 => DType::F64,
+            _ => DType::F32,
+        };
+        let range = |start: usize, shape: (usize, usize)| {
+            Tensor::arange(start as u32, (start + time) as u32, &self.device)?.reshape(shape)
+        };
+        let rows = range(0, (time, 1))?;
+        let never = Tensor::full(f32::NEG_INFINITY, (time, time), &self.device)?.to_dtype(dtype)?;
+        let after = rows.broadcast_lt(&range(0, (1, time))?)?;
+        let mask = after.where_cond(&never, &never.zeros_like()?)?;
+        match window {
+            Some(window) if window < time => {
+                let outside = rows.broadcast_ge(&range(window, (1, time))?)?;
+                outside.where_cond(&never, &mask)
+            }
+            _ => Ok(mask),
+        }
+    }
+}
+
+impl CausalLm for Decoder {
+    fn hidden_states(&self, ids: &Tensor) -> Result<Tensor> {
+        let (batch, time) = ids.dims2()?;
+        if batch * time == 0 {
+            bail!("no tokens: ids have shape {:?}", ids.dims())
+        }
+        let rows = self.embedding.index_select(&ids.flatten_all()?, 0)?;
+        let mut x = match self.config.embedding_scale {
+            Some(scale) => (rows * scale)?,
+            None => rows,
+        };
+        // Layers of one kind share their mask and angles.
+        let mut kinds: Vec<(super::LayerConfig, Positions)> = Vec::new();
+        for (layer, kind) in self.layers.iter().zip(&self.config.layers) {
+            let known = kinds.iter().position(|(other, _)| other == kind);
+            let known = match known {
+                Some(known) => known,
+                None => {
+                    let rope = &self.config.ropes[kind.rope];
+                    let positions = Positions {
+                        batch,
+                        time,
+                        angles: rope.angles(time, self.dtype(), &self.device)?,
+                        mask: self.mask(time, kind.window)?,
+                    };
+                    kinds.push((*kind, positions));
+                    kinds.len() - 1
+                }
+            };
+            x = layer.forward(&x, &kinds[known].1)?;
+        }
+        self.norm
+            .forward(&x)?
+            .reshape((batch, time, self.config.hidden_size))
+    }
+
+    fn head_weight(&self) -> &Tensor {
+        &self.head
+    }
+
+    fn softcap(&self) -> Option<f64> {
+        self.config.softcap
+    }
+}

@@ -1,0 +1,366 @@
+//! The parts of a decoder, in operations that have a backward.
+//!
+//! Candle's fused softmax, norms and rotary embeddings have none, so none is used here.
+
+use super::rope::Angles;
+use super::Config;
+use candle_core::{DType, Result, Shape, Tensor, D};
+use candle_nn::{Activation, Init, Module, VarBuilder};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+/// Loads, or creates, tensors and keeps their names.
+#[derive(Clone)]
+pub(super) struct Loader<'a> {
+    vb: VarBuilder<'a>,
+    deviation: f64,
+    loaded: Rc<RefCell<BTreeMap<String, Tensor>>>,
+}
+
+impl<'a> Loader<'a> {
+    pub(super) fn new(vb: VarBuilder<'a>, config: &Config) -> Self {
+        Self {
+            vb,
+            deviation: config.initializer_range,
+            loaded: Rc::default(),
+        }
+    }
+
+    pub(super) fn pp(&self, name: impl ToString) -> Self {
+        Self {
+            vb: self.vb.pp(name),
+            ..self.clone()
+        }
+    }
+
+    /// A matrix whose new values are small random numbers.
+    pub(super) fn matrix(&self, shape: (usize, usize), name: &str) -> Result<Tensor> {
+        let init = Init::Randn {
+            mean: 0.,
+            stdev: self.deviation,
+        };
+        self.get(shape, name, init)
+    }
+
+    fn vector(&self, len: usize, name: &str, value: f64) -> Result<Tensor> {
+        self.get(len, name, Init::Const(value))
+    }
+
+    fn get(&self, shape: impl Into<Shape>, name: &str, init: Init) -> Result<Tensor> {
+        let tensor = self.vb.get_with_hints(shape, name, init)?;
+        let full_name = match self.vb.prefix() {
+            prefix if prefix.is_empty() => name.to_owned(),
+            prefix => format!("{prefix}.{name}"),
+        };
+        self.loaded.borrow_mut().insert(full_name, tensor.clone());
+        Ok(tensor)
+    }
+
+    pub(super) fn loaded(&self) -> BTreeMap<String, Tensor> {
+        self.loaded.borrow().clone()
+    }
+}
+
+/// The dtype to sum and exponentiate in.
+fn wide(dtype: DType) -> DType {
+    match dtype {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
+    }
+}
+
+/// `x / rms(x) * weight` over the last dimension, in f32 for the narrower dtypes.
+#[derive(Debug, Clone)]
+pub(super) struct Norm {
+    weight: Tensor,
+    eps: f64,
+    adds_one: bool,
+}
+
+impl Norm {
+    pub(super) fn new(size: usize, config: &Config, loader: Loader) -> Result<Self> {
+        let adds_one = config.norm_adds_one;
+        Ok(Self {
+            weight: loader.vector(size, "weight", if adds_one { 0. } else { 1. })?,
+            eps: config.rms_norm_eps,
+            adds_one,
+        })
+    }
+
+    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (dtype, wide) = (x.dtype(), wide(x.dtype()));
+        let x = x.to_dtype(wide)?;
+        let mean_square = x.sqr()?.mean_keepdim(D::Minus1)?;
+        let x = x.broadcast_div(&(mean_square + self.eps)?.sqrt()?)?;
+        // The families round at different places.
+        match self.adds_one {
+            true => x
+                .broadcast_mul(&(self.weight.to_dtype(wide)? + 1.)?)?
+                .to_dtype(dtype),
+            false => x.to_dtype(dtype)?.broadcast_mul(&self.weight),
+        }
+    }
+}
+
+/// `x W^T + b` for rows `x`.
+#[derive(Debug, Clone)]
+struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    fn new(inputs: usize, outputs: usize, bias: bool, loader: Loader) -> Result<Self> {
+        Ok(Self {
+            weight: loader.matrix((outputs, inputs), "weight")?,
+            bias: match bias {
+                true => Some(loader.vector(outputs, "bias", 0.)?),
+                false => None,
+            },
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let y = x.matmul(&self.weight.t()?)?;
+        match &self.bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    }
+}
+
+/// Several linear maps of one input, stored one by one or as one.
+#[derive(Debug, Clone)]
+enum Projections {
+    Apart(Vec<Linear>),
+    Fused(Linear, Vec<usize>),
+}
+
+impl Projections {
+    /// `parts` are names and numbers of outputs, `fused` the name where they are stored as one.
+    fn new(
+        inputs: usize,
+        parts: &[(&str, usize)],
+        fused: Option<&str>,
+        bias: bool,
+        loader: &Loader,
+    ) -> Result<Self> {
+        if let Some(name) = fused {
+            let sizes: Vec<usize> = parts.iter().map(|part| part.1).collect();
+            let outputs = sizes.iter().sum();
+            let linear = Linear::new(inputs, outputs, bias, loader.pp(name))?;
+            return Ok(Projections::Fused(linear, sizes));
+        }
+        let linears = parts
+            .iter()
+            .map(|&(name, outputs)| Linear::new(inputs, outputs, bias, loader.pp(name)))
+            .collect::<Result<_>>()?;
+        Ok(Projections::Apart(linears))
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Vec<Tensor>> {
+        match self {
+            Projections::Apart(linears) => linears.iter().map(|l| l.forward(x)).collect(),
+            Projections::Fused(linear, sizes) => {
+                let y = linear.forward(x)?;
+                let mut start = 0;
+                let mut parts = Vec::with_capacity(sizes.len());
+                for &size in sizes {
+                    parts.push(y.narrow(1, start, size)?);
+                    start += size;
+                }
+                Ok(parts)
+            }
+        }
+    }
+}
+
+/// What the layers of one kind share in a forward: the angles of the positions, and the mask, 0 where
+/// a position sees another and -inf elsewhere, `(time, time)`.
+pub(super) struct Positions {
+    pub batch: usize,
+    pub time: usize,
+    pub angles: Angles,
+    pub mask: Tensor,
+}
+
+#[derive(Debug, Clone)]
+struct Attention {
+    query_key_value: Projections,
+    output: Linear,
+    query_and_key_norms: Option<(Norm, Norm)>,
+    heads: usize,
+    key_value_heads: usize,
+    head_dim: usize,
+    scale: f64,
+    softcap: Option<f64>,
+}
+
+impl Attention {
+    fn new(config: &Config, loader: Loader) -> Result<Self> {
+        let (heads, key_value_heads) = (config.num_attention_heads, config.num_key_value_heads);
+        let head_dim = config.head_dim;
+        let norm = |name| Norm::new(head_dim, config, loader.pp(name));
+        Ok(Self {
+            query_key_value: Projections::new(
+                config.hidden_size,
+                &[
+                    ("q_proj", heads * head_dim),
+                    ("k_proj", key_value_heads * head_dim),
+                    ("v_proj", key_value_heads * head_dim),
+                ],
+                config.fused_projections.then_some("qkv_proj"),
+                config.query_key_value_bias,
+                &loader,
+            )?,
+            output: Linear::new(
+                heads * head_dim,
+                config.hidden_size,
+                config.attention_output_bias,
+                loader.pp("o_proj"),
+            )?,
+            query_and_key_norms: match config.norm_queries_and_keys {
+                true => Some((norm("q_norm")?, norm("k_norm")?)),
+                false => None,
+            },
+            heads,
+            key_value_heads,
+            head_dim,
+            scale: config.attention_scale,
+            softcap: config.attention_softcap,
+        })
+    }
+
+    /// Rows `(batch * time, hidden)` to the same.
+    fn forward(&self, x: &Tensor, positions: &Positions) -> Result<Tensor> {
+        let &Positions { batch, time, .. } = positions;
+        let qkv = self.query_key_value.forward(x)?;
+        let (mut query, mut key) = (self.split(&qkv[0], batch)?, self.split(&qkv[1], batch)?);
+        let value = self.split(&qkv[2], batch)?.transpose(1, 2)?.contiguous()?;
+        if let Some((query_norm, key_norm)) = &self.query_and_key_norms {
+            query = query_norm.forward(&query)?;
+            key = key_norm.forward(&key)?;
+        }
+        let query = positions.angles.turn(&query.transpose(1, 2)?)?;
+        let key = positions.angles.turn(&key.transpose(1, 2)?)?;
+
+        // The queries that share a key are rows of one product.
+        let shared = (batch, self.key_value_heads, (), self.head_dim);
+        let query = (query * self.scale)?.reshape(shared)?;
+        let scores = query.matmul(&key.t()?)?;
+        let scores = match self.softcap {
+            Some(softcap) => ((scores / softcap)?.tanh()? * softcap)?,
+            None => scores,
+        };
+        let scores = scores
+            .reshape((batch, self.heads, time, time))?
+            .to_dtype(wide(x.dtype()))?
+            .broadcast_add(&positions.mask)?;
+        let weights = softmax(&scores)?.to_dtype(x.dtype())?.reshape((
+            batch,
+            self.key_value_heads,
+            (),
+            time,
+        ))?;
+        let attended = weights
+            .matmul(&value)?
+            .reshape((batch, self.heads, time, self.head_dim))?
+            .transpose(1, 2)?
+            .reshape((batch * time, self.heads * self.head_dim))?;
+        self.output.forward(&attended)
+    }
+
+    /// Rows to `(batch, time, heads, head_dim)`.
+    fn split(&self, x: &Tensor, batch: usize) -> Result<Tensor> {
+        let (rows, columns) = x.dims2()?;
+        let heads = columns / self.head_dim;
+        x.reshape((batch, rows / batch, heads, self.head_dim))
+    }
+}
+
+/// Over the last dimension. The maximum cancels, so that nothing of its gradient is computed.
+fn softmax(x: &Tensor) -> Result<Tensor> {
+    let max = x.detach().max_keepdim(D::Minus1)?;
+    let exp = x.broadcast_sub(&max)?.exp()?;
+    exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)
+}
+
+/// `down(activation(gate(x)) * up(x))`.
+#[derive(Debug, Clone)]
+struct Mlp {
+    gate_up: Projections,
+    down: Linear,
+    activation: Activation,
+}
+
+impl Mlp {
+    fn new(config: &Config, loader: Loader) -> Result<Self> {
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        Ok(Self {
+            gate_up: Projections::new(
+                hidden,
+                &[("gate_proj", inner), ("up_proj", inner)],
+                config.fused_projections.then_some("gate_up_proj"),
+                config.mlp_bias,
+                &loader,
+            )?,
+            down: Linear::new(inner, hidden, config.mlp_bias, loader.pp("down_proj"))?,
+            activation: config.activation,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let gate_up = self.gate_up.forward(x)?;
+        let gate = self.activation.forward(&gate_up[0])?;
+        self.down.forward(&(gate * &gate_up[1])?)
+    }
+}
+
+/// A layer: attention and MLP, each normalised before, in Gemma 2 and 3 also after.
+#[derive(Debug, Clone)]
+pub(super) struct Layer {
+    attention_norm: Norm,
+    attention: Attention,
+    attended_norm: Option<Norm>,
+    mlp_norm: Norm,
+    mlp: Mlp,
+    output_norm: Option<Norm>,
+}
+
+impl Layer {
+    pub(super) fn new(config: &Config, loader: Loader) -> Result<Self> {
+        let norm = |name| Norm::new(config.hidden_size, config, loader.pp(name));
+        // The name post_attention_layernorm stands for two things.
+        let (attended_norm, mlp_norm, output_norm) = match config.norm_outputs {
+            true => (
+                Some(norm("post_attention_layernorm")?),
+                norm("pre_feedforward_layernorm")?,
+                Some(norm("post_feedforward_layernorm")?),
+            ),
+            false => (None, norm("post_attention_layernorm")?, None),
+        };
+        Ok(Self {
+            attention_norm: norm("input_layernorm")?,
+            attention: Attention::new(config, loader.pp("self_attn"))?,
+            attended_norm,
+            mlp_norm,
+            mlp: Mlp::new(config, loader.pp("mlp"))?,
+            output_norm,
+        })
+    }
+
+    /// Rows `(batch * time, hidden)` to the same.
+    pub(super) fn forward(&self, x: &Tensor, positions: &Positions) -> Result<Tensor> {
+        let normed = |norm: &Option<Norm>, y: Tensor| match norm {
+            Some(norm) => norm.forward(&y),
+            None => Ok(y),
+        };
+        let attended = self
+            .attention
+            .forward(&self.attention_norm.forward(x)?, positions)?;
+        let x = (x + normed(&self.attended_norm, attended)?)?;
+        let y = self.mlp.forward(&self.mlp_norm.forward(&x)?)?;
+        &x + normed(&self.output_norm, y)?
+    }
+}
