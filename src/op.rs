@@ -6,7 +6,7 @@
 
 use crate::backward::deliver;
 use crate::native;
-use crate::problem::{Matrices, Problem};
+use crate::problem::{Detached, Matrices, Problem};
 use crate::Implementation;
 use candle_core::{
     bail, CpuStorage, CudaStorage, CustomOp2, CustomOp3, Layout, MetalStorage, Result, Shape,
@@ -188,18 +188,12 @@ impl CutCrossEntropy {
             classifier: classifier.track_op(),
             bias: bias.is_some_and(Tensor::track_op),
         };
-        let detached = (
-            embeddings.detach(),
-            classifier.detach(),
-            bias.map(Tensor::detach),
-        );
-        let matrices = Matrices {
-            embeddings: &detached.0,
-            classifier: &detached.1,
-            bias: detached.2.as_ref(),
-        };
+        let detached = Detached::new(embeddings, classifier, bias);
         let upstream = upstream.detach().contiguous()?;
-        let gradients = self.0.backward.backward(matrices, &upstream, wanted)?;
+        let gradients = self
+            .0
+            .backward
+            .backward(detached.matrices(), &upstream, wanted)?;
         Ok(Gradients {
             embeddings: deliver(Some(embeddings), gradients.embeddings),
             classifier: deliver(Some(classifier), gradients.classifier),

@@ -58,6 +58,32 @@ pub(crate) struct Matrices<'a> {
     pub bias: Option<&'a Tensor>,
 }
 
+/// The matrices of a call, outside of the user's graph.
+#[derive(Debug)]
+pub(crate) struct Detached {
+    embeddings: Tensor,
+    classifier: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Detached {
+    pub fn new(embeddings: &Tensor, classifier: &Tensor, bias: Option<&Tensor>) -> Self {
+        Self {
+            embeddings: embeddings.detach(),
+            classifier: classifier.detach(),
+            bias: bias.map(Tensor::detach),
+        }
+    }
+
+    pub fn matrices(&self) -> Matrices<'_> {
+        Matrices {
+            embeddings: &self.embeddings,
+            classifier: &self.classifier,
+            bias: self.bias.as_ref(),
+        }
+    }
+}
+
 /// A validated call.
 #[derive(Debug, Clone)]
 pub(crate) struct Problem {
@@ -179,6 +205,10 @@ impl Problem {
                 check_targets: options.check_targets,
             },
         })
+    }
+
+    pub fn detached(&self) -> Detached {
+        Detached::new(&self.embeddings, &self.classifier, self.bias.as_ref())
     }
 
     pub fn vocab(&self) -> usize {

@@ -302,16 +302,8 @@ pub(crate) fn forward(
         row_max: gpu.buffer(n * 4)?,
         row_log_sum: gpu.buffer(n * 4)?,
     };
-    let detached = (
-        problem.embeddings.detach(),
-        problem.classifier.detach(),
-        problem.bias.as_ref().map(Tensor::detach),
-    );
-    let matrices = Matrices {
-        embeddings: &detached.0,
-        classifier: &detached.1,
-        bias: detached.2.as_ref(),
-    };
+    let detached = problem.detached();
+    let matrices = detached.matrices();
     let keep = Operands::read(&gpu, matrices, settings, |operands| {
         let path = Path::choose(&gpu, operands, n, settings)?;
         let filter = thresholds(settings, wanted);

@@ -137,13 +137,13 @@ fn logits(
 }
 
 pub(super) fn forward(problem: &Problem, rows: Rows, kept: Arc<KeptTiles>) -> Result<Forward> {
-    let (embeddings, classifier) = (problem.embeddings.detach(), problem.classifier.detach());
-    let bias = problem.bias.as_ref().map(Tensor::detach);
-    let matrices = Matrices {
-        embeddings: &embeddings,
-        classifier: &classifier,
-        bias: bias.as_ref(),
-    };
+    let detached = problem.detached();
+    let matrices = detached.matrices();
+    let Matrices {
+        embeddings,
+        classifier,
+        ..
+    } = matrices;
     let settings = &problem.settings;
     let device = embeddings.device();
     let dtype = accumulator(embeddings.dtype());
@@ -171,7 +171,7 @@ pub(super) fn forward(problem: &Problem, rows: Rows, kept: Arc<KeptTiles>) -> Re
     );
     let (mut lses, mut nlls) = (Vec::new(), Vec::new());
     for row_block in blocks(n, size.rows) {
-        let e = rows.embeddings(&embeddings, &row_block)?;
+        let e = rows.embeddings(embeddings, &row_block)?;
         let shape = (row_block.len(), 1);
         let mut max = Tensor::full(LOWEST, shape, device)?.to_dtype(dtype)?;
         let mut sum = Tensor::zeros(shape, dtype, device)?;

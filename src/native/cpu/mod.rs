@@ -110,16 +110,8 @@ fn forward_of<T: Element>(
     wanted: Wanted,
     report: Arc<KeptTiles>,
 ) -> Result<Forward> {
-    let detached = (
-        problem.embeddings.detach(),
-        problem.classifier.detach(),
-        problem.bias.as_ref().map(Tensor::detach),
-    );
-    let matrices = Matrices {
-        embeddings: &detached.0,
-        classifier: &detached.1,
-        bias: detached.2.as_ref(),
-    };
+    let detached = problem.detached();
+    let matrices = detached.matrices();
     let settings = problem.settings.clone();
     let n = rows.len();
     let (vocab, hidden) = matrices.classifier.dims2()?;
