@@ -95,12 +95,11 @@ pub enum Implementation {
     /// Blocks of rows and classes in Candle tensor operations, on any device; on the CPU, matrix
     /// products with the passes between them fused in.
     Native,
-    /// The CUDA kernels, or an error that says why they cannot run.
+    /// The CUDA kernels, or an error that says why they cannot run. On compute capability 9.0 (H100, H200),
+    /// for bf16 and f16 inputs whose hidden size is a multiple of 8, these are kernels made for it.
     Cuda,
-    /// On compute capability 9.0, for bf16 and f16 inputs whose hidden size is a multiple of 8, kernels made
-    /// for it; elsewhere the same as [`Implementation::Cuda`]. Each of these kernels was checked by itself on an
-    /// H200, but the whole has not run through the test grid there, so `Auto` does not choose them yet.
-    CudaHopper,
+    /// The CUDA kernels for every GPU, on compute capability 9.0 too.
+    CudaPortable,
 }
 
 /// How the gradients come about, a trade of time for memory. The CUDA kernels always recompute.
@@ -340,7 +339,7 @@ impl Options {
 
     /// The bytes that a forward or backward may use beyond its inputs, its outputs and the gradients. Default:
     /// 64 MiB for the native implementation. Of the CUDA kernels only the backward reads it; there it is
-    /// 256 MiB (448 MiB for [`Implementation::CudaHopper`]) or, for long batches, twice what is held of every
+    /// 256 MiB (448 MiB on compute capability 9.0) or, for long batches, twice what is held of every
     /// row: 4 bytes (6) times the hidden size.
     ///
     /// The native implementation uses some 200 bytes a position and, for half-precision inputs, 2 KiB times the

@@ -66,6 +66,9 @@ struct Args {
     /// auto, recompute or fused
     #[arg(long, default_value = "auto", value_parser = parse_strategy)]
     strategy: Strategy,
+    /// That of the presets but native: auto, native, cuda or cuda-portable
+    #[arg(long, default_value = "auto", value_parser = parse_implementation)]
+    implementation: Implementation,
     /// Workspace in MiB [default: the implementation's]
     #[arg(long)]
     workspace: Option<usize>,
@@ -157,6 +160,18 @@ fn parse_strategy(name: &str) -> Result<Strategy, String> {
         "recompute" => Ok(Strategy::Recompute),
         "fused" => Ok(Strategy::Fused),
         _ => Err(format!("expected auto, recompute or fused, got {name}")),
+    }
+}
+
+fn parse_implementation(name: &str) -> Result<Implementation, String> {
+    match name {
+        "auto" => Ok(Implementation::Auto),
+        "native" => Ok(Implementation::Native),
+        "cuda" => Ok(Implementation::Cuda),
+        "cuda-portable" => Ok(Implementation::CudaPortable),
+        _ => Err(format!(
+            "expected auto, native, cuda or cuda-portable, got {name}"
+        )),
     }
 }
 
@@ -417,8 +432,8 @@ impl<'a> Bench<'a> {
         if let Some(workspace) = self.args.workspace {
             options = options.workspace(workspace << 20);
         }
-        if embeddings.device().is_cuda() && preset != Preset::Native {
-            options = options.implementation(Implementation::Cuda);
+        if preset != Preset::Native {
+            options = options.implementation(self.args.implementation);
         }
         let output = linear_cross_entropy(&embeddings, &classifier, &self.targets, &options)?;
         Ok(Loss {

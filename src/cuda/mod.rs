@@ -131,7 +131,7 @@ enum Path {
 
 impl Path {
     fn choose(gpu: &Gpu, operands: Operands, rows: usize, settings: &Settings) -> Result<Self> {
-        let hopper = settings.implementation == Implementation::CudaHopper
+        let hopper = settings.implementation != Implementation::CudaPortable
             && gpu.compute_capability()? == (9, 0)
             && hopper::can_run(operands, rows);
         Ok(if hopper { Path::Hopper } else { Path::Portable })

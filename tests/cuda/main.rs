@@ -22,7 +22,7 @@ use std::sync::OnceLock;
 const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
 
 /// On compute capability 9.0 these differ, elsewhere they are the same.
-const KERNELS: [Implementation; 2] = [Implementation::Cuda, Implementation::CudaHopper];
+const KERNELS: [Implementation; 2] = [Implementation::Cuda, Implementation::CudaPortable];
 
 /// The first GPU, or a line that says the test is skipped. One for all tests: a device of its own has to load
 /// every kernel again.
@@ -179,13 +179,13 @@ fn run(implementation: Implementation, step: usize) {
 }
 
 #[test]
-fn hopper_kernels_match_the_reference_on_every_combination_of_options() {
-    run(Implementation::CudaHopper, 10);
+fn kernels_match_the_reference_on_every_combination_of_options() {
+    run(Implementation::Cuda, 10);
 }
 
 #[test]
-fn kernels_match_the_reference_on_every_combination_of_options() {
-    run(Implementation::Cuda, 11);
+fn portable_kernels_match_the_reference_on_every_combination_of_options() {
+    run(Implementation::CudaPortable, 11);
 }
 
 #[test]

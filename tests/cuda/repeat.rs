@@ -94,8 +94,8 @@ fn threads_with_devices_and_problems_of_their_own_do_not_disturb_each_other() ->
             _ => Options::default(),
         };
         let options = options.implementation(match turn {
-            3 => Implementation::Cuda,
-            _ => Implementation::CudaHopper,
+            3 => Implementation::CudaPortable,
+            _ => Implementation::Cuda,
         });
         let case = case(80 + turn as u64, dtype, hidden);
         let alone = Computed::new(&case, options.clone(), &device)?;
