@@ -24,7 +24,8 @@ use std::str::FromStr;
 ///
 /// runtime_ms is a median; op_mem_mb the measured peak over the inputs, in MiB; over_grads_mb the
 /// same without the gradients that are returned. x_mm is the runtime in units of one product
-/// E C^T by Candle (row mm). kept is the share of gradient tiles that the filter kept.
+/// E C^T by Candle, measured in turn with it where the methods begin with mm: the median of the
+/// ratios. kept is the share of gradient tiles that the filter kept.
 #[derive(Parser, Debug)]
 struct Args {
     /// cce, cce_kahan, cce_kahan_full_c, cce_kahan_full_e, cce_exact, native, baseline (Candle's
@@ -214,9 +215,8 @@ fn main() -> Result<()> {
         };
         let bench = Bench::new(&args, &meter, inputs)?;
         table.start(&bench.describe(&device))?;
-        let mut product_ms = None;
         for &method in &args.methods {
-            if let Err(error) = bench.rows(method, &name, &mut product_ms, &mut table) {
+            if let Err(error) = bench.rows(method, &name, &mut table) {
                 table.error(method.name(), &name, &error);
                 continue;
             }
@@ -247,6 +247,8 @@ struct Bench<'a> {
 /// One run of a method.
 struct Sample {
     ms: f64,
+    /// The time in units of the product's.
+    x_mm: Option<f64>,
     peak: usize,
     gradients: usize,
     kept: Option<f64>,
@@ -294,23 +296,16 @@ impl<'a> Bench<'a> {
     }
 
     /// Measures the rows of one method.
-    fn rows(
-        &self,
-        method: Method,
-        data: &str,
-        product_ms: &mut Option<f64>,
-        table: &mut Table,
-    ) -> Result<()> {
+    fn rows(&self, method: Method, data: &str, table: &mut Table) -> Result<()> {
         self.check_memory(method)?;
         if method == Method::Product {
             let sample = self.median(|| self.product())?;
-            *product_ms = Some(sample.ms);
-            table.row(method.name(), "mm", data, &sample, *product_ms);
+            table.row(method.name(), "mm", data, &sample);
             return Ok(());
         }
         for &kind in &self.args.kinds {
             let sample = self.median(|| self.loss_sample(method, kind))?;
-            table.row(method.name(), kind.name(), data, &sample, *product_ms);
+            table.row(method.name(), kind.name(), data, &sample);
         }
         Ok(())
     }
@@ -335,18 +330,30 @@ impl<'a> Bench<'a> {
         Ok(())
     }
 
-    /// The sample of the median time, with the largest peak, after a warm-up.
+    /// The sample of the median time, with the largest peak and the median ratio, after a warm-up.
     fn median(&self, sample: impl Fn() -> Result<Sample>) -> Result<Sample> {
         sample()?;
+        let with_product = self.args.methods.first() == Some(&Method::Product)
+            && self.check_memory(Method::Product).is_ok();
         let mut samples = Vec::with_capacity(self.args.iters);
+        let mut ratios = Vec::new();
         for _ in 0..self.args.iters {
-            samples.push(sample()?);
+            // A GPU's clock follows its load: only neighbours in time can be compared.
+            let product_ms = match with_product {
+                true => Some(self.product()?.ms),
+                false => None,
+            };
+            let sample = sample()?;
+            ratios.extend(product_ms.map(|product| sample.ms / product));
+            samples.push(sample);
         }
+        ratios.sort_by(f64::total_cmp);
         let peak = samples.iter().map(|s| s.peak).max().unwrap_or(0);
         samples.sort_by(|a, b| a.ms.total_cmp(&b.ms));
         let middle = samples.len() / 2;
         Ok(Sample {
             peak,
+            x_mm: ratios.get(middle).copied(),
             ..samples.swap_remove(middle)
         })
     }
@@ -359,6 +366,7 @@ impl<'a> Bench<'a> {
         drop(logits);
         Ok(Sample {
             ms,
+            x_mm: None,
             peak,
             gradients: 0,
             kept: None,
@@ -398,6 +406,7 @@ impl<'a> Bench<'a> {
         }
         Ok(Sample {
             ms,
+            x_mm: None,
             peak,
             gradients: returned,
             kept: match &loss.output {
@@ -511,24 +520,16 @@ impl Table {
         Ok(())
     }
 
-    fn row(
-        &mut self,
-        method: &str,
-        kind: &str,
-        data: &str,
-        sample: &Sample,
-        product_ms: Option<f64>,
-    ) {
+    fn row(&mut self, method: &str, kind: &str, data: &str, sample: &Sample) {
         let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
         let peak = mib(sample.peak);
         let over_gradients = mib(sample.peak.saturating_sub(sample.gradients));
-        let ratio = product_ms.map(|product| sample.ms / product);
         if self.json {
             println!(
                 "{}",
                 serde_json::json!({
                     "method": method, "kind": kind, "runtime_ms": sample.ms, "op_mem_mb": peak,
-                    "over_grads_mb": over_gradients, "x_mm": ratio, "kept": sample.kept,
+                    "over_grads_mb": over_gradients, "x_mm": sample.x_mm, "kept": sample.kept,
                     "loss": sample.loss, "test_data": data,
                 })
             );
@@ -541,7 +542,7 @@ impl Table {
         println!(
             "{method:18}{kind:12}{:>11.2}{peak:>11.1}{over_gradients:>15.1}{:>8}{:>8}{:>10}  {data}",
             sample.ms,
-            or_dash(ratio, 2),
+            or_dash(sample.x_mm, 3),
             or_dash(sample.kept, 3),
             or_dash(sample.loss.map(f64::from), 4),
         );
