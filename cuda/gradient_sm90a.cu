@@ -1,7 +1,13 @@
-// Gradient tiles of the loss on Hopper: the logits of a range of classes once more, and from each tile
+// Gradient tiles of the loss on Hopper, in two kernels that share all but their last step.
+//
+// `gradient`: the logits of a range of classes once more, and from each tile
 // G = scale exp(z - lse) - scale [target], times the softcap's slope, rounded once, into a workspace that the two
 // products of the backward read. Only tiles the filter kept are computed; every block lists its share of them
 // from the keep table at its start, so that the host never needs to know how many there are.
+//
+// `probabilities`: the same before lse is known, for gradients formed in the forward. It writes exp(z - reference),
+// times the slope, where the reference of a row is a logit of its own; the factor exp(reference - lse) of a row is
+// left to what reads G. The sums and maxima from which lse and the filter follow are written on the way.
 #include "logits_sm90a.cuh"
 
 using namespace hopper;
@@ -19,13 +25,17 @@ struct GradientParams {
   const uint32_t* count;        // [1] compacted rows
   const int32_t* row_target;    // [rows] class, or negative: none
   const void* bias;             // [classes] T, or null
-  const float* row_max;         // [rows] lse = row_max + row_log_sum
+  const float* row_max;         // [rows] lse = row_max + row_log_sum; of probabilities: the reference
   const float* row_log_sum;     // [rows]
-  const float* p_scale;         // [rows] factor of the softmax
-  const float* target_scale;    // [rows] factor of the one-hot
+  const float* p_scale;         // [rows] factor of the softmax, or null: 1
+  const float* target_scale;    // [rows] factor of the one-hot, or null: 1
   const uint8_t* keep;          // [row tiles][keep_stride] 0: skip the tile; null: compute all
   void* gradient;               // [rows][gradient_stride] T; column 0 is first_class
-  uint32_t rows;                // upper bound of the count
+  float* sums;                  // of probabilities, out: [class tiles][rows] sum of exp(z - reference)
+  uint16_t* maxima;             // of probabilities, out: [class tiles][rows] the largest but the target's, bf16, or null
+  float* target_logit;          // of probabilities, out: [rows] where the target is a class
+  uint32_t first_row;           // compacted row that row 0 of all these is
+  uint32_t rows;                // at most
   uint32_t classes;             // all classes
   uint32_t depth;
   uint32_t first_class;         // of the range, a multiple of 128
@@ -50,7 +60,8 @@ struct GradientTiles {
   uint32_t rows, row_tiles, class_tiles, raster, cells;
 
   __device__ explicit GradientTiles(const GradientParams& p) : raster(min(p.raster, 32u)) {
-    rows = min(*p.count, p.rows);
+    const uint32_t all = *p.count;
+    rows = all > p.first_row ? min(all - p.first_row, p.rows) : 0;
     row_tiles = (rows + TILE_M - 1) / TILE_M;
     class_tiles = (p.range + KEEP - 1) / KEEP;
     cells = (row_tiles + raster - 1) / raster * class_tiles;
@@ -169,7 +180,7 @@ __device__ __forceinline__ void write_gradient(float (&z)[2][TILE_N / 2], const 
     int target = -1;
     if (counts) {
       max = p.row_max[row], log2_sum = p.row_log_sum[row] * LOG2E;
-      p_scale = p.p_scale[row], target_scale = p.target_scale[row];
+      p_scale = p.p_scale ? p.p_scale[row] : 1.0f, target_scale = p.target_scale ? p.target_scale[row] : 1.0f;
       target = p.row_target[row] - static_cast<int>(first_class) - lane_column;
     }
     T* to = static_cast<T*>(p.gradient) + static_cast<size_t>(row) * p.gradient_stride + first_column;
@@ -199,7 +210,66 @@ __device__ __forceinline__ void write_gradient(float (&z)[2][TILE_N / 2], const 
   }
 }
 
+// From logits to what is known of the gradients before lse is.
 template <typename T>
+__device__ __forceinline__ void write_probabilities(float (&z)[2][TILE_N / 2], const GradientParams& p, uint32_t rows,
+                                                    uint32_t first_row, uint32_t class_tile) {
+  const int lane_column = threadIdx.x % 4 * 2;
+  const uint32_t first_column = class_tile * KEEP, first_class = p.first_class + first_column;
+  const bool capped = p.softcap > 0.0f;
+  const float inverse_cap = capped ? 1.0f / p.softcap : 0.0f;
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    const uint32_t row = first_row + s / 2 * 64 + s % 2 * 8;
+    const bool counts = row < rows;
+    float base = 0.0f, even = 0.0f, odd = 0.0f, largest = 0.0f;
+    int target = -1;
+    if (counts) {
+      base = p.row_max[row];
+      target = p.row_target[row] - static_cast<int>(first_class) - lane_column;
+    }
+    T* to = static_cast<T*>(p.gradient) + static_cast<size_t>(row) * p.gradient_stride + first_column;
+#pragma unroll
+    for (int first = 0; first < TILE_N / 8; first += 4) {
+      uint32_t word[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float g[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int column = 8 * (first + i) + e;  // from the lane's first
+          const float logit = z[s / 2][4 * (first + i) + 2 * (s % 2) + e];
+          g[e] = exp2_fast((logit - base) * LOG2E);
+          if (!counts || first_class + column + lane_column >= p.classes) g[e] = 0.0f;
+          (e == 0 ? even : odd) += g[e];
+          if (target == column)
+            p.target_logit[row] = logit;
+          else
+            largest = fmaxf(largest, g[e]);
+          if (capped) {
+            const float part = logit * inverse_cap;
+            g[e] *= fmaf(-part, part, 1.0f);
+          }
+        }
+        word[i] = pack<T>(g[0], g[1]);
+      }
+      const uint4 chunk = collect_chunk(word[0], word[1], word[2], word[3]);
+      if (row < p.rows) *reinterpret_cast<uint4*>(to + 8 * (first + threadIdx.x % 4)) = chunk;
+    }
+    float sum = even + odd;
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+    const size_t at = static_cast<size_t>(class_tile) * p.rows + row;
+    if (threadIdx.x % 4 == 0 && counts) {
+      p.sums[at] = sum;
+      if (p.maxima) p.maxima[at] = bf16_up(largest);
+    }
+  }
+}
+
+template <typename T, bool PROBABILITIES>
 __device__ void consume(GradientPlan& plan, int group, const GradientParams& p) {
   GradientShare share(plan, p);
   Drainer ring(plan.ring);
@@ -224,11 +294,15 @@ __device__ void consume(GradientPlan& plan, int group, const GradientParams& p) 
 
     if (!write) continue;
     finish_logits(z, bias ? plan.bias[group] : nullptr, p.softcap);
-    write_gradient<T>(z, p, share.tiles.rows, row_tile * TILE_M + thread_row, class_tile * KEEP);
+    const uint32_t row = row_tile * TILE_M + thread_row;
+    if constexpr (PROBABILITIES)
+      write_probabilities<T>(z, p, share.tiles.rows, row, class_tile);
+    else
+      write_gradient<T>(z, p, share.tiles.rows, row, class_tile * KEEP);
   }
 }
 
-template <typename T>
+template <typename T, bool PROBABILITIES>
 __device__ __forceinline__ void gradient(const TensorMap* embeddings, const TensorMap* classifier,
                                          const GradientParams& p) {
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -245,21 +319,23 @@ __device__ __forceinline__ void gradient(const TensorMap* embeddings, const Tens
     if (threadIdx.x == 0) produce(plan, embeddings, classifier, p);
   } else {
     grow_registers<CONSUMER_REGISTERS>();
-    consume<T>(plan, uniform(threadIdx.x / GROUP - 1), p);
+    consume<T, PROBABILITIES>(plan, uniform(threadIdx.x / GROUP - 1), p);
   }
   __syncwarp();
   plan.ring.sync();
 }
 
-#define GRADIENT(NAME, T)                                                                                \
+#define GRADIENT(NAME, T, PROBABILITIES)                                                                 \
   extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THREADS, 1)                \
       NAME(const __grid_constant__ TensorMap embeddings, const __grid_constant__ TensorMap classifier,   \
            const __grid_constant__ GradientParams params) {                                              \
-    gradient<T>(&embeddings, &classifier, params);                                                       \
+    gradient<T, PROBABILITIES>(&embeddings, &classifier, params);                                        \
   }
 
-GRADIENT(gradient_sm90a_bf16, __nv_bfloat16)
-GRADIENT(gradient_sm90a_f16, __half)
+GRADIENT(gradient_sm90a_bf16, __nv_bfloat16, false)
+GRADIENT(gradient_sm90a_f16, __half, false)
+// f16 has no range for what is measured from a logit that may be far from lse.
+GRADIENT(probabilities_sm90a_bf16, __nv_bfloat16, true)
 
 static_assert(sizeof(GradientPlan) == 207872, "the host asks for as much shared memory");
-static_assert(sizeof(GradientParams) == 112, "the host mirrors it");
+static_assert(sizeof(GradientParams) == 136, "the host mirrors it");

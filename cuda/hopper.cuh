@@ -445,6 +445,15 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return packed;
 }
 
+// The other way round.
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t packed) {
+  if constexpr (__is_same(T, __half))
+    return __half22float2(*reinterpret_cast<const __half2*>(&packed));
+  else
+    return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xFFFF0000u));
+}
+
 // Four lanes share a row, and each holds two columns (one word) of four chunks of 8 columns: afterwards lane l of
 // the four holds all of chunk l, 16 bytes to write at once. All lanes of the warp take part.
 __device__ __forceinline__ uint4 collect_chunk(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
@@ -454,6 +463,19 @@ __device__ __forceinline__ uint4 collect_chunk(uint32_t c0, uint32_t c1, uint32_
   const uint32_t b0 = odd ? r1 : c2, b1 = odd ? c3 : r1;  // of chunk 2 or 3
   const uint32_t s0 = __shfl_xor_sync(~0u, high ? a0 : b0, 2), s1 = __shfl_xor_sync(~0u, high ? a1 : b1, 2);
   return high ? make_uint4(s0, s1, b0, b1) : make_uint4(a0, a1, s0, s1);
+}
+
+// The other way round: lane l of four holds chunk l, 16 bytes; afterwards each holds its word of all four.
+__device__ __forceinline__ uint4 deal_chunk(uint4 chunk) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+  // Lanes 0 and 1 keep the low words (for themselves), and swap their high ones with lanes 2 and 3.
+  const uint32_t s0 = __shfl_xor_sync(~0u, high ? chunk.x : chunk.z, 2);
+  const uint32_t s1 = __shfl_xor_sync(~0u, high ? chunk.y : chunk.w, 2);
+  // Of chunk l % 2 and chunk l % 2 + 2: the words of lanes l / 2 * 2 and that plus 1.
+  const uint32_t a0 = high ? s0 : chunk.x, a1 = high ? s1 : chunk.y;
+  const uint32_t b0 = high ? chunk.z : s0, b1 = high ? chunk.w : s1;
+  const uint32_t r0 = __shfl_xor_sync(~0u, odd ? a0 : a1, 1), r1 = __shfl_xor_sync(~0u, odd ? b0 : b1, 1);
+  return odd ? make_uint4(r0, a1, r1, b1) : make_uint4(a0, r0, b0, r1);
 }
 
 // Memory += value, without waiting for it (a load would, and the old values would crowd out what L1 holds). Each

@@ -23,15 +23,16 @@ enum Keep : uint8_t { FOR_EMBEDDINGS = 1, FOR_CLASSIFIER = 2 };
 struct ProductParams {
   const uint32_t* count;     // [1] compacted rows
   const uint8_t* keep;       // [row tiles][keep_stride] bits of Keep; null: all kept
-  const float* scale;        // [1] factor of dC (dE: not read)
+  const float* scale;        // [1] factor of dC, or null: 1 (dE: not read)
   void* out;                 // dE: [rows][depth] f32. dC: [classes][depth] T, all classes of C
-  uint32_t rows;             // upper bound of the count
+  uint32_t first_row;        // compacted row that row 0 of the gradient is
+  uint32_t rows;             // at most
   uint32_t classes;          // all classes
   uint32_t depth;
   uint32_t first_class;      // of the range, a multiple of 128
   uint32_t range;            // classes of the range
   uint32_t keep_stride;      // ceil(classes / 128)
-  uint32_t overwrite;        // dE: 1 for the first range (dC: not read)
+  uint32_t overwrite;        // 1 for the first that writes the output; 0: add to what is there
   uint32_t band;             // at least 1: strips of 384 columns that go through the output tiles together, so
                              // many that their part of C or E stays in L2
 };
@@ -49,7 +50,8 @@ struct ProductTiles {
   uint32_t rows, outer, inner, words, strips, share, cluster, clusters;
 
   __device__ explicit ProductTiles(const ProductParams& p) {
-    rows = min(*p.count, p.rows);
+    const uint32_t all_rows = *p.count;
+    rows = all_rows > p.first_row ? min(all_rows - p.first_row, p.rows) : 0;
     uint32_t row_tiles = (rows + KEEP - 1) / KEEP, class_tiles = (p.range + KEEP - 1) / KEEP;
     outer = CLASSIFIER ? class_tiles : row_tiles;
     inner = CLASSIFIER ? row_tiles : class_tiles;
@@ -157,11 +159,12 @@ __device__ __forceinline__ void add_rows(const float (&product)[2][R], const Pro
   }
 }
 
-// dC: scaled and rounded once; final.
+// dC: scaled and rounded; by the first chunk of rows, which may be the only one, to its place, by others after
+// adding what they find there.
 template <typename T, int R>
 __device__ __forceinline__ void write_classes(const float (&product)[2][R], const ProductParams& p,
                                               uint32_t first_class, uint32_t first_column, uint32_t end_column) {
-  const float scale = *p.scale;
+  const float scale = p.scale ? *p.scale : 1.0f;
   const uint32_t lane_column = first_column + 8 * (threadIdx.x % 4);
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
@@ -169,14 +172,23 @@ __device__ __forceinline__ void write_classes(const float (&product)[2][R], cons
     T* to = static_cast<T*>(p.out) + static_cast<size_t>(row) * p.depth + lane_column;
 #pragma unroll
     for (int first = 0; first < R / 4; first += 4) {
+      const bool inside = row < p.classes && lane_column + 8 * first < end_column;
+      uint4 old = make_uint4(0, 0, 0, 0);
+      if (!p.overwrite) {
+        // Each lane loads the 16 bytes that it will write; then they are dealt out as the product lies.
+        if (inside) old = *reinterpret_cast<const uint4*>(to + 8 * first);
+        old = deal_chunk(old);
+      }
+      const uint32_t before[4] = {old.x, old.y, old.z, old.w};
       uint32_t word[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int j = 4 * (first + i) + 2 * (s % 2);
-        word[i] = pack<T>(scale * product[s / 2][j], scale * product[s / 2][j + 1]);
+        const float2 was = unpack<T>(before[i]);
+        word[i] = pack<T>(fmaf(scale, product[s / 2][j], was.x), fmaf(scale, product[s / 2][j + 1], was.y));
       }
       const uint4 chunk = collect_chunk(word[0], word[1], word[2], word[3]);
-      if (row < p.classes && lane_column + 8 * first < end_column) *reinterpret_cast<uint4*>(to + 8 * first) = chunk;
+      if (inside) *reinterpret_cast<uint4*>(to + 8 * first) = chunk;
     }
   }
 }
@@ -218,9 +230,10 @@ __device__ void consume(ProductPlan& plan, uint32_t group, const ProductParams& 
     if (n > 0) take_turn(group);
     if (blocks == 0) {
       hand_over();
+      if (!p.overwrite) continue;
       if constexpr (CLASSIFIER)
         write_zeros<T>(p, p.classes, p.first_class + tile * KEEP, column, end_column);
-      else if (p.overwrite)
+      else
         write_zeros<float>(p, tiles.rows, tile * KEEP, column, end_column);
       continue;
     }
@@ -280,4 +293,4 @@ PRODUCT(classifier_gradient_sm90a_bf16, __nv_bfloat16, true)
 PRODUCT(classifier_gradient_sm90a_f16, __half, true)
 
 static_assert(sizeof(ProductPlan) == 230400, "the host asks for as much shared memory");
-static_assert(sizeof(ProductParams) == 64, "the host mirrors it");
+static_assert(sizeof(ProductParams) == 72, "the host mirrors it");

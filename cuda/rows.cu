@@ -25,7 +25,7 @@ struct PickParams {
   uint32_t *row_position;
   int32_t *row_target;      // -1 where out of range
   uint32_t *count;          // out: rows that count, first target out of range (its index, or NONE)
-  float *packed;            // nll (positions), lse (positions): zeroed where a position does not count
+  float *packed;            // loss (positions), lse (positions): zeroed where a position does not count
   int64_t ignore_index;
   uint32_t positions, time, shift, vocab;
 };
@@ -98,9 +98,16 @@ struct MergeParams {
   const int32_t *row_target;
   const uint32_t *count;
   float *row_max, *row_log_sum;  // out
-  float *packed;                 // out: nll, lse
+  float *packed;                 // out: loss, lse
   uint32_t first_row, group_rows, splits, positions;
+  float z_loss;
 };
+
+// What z-loss adds to the loss of a row, and what it leaves of the softmax in its gradient.
+__device__ __forceinline__ float z_part(float weight, float lse) { return weight == 0.f ? 0.f : weight * lse * lse; }
+__device__ __forceinline__ float softmax_share(float weight, float lse) {
+  return weight == 0.f ? 1.f : 1.f + 2.f * weight * lse;
+}
 
 extern "C" __global__ void merge_partials(const MergeParams p) {
   const uint32_t in_group = blockIdx.x * blockDim.x + threadIdx.x, row = p.first_row + in_group;
@@ -114,14 +121,15 @@ extern "C" __global__ void merge_partials(const MergeParams p) {
   const uint32_t position = p.row_position[row];
   const bool in_range = p.row_target[row] >= 0;
   // lse = max + log_sum is kept in two parts: logits of 1e4 leave f32 three digits behind the point.
-  p.packed[position] = in_range ? (all.max - p.target_logit[row]) + log_sum : NAN;
-  p.packed[(int64_t)p.positions + position] = all.max + log_sum;
+  const float lse = all.max + log_sum;
+  p.packed[position] = in_range ? (all.max - p.target_logit[row]) + log_sum + z_part(p.z_loss, lse) : NAN;
+  p.packed[(int64_t)p.positions + position] = lse;
   p.row_max[row] = in_range ? all.max : NAN;  // so that the gradient of a bad target is NaN too
   p.row_log_sum[row] = log_sum;
 }
 
 struct LossParams {
-  float *packed;  // nll (positions), lse (positions), loss (1): out
+  float *packed;  // losses (positions), lse (positions), loss (1): out
   const uint32_t *count;
   uint32_t positions, mean;
 };
@@ -145,26 +153,212 @@ struct KeepParams {
   float embeddings_threshold, classifier_threshold;
 };
 
-// One block a tile, one thread a row. NaN keeps its tile.
+// A block is a tile, a thread a row: whether it holds a target, and the largest gradient it has otherwise. NaN keeps
+// the tile; a row that does not count has neither.
+__device__ __forceinline__ void write_keep(uint8_t *keep, bool target_here, float largest, float embeddings_threshold,
+                                           float classifier_threshold) {
+  const auto matters = [&](float threshold) { return threshold <= 1.f && (target_here || !(largest < threshold)); };
+  const int e = __syncthreads_or(matters(embeddings_threshold)), c = __syncthreads_or(matters(classifier_threshold));
+  if (threadIdx.x == 0) *keep = (e ? KEEP_FOR_EMBEDDINGS : 0) | (c ? KEEP_FOR_CLASSIFIER : 0);
+}
+
+// One block a tile, one thread a row.
 extern "C" __global__ void __launch_bounds__(TILE) keep_tiles(const KeepParams p) {
   const uint32_t class_tile = blockIdx.x, in_group = blockIdx.y * TILE + threadIdx.x, row = p.first_row + in_group;
   if (p.first_row + blockIdx.y * TILE >= *p.count) return;
-  bool for_embeddings = false, for_classifier = false, target_here = false;
+  bool target_here = false;
+  float largest = 0.f;
   if (row < *p.count) {
     const float max = p.row_max[row], log_sum = p.row_log_sum[row];
     // exp errs by a few units in the last place: lean to the side of keeping.
-    const float largest = (1.f + 1e-5f) *
+    largest = (1.f + 1e-5f) *
         fast_exp((__bfloat162float(p.maxima[(int64_t)class_tile * p.group_rows + in_group]) - max) - log_sum);
     // A target's gradient is p - 1 from the loss and p from lse: one of them is never small.
     target_here = p.row_target[row] >= 0 && p.row_target[row] / TILE == (int)class_tile;
-    for_embeddings = p.embeddings_threshold <= 1.f && (target_here || !(largest < p.embeddings_threshold));
-    for_classifier = p.classifier_threshold <= 1.f && (target_here || !(largest < p.classifier_threshold));
   }
-  const int e = __syncthreads_or(for_embeddings), c = __syncthreads_or(for_classifier);
-  if (threadIdx.x == 0)
-    p.keep[(int64_t)((p.first_row / TILE) + blockIdx.y) * p.class_tiles + class_tile] =
-        (e ? KEEP_FOR_EMBEDDINGS : 0) | (c ? KEEP_FOR_CLASSIFIER : 0);
+  write_keep(p.keep + (int64_t)(p.first_row / TILE + blockIdx.y) * p.class_tiles + class_tile, target_here, largest,
+             p.embeddings_threshold, p.classifier_threshold);
 }
+
+// ---------------------------------------------------------------- gradients formed in the forward
+
+// A chunk of rows: what is theirs alone begins at the chunk's first row, the rest at row 0.
+struct ReferenceParams {
+  const void *gathered;  // (chunk_rows, hidden)
+  const void *classifier, *bias;
+  const int32_t *row_target;
+  const uint32_t *count;
+  float *reference;  // out: (chunk_rows)
+  int64_t hidden;
+  uint32_t first_row;
+  float softcap;
+};
+
+// The logit of a row's target: what its probabilities are measured from, for lse is never below it and seldom far
+// above. 0 where that is no finite number. One warp a row.
+template <typename T> __device__ void reference_logits(const ReferenceParams &p) {
+  const uint32_t in_chunk = (blockIdx.x * blockDim.x + threadIdx.x) / 32, row = p.first_row + in_chunk;
+  if (row >= *p.count) return;
+  const int target = p.row_target[row];
+  float sum = 0.f;
+  if (target >= 0) {
+    const T *e = (const T *)p.gathered + in_chunk * p.hidden, *c = (const T *)p.classifier + target * p.hidden;
+    for (int64_t i = threadIdx.x % 32; i < p.hidden; i += 32) sum += to_float(e[i]) * to_float(c[i]);
+    for (int i = 16; i; i >>= 1) sum += __shfl_xor_sync(0xffffffff, sum, i);
+    if (p.bias) sum += to_float(((const T *)p.bias)[target]);
+    if (p.softcap > 0.f) sum = p.softcap * fast_tanh(sum / p.softcap);
+  }
+  if (threadIdx.x % 32 == 0) p.reference[in_chunk] = fabsf(sum) < INFINITY ? sum : 0.f;
+}
+
+struct SumsParams {
+  const float *reference, *target_logit;  // (chunk_rows)
+  const float *sums;                      // (class tiles, chunk_rows)
+  const uint32_t *row_position;
+  const int32_t *row_target;
+  const uint32_t *count;
+  float *row_max, *row_log_sum;  // out
+  float *packed;                 // out: loss, lse
+  uint32_t *redo;                // zero; out: the count if a sum left the range, so that all must be done again
+  uint32_t first_row, chunk_rows, class_tiles, positions;
+  float z_loss;
+};
+
+// exp(+-FAR) times any softmax that matters is a normal bf16 number, and f32 sums of them are finite.
+constexpr float FAR = 60.f;
+constexpr int SUM_ROWS = 32, SUM_PARTS = ONE_BLOCK / SUM_ROWS;
+
+// 32 rows a block, 32 interleaved parts of the class tiles.
+extern "C" __global__ void __launch_bounds__(ONE_BLOCK) merge_sums(const SumsParams p) {
+  __shared__ float parts[SUM_PARTS][SUM_ROWS];
+  const uint32_t x = threadIdx.x % SUM_ROWS, part = threadIdx.x / SUM_ROWS;
+  const uint32_t in_chunk = blockIdx.x * SUM_ROWS + x, row = p.first_row + in_chunk;
+  const bool exists = in_chunk < p.chunk_rows && row < *p.count;
+  float sum = 0.f;
+  if (exists)
+    for (uint32_t tile = part; tile < p.class_tiles; tile += SUM_PARTS)
+      sum += p.sums[(int64_t)tile * p.chunk_rows + in_chunk];
+  parts[part][x] = sum;
+  __syncthreads();
+  if (part > 0 || !exists) return;
+  for (int i = 1; i < SUM_PARTS; i++) sum += parts[i][x];
+  const float log_sum = logf(sum), max = p.reference[in_chunk];
+  const float lse = max + log_sum;
+  // The target's entry is divided by the softmax's share.
+  if (!(fabsf(log_sum) < FAR && fabsf(softmax_share(p.z_loss, lse)) > 1e-3f)) atomicMax(p.redo, *p.count);
+  const uint32_t position = p.row_position[row];
+  const bool in_range = p.row_target[row] >= 0;
+  p.packed[position] = in_range ? (max - p.target_logit[in_chunk]) + log_sum + z_part(p.z_loss, lse) : NAN;
+  p.packed[(int64_t)p.positions + position] = lse;
+  p.row_max[row] = in_range ? max : NAN;
+  p.row_log_sum[row] = log_sum;
+}
+
+struct SharesParams {
+  const float *row_max, *row_log_sum;
+  const uint32_t *count;
+  float *shares;  // out: (chunk_rows)
+  uint32_t first_row;
+  float z_loss;
+};
+
+struct FactorParams {
+  const float *row_max, *row_log_sum;
+  const float *reference, *target_logit;  // (chunk_rows)
+  const int32_t *row_target;
+  const uint32_t *count, *redo;
+  float *factor;   // out: (chunk_rows)
+  void *gradient;  // (chunk_rows, stride)
+  void *gathered;  // (chunk_rows, hidden), in and out, or null
+  int64_t hidden, stride;
+  uint32_t first_row, mean;
+  float softcap, z_loss;
+};
+
+// What the gradient kernel multiplies the softmax of a row by where a chunk is done again.
+extern "C" __global__ void softmax_shares(const SharesParams p) {
+  const uint32_t in_chunk = blockIdx.x * blockDim.x + threadIdx.x, row = p.first_row + in_chunk;
+  if (row < *p.count) p.shares[in_chunk] = softmax_share(p.z_loss, p.row_max[row] + p.row_log_sum[row]);
+}
+
+// One block a row. What turns probabilities into the gradient of the loss: the factor of the row, and the target's
+// part, which is added to its entry. The row of E is multiplied by the factor, so that G^T E needs none.
+template <typename T> __device__ void factor_rows(const FactorParams &p) {
+  const uint32_t row = p.first_row + blockIdx.x, count = *p.count;
+  if (row >= count) return;
+  const bool redone = *p.redo;
+  const float log_sum = p.row_log_sum[row];
+  // NaN for a bad target; of what was done again, all but the mean is in place.
+  const float max = p.row_max[row], share = softmax_share(p.z_loss, max + log_sum);
+  const float to_softmax = redone ? 1.f : share * expf(-log_sum) + (max - max);
+  const float factor = p.mean ? to_softmax / count : to_softmax;
+  if (p.gathered) {
+    T *e = (T *)p.gathered + blockIdx.x * p.hidden;
+    for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x) e[i] = from_float<T>(factor * to_float(e[i]));
+  }
+  if (threadIdx.x > 0) return;
+  p.factor[blockIdx.x] = factor;
+  if (redone || p.row_target[row] < 0) return;
+  const float logit = p.target_logit[blockIdx.x], part = p.softcap > 0.f ? logit / p.softcap : 0.f;
+  const float entry = expf(logit - p.reference[blockIdx.x]) - expf(log_sum) / share;
+  ((T *)p.gradient)[blockIdx.x * p.stride + p.row_target[row]] = from_float<T>(entry * (1.f - part * part));
+}
+
+struct ProbableParams {
+  const __nv_bfloat16 *maxima;  // (class tiles, chunk_rows) of probabilities before their row's factor
+  const float *row_log_sum;
+  const int32_t *row_target;
+  const uint32_t *count, *redo;
+  uint8_t *keep;  // out: (row tiles, class tiles)
+  uint32_t first_row, chunk_rows, class_tiles;
+  float embeddings_threshold, classifier_threshold;  // as in KeepParams
+};
+
+// `keep_tiles` for probabilities.
+extern "C" __global__ void __launch_bounds__(TILE) keep_probable_tiles(const ProbableParams p) {
+  const uint32_t class_tile = blockIdx.x, in_chunk = blockIdx.y * TILE + threadIdx.x, row = p.first_row + in_chunk;
+  if (p.first_row + blockIdx.y * TILE >= *p.count) return;
+  bool target_here = *p.redo;
+  float largest = 0.f;
+  if (row < *p.count) {
+    largest = (1.f + 1e-5f) * __bfloat162float(p.maxima[(int64_t)class_tile * p.chunk_rows + in_chunk]) *
+        expf(-p.row_log_sum[row]);
+    // A bad target makes NaN of everything it meets.
+    target_here |= p.row_target[row] < 0 || p.row_target[row] / TILE == (int)class_tile;
+  }
+  write_keep(p.keep + (int64_t)(p.first_row / TILE + blockIdx.y) * p.class_tiles + class_tile, target_here, largest,
+             p.embeddings_threshold, p.classifier_threshold);
+}
+
+struct UpstreamParams {
+  const float *upstream;  // one number
+  void *gradient;         // in and out
+  int64_t numbers;
+};
+
+// A gradient times the upstream gradient, which is 1 more often than not.
+template <typename T> __device__ void scale_gradient(const UpstreamParams &p) {
+  const float scale = *p.upstream;
+  if (scale == 1.f) return;
+  constexpr int WIDTH = 16 / sizeof(T);
+  const auto times = [scale](T &x) { x = from_float<T>(scale * to_float(x)); };
+  const int64_t thread = blockIdx.x * (int64_t)blockDim.x + threadIdx.x, chunks = p.numbers / WIDTH;
+  for (int64_t i = thread; i < chunks; i += (int64_t)gridDim.x * blockDim.x) {
+    uint4 chunk = ((uint4 *)p.gradient)[i];
+#pragma unroll
+    for (int j = 0; j < WIDTH; j++) times(((T *)&chunk)[j]);
+    ((uint4 *)p.gradient)[i] = chunk;
+  }
+  if (thread < p.numbers % WIDTH) times(((T *)p.gradient)[chunks * WIDTH + thread]);
+}
+
+#define FUSED(SUFFIX, T)                                                                                     \
+  extern "C" __global__ void __launch_bounds__(TILE) reference_logits_##SUFFIX(const ReferenceParams p) {   \
+    reference_logits<T>(p);                                                                                  \
+  }                                                                                                          \
+  extern "C" __global__ void factor_rows_##SUFFIX(const FactorParams p) { factor_rows<T>(p); }              \
+  extern "C" __global__ void scale_gradient_##SUFFIX(const UpstreamParams p) { scale_gradient<T>(p); }
+FUSED(bf16, __nv_bfloat16)
 
 struct CountParams {
   const uint8_t *keep;  // null: every tile
@@ -189,25 +383,28 @@ extern "C" __global__ void __launch_bounds__(ONE_BLOCK) count_kept(const CountPa
 // ---------------------------------------------------------------- backward
 
 struct ScaleParams {
-  const float *upstream;  // gradient of the packed vector: nll (positions), lse (positions), loss (1)
+  const float *upstream;  // gradient of the packed vector: losses (positions), lse (positions), loss (1)
+  const float *row_max, *row_log_sum;
   const uint32_t *row_position;
   const uint32_t *count;
   float *p_scale, *target_scale;  // out: (rows), of the softmax and of the one-hot
   float *scale;                   // out: one number, on the finished gradients
   uint32_t positions, mean;
+  float z_loss;
 };
 
-// With the upstream gradients g of a row's nll (through the reduced loss or not) and h of its lse, the gradient of
-// its logits is (g + h) softmax(z) - g onehot(y). The largest of these goes into `scale` and out of the rows, so
+// With the upstream gradients g of a row's loss (through the reduced loss or not) and h of its lse, the gradient of
+// its logits is (g + h) softmax(z) - g onehot(y), and g has a share more in the softmax where there is a z-loss. The largest of these goes into `scale` and out of the rows, so
 // that no product of half-precision numbers underflows for a mean over many.
 extern "C" __global__ void __launch_bounds__(ONE_BLOCK) upstream_scales(const ScaleParams p) {
   const uint32_t count = *p.count;
   const float loss = p.upstream[2 * (int64_t)p.positions] * (p.mean && count ? 1.f / count : 1.f);
+  const auto share = [&](uint64_t row) { return softmax_share(p.z_loss, p.row_max[row] + p.row_log_sum[row]); };
   float largest = 0.f;
   for (uint64_t row = threadIdx.x; row < count; row += ONE_BLOCK) {
     const uint32_t position = p.row_position[row];
-    const float nll = p.upstream[position] + loss, lse = p.upstream[(int64_t)p.positions + position];
-    largest = fmaxf(largest, fmaxf(fabsf(nll), fabsf(nll + lse)));
+    const float g = p.upstream[position] + loss, h = p.upstream[(int64_t)p.positions + position];
+    largest = fmaxf(largest, fmaxf(fabsf(g), fabsf(g * share(row) + h)));
   }
   largest = block_reduce(largest, [](float a, float b) { return fmaxf(a, b); });
   // A power of two, so that dividing by it and multiplying again rounds nothing.
@@ -215,9 +412,9 @@ extern "C" __global__ void __launch_bounds__(ONE_BLOCK) upstream_scales(const Sc
   const float inverse = 1.f / scale;
   for (uint64_t row = threadIdx.x; row < count; row += ONE_BLOCK) {
     const uint32_t position = p.row_position[row];
-    const float nll = p.upstream[position] + loss, lse = p.upstream[(int64_t)p.positions + position];
-    p.p_scale[row] = (nll + lse) * inverse;
-    p.target_scale[row] = nll * inverse;
+    const float g = p.upstream[position] + loss, h = p.upstream[(int64_t)p.positions + position];
+    p.p_scale[row] = (g * share(row) + h) * inverse;
+    p.target_scale[row] = g * inverse;
   }
   if (threadIdx.x == 0) *p.scale = scale;
 }
@@ -226,8 +423,9 @@ struct FinishParams {
   const float *sums;  // (rows of this launch, hidden)
   const uint32_t *row_embedding;
   const uint32_t *count;
-  const float *scale;
-  void *embeddings_grad;  // (.., hidden), zeroed
+  const float *scale;      // one number, or null: 1
+  const float *row_scale;  // (rows of this launch), or null: 1
+  void *embeddings_grad;   // (.., hidden), zeroed
   int64_t hidden;
   uint32_t first_row;
 };
@@ -238,18 +436,22 @@ template <typename T> __device__ void finish_embeddings(const FinishParams &p) {
   if (row >= *p.count) return;
   const float *from = p.sums + blockIdx.x * p.hidden;
   T *into = (T *)p.embeddings_grad + p.row_embedding[row] * p.hidden;
-  const float scale = *p.scale;
+  const float scale = (p.scale ? *p.scale : 1.f) * (p.row_scale ? p.row_scale[blockIdx.x] : 1.f);
   for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x) into[i] = from_float<T>(scale * from[i]);
 }
 
 struct BiasParams {
   const void *gradient;  // (rows, range)
   const uint32_t *count;
-  const uint8_t *keep;
-  const float *scale;
-  void *bias_grad;  // (vocab)
+  const uint8_t *keep;     // of row 0, or null
+  const float *scale;      // one number, or null: 1
+  const float *row_scale;  // (rows), or null: 1
+  void *bias_grad;         // (vocab)
   int64_t vocab, first_class, range;
+  uint32_t first_row;  // that row 0 of the gradient is, a multiple of 128
+  uint32_t rows;       // at most
   uint32_t class_tiles;
+  uint32_t overwrite;  // 0: add to what is there
 };
 
 constexpr int BIAS_COLUMNS = 32, BIAS_PARTS = 8;
@@ -259,21 +461,26 @@ template <typename T> __device__ void bias_gradient(const BiasParams &p) {
   __shared__ float parts[BIAS_PARTS][BIAS_COLUMNS];
   const int column = threadIdx.x % BIAS_COLUMNS, part = threadIdx.x / BIAS_COLUMNS;
   const int64_t in_range = (int64_t)blockIdx.x * BIAS_COLUMNS + column, at = p.first_class + in_range;
-  const uint32_t count = *p.count;
+  const uint32_t all = *p.count, count = all > p.first_row ? min(all - p.first_row, p.rows) : 0;
   float sum = 0.f;
   if (at < p.vocab) {
     for (uint32_t tile = 0; tile * (uint64_t)TILE < count; tile++) {
-      if (p.keep && !(p.keep[(int64_t)tile * p.class_tiles + at / TILE] & KEEP_FOR_CLASSIFIER)) continue;
+      if (p.keep &&
+          !(p.keep[(int64_t)(p.first_row / TILE + tile) * p.class_tiles + at / TILE] & KEEP_FOR_CLASSIFIER))
+        continue;
       const uint32_t rows = min((uint32_t)TILE, count - tile * TILE);
-      for (uint32_t i = part; i < rows; i += BIAS_PARTS)
-        sum += to_float(((const T *)p.gradient)[((int64_t)tile * TILE + i) * p.range + in_range]);
+      for (uint32_t i = part; i < rows; i += BIAS_PARTS) {
+        const float g = to_float(((const T *)p.gradient)[((int64_t)tile * TILE + i) * p.range + in_range]);
+        sum += p.row_scale ? p.row_scale[tile * TILE + i] * g : g;
+      }
     }
   }
   parts[part][column] = sum;
   __syncthreads();
   if (part == 0 && at < p.vocab) {
     for (int i = 1; i < BIAS_PARTS; i++) sum += parts[i][column];
-    ((T *)p.bias_grad)[at] = from_float<T>(*p.scale * sum);
+    T &out = ((T *)p.bias_grad)[at];
+    out = from_float<T>((p.scale ? *p.scale : 1.f) * sum + (p.overwrite ? 0.f : to_float(out)));
   }
 }
 

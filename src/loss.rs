@@ -1,5 +1,6 @@
 //! The loss: validate, run, reduce.
 
+use crate::objectives::z_loss;
 use crate::op::{self, KeptTiles};
 use crate::problem::Problem;
 use crate::{Options, Reduction};
@@ -31,6 +32,9 @@ pub struct Output {
     /// `log sum_j exp z_ij`, one number a position whatever the reduction, 0 where the position
     /// does not count. Its gradient reaches the inputs too (z-loss).
     pub lse: Tensor,
+    /// The part of the loss that [`Options::z_loss`] has added, reduced as the loss is, to be reported: no
+    /// gradient goes through it. `None` where the weight is 0.
+    pub z_loss: Option<Tensor>,
     kept: Arc<KeptTiles>,
 }
 
@@ -50,7 +54,8 @@ impl Output {
 /// the logits.
 ///
 /// With `z_ij = E_i . C_j + b_j`, capped to `softcap * tanh(z / softcap)` if a softcap is set:
-/// `lse_i = log sum_j exp z_ij` and `loss_i = lse_i - z_{i, y_i}`.
+/// `lse_i = log sum_j exp z_ij` and `loss_i = lse_i - z_{i, y_i}`, plus `w lse_i^2` if a z-loss of
+/// weight `w` is set.
 ///
 /// | argument | shape | dtype |
 /// |---|---|---|
@@ -64,7 +69,7 @@ impl Output {
 ///
 /// # Errors
 /// Shapes, dtypes or devices that do not match, an empty dimension, a `shift` that reaches beyond the
-/// sequence, a softcap or filter threshold out of range, a target outside `[0, V)` that is not the
+/// sequence, a softcap, z-loss weight or filter threshold out of range, a target outside `[0, V)` that is not the
 /// `ignore_index` (see [`Options::check_targets`]).
 ///
 /// # Example
@@ -92,15 +97,20 @@ pub fn linear_cross_entropy(
     options: &Options,
 ) -> Result<Output> {
     let problem = Problem::new(embeddings, classifier, targets, options)?;
-    let (packed, kept) = op::apply(&problem)?;
-    let n = problem.positions.len();
+    let applied = op::apply(&problem)?;
     let loss = match options.reduction {
-        Reduction::None => packed.narrow(0, 0, n)?.reshape(problem.shape.as_slice())?,
-        Reduction::Mean | Reduction::Sum => packed.narrow(0, 2 * n, 1)?.reshape(())?,
+        Reduction::None => applied.losses.reshape(problem.shape.as_slice())?,
+        Reduction::Mean | Reduction::Sum => applied.loss.reshape(())?,
+    };
+    let lse = applied.lse.reshape(problem.shape.as_slice())?;
+    let z_loss = match options.z_loss {
+        0. => None,
+        weight => Some((z_loss(&lse.detach(), targets, options)? * weight)?),
     };
     Ok(Output {
         loss,
-        lse: packed.narrow(0, n, n)?.reshape(problem.shape.as_slice())?,
-        kept,
+        lse,
+        z_loss,
+        kept: applied.kept,
     })
 }

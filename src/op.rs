@@ -1,6 +1,6 @@
 //! The hook into Candle's autograd.
 //!
-//! An implementation computes a packed f32 vector `[nll (n), lse (n), loss (1)]` over the `n` positions
+//! An implementation computes a packed f32 vector `[losses (n), lse (n), loss (1)]` over the `n` positions
 //! of the result, where `loss` is the reduced loss. [`CutCrossEntropy`] makes that vector a node of the
 //! user's graph, so that one backward sees every upstream gradient at once.
 
@@ -49,9 +49,23 @@ pub(crate) trait Backward: Send + Sync {
 
 /// What a forward returns.
 pub(crate) struct Forward {
-    /// `[nll (n), lse (n), loss (1)]`, f32.
+    /// `[losses (n), lse (n), loss (1)]`, f32.
     pub packed: Tensor,
     pub backward: Box<dyn Backward>,
+    /// Where the gradients of the reduced loss are formed already: their source. It takes one number as upstream
+    /// gradient, and `backward` is then for the other numbers only.
+    pub loss: Option<Box<dyn Backward>>,
+}
+
+impl<B: Backward + ?Sized> Backward for Arc<B> {
+    fn backward(
+        &self,
+        matrices: Matrices<'_>,
+        upstream: &Tensor,
+        wanted: Wanted,
+    ) -> Result<Gradients> {
+        (**self).backward(matrices, upstream, wanted)
+    }
 }
 
 /// The tiles that the last backward kept, as known on the host or still counted on a device.
@@ -79,25 +93,58 @@ impl KeptTiles {
     }
 }
 
+/// The results of a forward, parts of the graph.
+pub(crate) struct Applied {
+    /// One number a position.
+    pub losses: Tensor,
+    pub lse: Tensor,
+    /// One number.
+    pub loss: Tensor,
+    pub kept: Arc<KeptTiles>,
+}
+
 /// Runs the chosen implementation and makes its result part of the graph.
-pub(crate) fn apply(problem: &Problem) -> Result<(Tensor, Arc<KeptTiles>)> {
+pub(crate) fn apply(problem: &Problem) -> Result<Applied> {
     let wanted = Wanted {
         embeddings: problem.embeddings.track_op(),
         classifier: problem.classifier.track_op(),
         bias: problem.bias.as_ref().is_some_and(Tensor::track_op),
     };
     let kept = Arc::new(KeptTiles::default());
-    let forward = forward(problem, wanted, &kept)?;
-    if !wanted.any() {
-        return Ok((forward.packed, kept));
-    }
-    let (embeddings, classifier) = (&problem.embeddings, &problem.classifier);
-    let op = CutCrossEntropy(forward);
-    let packed = match &problem.bias {
-        None => embeddings.apply_op2(classifier, op)?,
-        Some(bias) => embeddings.apply_op3(classifier, bias, op)?,
+    let Forward {
+        packed,
+        backward,
+        loss,
+    } = forward(problem, wanted, &kept)?;
+    let node = |value: Tensor, backward| -> Result<Tensor> {
+        if !wanted.any() {
+            return Ok(value);
+        }
+        let (embeddings, classifier) = (&problem.embeddings, &problem.classifier);
+        let op = CutCrossEntropy { value, backward };
+        match &problem.bias {
+            None => embeddings.apply_op2(classifier, op),
+            Some(bias) => embeddings.apply_op3(classifier, bias, op),
+        }
     };
-    Ok((packed, kept))
+    let n = problem.positions.len();
+    let loss = match loss {
+        None => None,
+        Some(backward) => Some(node(
+            packed.narrow(0, 2 * n, 1)?.force_contiguous()?,
+            backward,
+        )?),
+    };
+    let packed = node(packed, backward)?;
+    Ok(Applied {
+        losses: packed.narrow(0, 0, n)?,
+        lse: packed.narrow(0, n, n)?,
+        loss: match loss {
+            None => packed.narrow(0, 2 * n, 1)?,
+            Some(loss) => loss,
+        },
+        kept,
+    })
 }
 
 fn forward(problem: &Problem, wanted: Wanted, kept: &Arc<KeptTiles>) -> Result<Forward> {
@@ -133,13 +180,16 @@ fn no_kernels(problem: &Problem) -> Result<Option<String>> {
 }
 
 /// The node of the graph: its forward is already computed.
-struct CutCrossEntropy(Forward);
+struct CutCrossEntropy {
+    value: Tensor,
+    backward: Box<dyn Backward>,
+}
 
 impl CutCrossEntropy {
     const NAME: &'static str = "cut-cross-entropy";
 
     fn storage(&self) -> Result<(Storage, Shape)> {
-        let (storage, layout) = self.0.packed.storage_and_layout();
+        let (storage, layout) = self.value.storage_and_layout();
         Ok((storage.try_clone(layout)?, layout.shape().clone()))
     }
 
@@ -191,7 +241,6 @@ impl CutCrossEntropy {
         let detached = Detached::new(embeddings, classifier, bias);
         let upstream = upstream.detach().contiguous()?;
         let gradients = self
-            .0
             .backward
             .backward(detached.matrices(), &upstream, wanted)?;
         Ok(Gradients {

@@ -228,6 +228,7 @@ pub struct Options {
     pub(crate) ignore_index: i64,
     pub(crate) softcap: Option<f64>,
     pub(crate) reduction: Reduction,
+    pub(crate) z_loss: f64,
     pub(crate) shift: usize,
     pub(crate) filter_embeddings: Filter,
     pub(crate) filter_classifier: Filter,
@@ -244,6 +245,7 @@ impl Default for Options {
             ignore_index: -100,
             softcap: None,
             reduction: Reduction::default(),
+            z_loss: 0.,
             shift: 0,
             filter_embeddings: Filter::default(),
             filter_classifier: Filter::default(),
@@ -292,6 +294,17 @@ impl Options {
     /// or an `Option`. Default: none.
     pub fn softcap(mut self, softcap: impl Into<Option<f64>>) -> Self {
         self.softcap = softcap.into();
+        self
+    }
+
+    /// Adds `weight * lse_i^2` to the loss of every position that counts (z-loss, with `weight` around 1e-4):
+    /// it keeps logits from drifting. [`Output::z_loss`](crate::Output::z_loss) is this part by itself. Unlike
+    /// [`objectives::z_loss`](crate::objectives::z_loss), which is made of the outputs, it costs nothing, for
+    /// gradients formed in the forward ([`Strategy::Fused`]) hold it already. Default: 0, none.
+    ///
+    /// Source: Chowdhery et al., *PaLM*, [arXiv 2204.02311](https://arxiv.org/abs/2204.02311), section 5.
+    pub fn z_loss(mut self, weight: f64) -> Self {
+        self.z_loss = weight;
         self
     }
 

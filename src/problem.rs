@@ -9,6 +9,8 @@ pub(crate) struct Settings {
     pub softcap: Option<f64>,
     pub ignore_index: i64,
     pub reduction: Reduction,
+    /// The weight of the squared lse in the loss, 0 for none.
+    pub z_loss: f64,
     pub filter_embeddings: Option<f64>,
     pub filter_classifier: Option<f64>,
     pub implementation: Implementation,
@@ -17,6 +19,24 @@ pub(crate) struct Settings {
     /// The native implementation always checks.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub check_targets: bool,
+}
+
+impl Settings {
+    /// The loss of a position.
+    pub fn loss(&self, nll: f64, lse: f64) -> f64 {
+        match self.z_loss {
+            0. => nll,
+            weight => nll + weight * lse * lse,
+        }
+    }
+
+    /// What the softmax has in the gradient of a position's loss: 1, and what z-loss adds.
+    pub fn softmax_share(&self, lse: f64) -> f64 {
+        match self.z_loss {
+            0. => 1.,
+            weight => 1. + 2. * weight * lse,
+        }
+    }
 }
 
 /// Which row of the embeddings and which target belong to a position of the result.
@@ -161,6 +181,12 @@ impl Problem {
             same_device(name, tensor, embeddings)?;
         }
         same_device("targets", targets, embeddings)?;
+        if !(options.z_loss as f32).is_finite() {
+            bail!(
+                "the weight of z_loss must be finite, as an f32 too, got {}",
+                options.z_loss
+            )
+        }
         if let Some(softcap) = options.softcap {
             // Its inverse is used too: what f32 rounds to 0 or infinity would make NaN gradients.
             if !(softcap > 0. && (softcap as f32).is_normal()) {
@@ -197,6 +223,7 @@ impl Problem {
                 softcap: options.softcap,
                 ignore_index: options.ignore_index,
                 reduction: options.reduction,
+                z_loss: options.z_loss,
                 filter_embeddings: threshold(options.filter_embeddings)?,
                 filter_classifier: threshold(options.filter_classifier)?,
                 implementation: options.implementation,

@@ -26,10 +26,10 @@ const PANEL: usize = 256;
 const RASTER: usize = 8;
 /// What a forward holds for a group of rows, in bytes: where gradients will be wanted, and where not.
 const TRAINING_BYTES: usize = 36 << 20;
-const EVALUATION_BYTES: usize = 15 << 20;
+pub(super) const EVALUATION_BYTES: usize = 15 << 20;
 
 /// Columns of a strip of the products: what a cluster computes side by side.
-const STRIP: usize = 384;
+pub(super) const STRIP: usize = 384;
 /// What the kernels' lists have room for: tiles along either side of a range, words of 32 tiles that an output is
 /// summed over times outputs, and tiles of a range a cluster.
 const TILES: usize = 2048;
@@ -117,6 +117,7 @@ pub(super) fn forward(
     rows: &Rows,
     plan: ForwardPlan,
     group: Group,
+    count: u64,
     gathered: &Buffer,
 ) -> Result<()> {
     let Operands {
@@ -129,7 +130,7 @@ pub(super) fn forward(
     let offset = group.first_row as u64 * 4;
     let pace = gpu.zeros(4)?;
     let params = HopperForwardParams {
-        count: rows.count.address,
+        count,
         row_target: rows.target.address + offset,
         bias: operands.bias,
         partials: group.partials,
@@ -171,6 +172,85 @@ pub(super) fn forward(
     gpu.launch_on_maps(&kernel, [&embeddings, &classifier], &params)
 }
 
+/// Gradient tiles of rows and classes: addresses of what a kernel reads and writes of them, 0 for none.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Tiles {
+    pub count: u64,
+    pub row_target: u64,
+    pub row_max: u64,
+    pub row_log_sum: u64,
+    pub p_scale: u64,
+    pub target_scale: u64,
+    pub keep: u64,
+    pub gradient: u64,
+    pub sums: u64,
+    pub maxima: u64,
+    pub target_logit: u64,
+    pub first_row: usize,
+    pub rows: usize,
+    pub first_class: usize,
+    pub range: usize,
+    /// From one row of the gradient to the next.
+    pub stride: usize,
+}
+
+/// Launches `gradient_sm90a` or `probabilities_sm90a`.
+pub(super) fn tiles(
+    gpu: &Gpu,
+    operands: Operands,
+    name: &str,
+    gathered: &Buffer,
+    tiles: &Tiles,
+) -> Result<()> {
+    let Operands {
+        hidden,
+        vocab,
+        kind,
+        ..
+    } = operands;
+    let map = |address, rows| TensorMap::new(address, kind.dtype, (rows, hidden), hidden, 64);
+    let embeddings = map(gathered.address, tiles.rows)?;
+    let classifier = map(operands.classifier, vocab)?;
+    let raster = match tiles.keep {
+        // Every tile: rows that fit the cache next to the classes that pass through.
+        0 => (ROWS_BYTES / (TILE * hidden * kind.size) / 2 * 2).clamp(2, 32),
+        // Few of them: more rows, so that those which share a class meet.
+        _ => 32,
+    };
+    let params = HopperGradientParams {
+        count: tiles.count,
+        row_target: tiles.row_target,
+        bias: operands.bias,
+        row_max: tiles.row_max,
+        row_log_sum: tiles.row_log_sum,
+        p_scale: tiles.p_scale,
+        target_scale: tiles.target_scale,
+        keep: tiles.keep,
+        gradient: tiles.gradient,
+        sums: tiles.sums,
+        maxima: tiles.maxima,
+        target_logit: tiles.target_logit,
+        first_row: tiles.first_row as u32,
+        rows: tiles.rows as u32,
+        classes: vocab as u32,
+        depth: hidden as u32,
+        first_class: tiles.first_class as u32,
+        range: tiles.range as u32,
+        gradient_stride: tiles.stride as u32,
+        keep_stride: operands.class_tiles() as u32,
+        raster: raster as u32,
+        softcap: operands.softcap,
+    };
+    let kernel = Kernel {
+        module: GRADIENT_SM90A,
+        name: kind.kernel(name),
+        grid: (clusters(gpu)? * 2, 1),
+        threads: THREADS,
+        shared_bytes: GRADIENT_BYTES,
+    };
+    gpu.launch_on_maps(&kernel, [&embeddings, &classifier], &params)
+}
+
 pub(super) fn backward(
     saved: &Saved,
     operands: Operands,
@@ -178,96 +258,87 @@ pub(super) fn backward(
     part: Range,
     gathered: &Buffer,
 ) -> Result<()> {
-    let gpu = &saved.gpu;
-    let Operands {
-        hidden,
-        vocab,
-        kind,
-        ..
-    } = operands;
-    let map =
-        |address, rows, columns| TensorMap::new(address, kind.dtype, (rows, columns), columns, 64);
-    let embeddings = map(gathered.address, part.rows, hidden)?;
-    let classifier = map(operands.classifier, vocab, hidden)?;
-    let gradient = map(part.gradient, part.rows, part.classes)?;
-    let grid = (clusters(gpu)? * 2, 1);
-    let row_bytes = hidden * kind.size;
-    let classes = part.classes.min(vocab - part.first_class);
-    let keep_stride = operands.class_tiles() as u32;
-
-    let raster = match part.keep {
-        // Every tile: rows that fit the cache next to the classes that pass through.
-        0 => (ROWS_BYTES / (TILE * row_bytes) / 2 * 2).clamp(2, 32),
-        // Few of them: more rows, so that those which share a class meet.
-        _ => 32,
-    };
-    let params = HopperGradientParams {
+    let of_part = Tiles {
         count: saved.rows.count.address,
         row_target: saved.rows.target.address,
-        bias: operands.bias,
         row_max: saved.statistics.row_max.address,
         row_log_sum: saved.statistics.row_log_sum.address,
         p_scale: scales.p.address,
         target_scale: scales.target.address,
         keep: part.keep,
         gradient: part.gradient,
-        rows: part.rows as u32,
-        classes: vocab as u32,
-        depth: hidden as u32,
-        first_class: part.first_class as u32,
-        range: classes as u32,
-        gradient_stride: part.classes as u32,
-        keep_stride,
-        raster: raster as u32,
-        softcap: operands.softcap,
+        rows: part.rows,
+        first_class: part.first_class,
+        range: part.classes.min(operands.vocab - part.first_class),
+        stride: part.stride,
+        ..Default::default()
     };
-    let kernel = Kernel {
-        module: GRADIENT_SM90A,
-        name: kind.kernel("gradient_sm90a"),
-        grid,
-        threads: THREADS,
-        shared_bytes: GRADIENT_BYTES,
-    };
-    gpu.launch_on_maps(&kernel, [&embeddings, &classifier], &params)?;
+    let gpu = &saved.gpu;
+    tiles(gpu, operands, "gradient_sm90a", gathered, &of_part)?;
+    let (count, scale) = (saved.rows.count.address, scales.result.address);
+    products(gpu, operands, count, scale, part, gathered)
+}
 
-    let multiply = |name: &str, other: &TensorMap, out: u64, inner: usize| {
+/// dE += G C and dC = scale G^T E for a range of classes and some rows.
+pub(super) fn products(
+    gpu: &Gpu,
+    operands: Operands,
+    count: u64,
+    scale: u64,
+    part: Range,
+    gathered: &Buffer,
+) -> Result<()> {
+    let Operands {
+        hidden,
+        vocab,
+        kind,
+        ..
+    } = operands;
+    let classes = part.classes.min(vocab - part.first_class);
+    let map = |address, rows, columns, stride| {
+        TensorMap::new(address, kind.dtype, (rows, columns), stride, 64)
+    };
+    let embeddings = map(gathered.address, part.rows, hidden, hidden)?;
+    let classifier = map(operands.classifier, vocab, hidden, hidden)?;
+    // To the end of the last tile: its columns past the last class are zeros.
+    let columns = classes.next_multiple_of(TILE);
+    let gradient = map(part.gradient, part.rows, columns, part.stride)?;
+    let multiply = |name: &str, other: &TensorMap, out: u64, inner: usize, overwrite: bool| {
         let band = match part.keep {
             0 => hidden.div_ceil(STRIP),
             _ => (RESIDENT_BYTES / (inner * STRIP * kind.size)).max(1),
         };
         let params = HopperProductParams {
-            count: saved.rows.count.address,
+            count,
             keep: part.keep,
-            scale: scales.result.address,
+            scale,
             out,
+            first_row: part.first_row as u32,
             rows: part.rows as u32,
             classes: vocab as u32,
             depth: hidden as u32,
             first_class: part.first_class as u32,
             range: classes as u32,
-            keep_stride,
-            overwrite: u32::from(part.first_class == 0),
+            keep_stride: operands.class_tiles() as u32,
+            overwrite: overwrite.into(),
             band: band as u32,
         };
         let kernel = Kernel {
             module: PRODUCTS_SM90A,
             name: kind.kernel(name),
-            grid,
+            grid: (clusters(gpu)? * 2, 1),
             threads: THREADS,
             shared_bytes: PRODUCT_BYTES,
         };
         gpu.launch_on_maps(&kernel, [&gradient, other], &params)
     };
     if part.sums != 0 {
-        multiply("embeddings_gradient_sm90a", &classifier, part.sums, classes)?;
+        let (name, first) = ("embeddings_gradient_sm90a", part.first_class == 0);
+        multiply(name, &classifier, part.sums, classes, first)?;
     }
     if part.classifier_grad != 0 {
-        multiply(
-            "classifier_gradient_sm90a",
-            &embeddings,
-            part.classifier_grad,
-            part.rows,
-        )?;
+        let (name, first) = ("classifier_gradient_sm90a", part.first_row == 0);
+        multiply(name, &embeddings, part.classifier_grad, part.rows, first)?;
     }
     Ok(())
 }

@@ -310,6 +310,10 @@ pub(super) struct Unfinished {
 }
 
 impl Unfinished {
+    pub fn elem_count(&self) -> usize {
+        self.shape.elem_count()
+    }
+
     /// The tensor, once every kernel that writes it is launched.
     pub fn finish(mut self, gpu: &Gpu) -> Tensor {
         macro_rules! written {

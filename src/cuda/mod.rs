@@ -5,6 +5,7 @@
 //!
 //! The matrix products come in two forms, [`portable`] and [`hopper`]; everything around them is the same.
 
+mod fused;
 mod hopper;
 mod launch;
 mod params;
@@ -13,8 +14,8 @@ mod portable;
 use crate::op::{self, Gradients, KeptTiles, Wanted};
 use crate::problem::{Matrices, Problem, Settings};
 use crate::{Implementation, Reduction};
-use candle_core::{bail, DType, Device, Result, Tensor};
-use launch::{Array, Buffer, Gpu, Kernel, ROWS};
+use candle_core::{bail, DType, Device, Result, Shape, Tensor};
+use launch::{Array, Buffer, Gpu, Kernel, Unfinished, ROWS};
 use params::*;
 use std::sync::Arc;
 
@@ -163,12 +164,14 @@ struct Group {
 #[derive(Debug, Clone, Copy)]
 struct Range {
     first_class: usize,
-    /// Classes, a multiple of 256; the leading dimension of `gradient` too.
+    /// Classes, a multiple of 256.
     classes: usize,
+    /// From one row of `gradient` to the next.
+    stride: usize,
     first_row: usize,
     rows: usize,
     gradient: u64,
-    /// `(row tiles, class tiles)`, 0 where every tile is kept.
+    /// `(row tiles, class tiles)`, from the first row on; 0 where every tile is kept.
     keep: u64,
     /// Sums of the gradient of the embeddings, 0 where not wanted.
     sums: u64,
@@ -304,18 +307,40 @@ pub(crate) fn forward(
     };
     let detached = problem.detached();
     let matrices = detached.matrices();
-    let keep = Operands::read(&gpu, matrices, settings, |operands| {
+    let (keep, formed) = Operands::read(&gpu, matrices, settings, |operands| {
         let path = Path::choose(&gpu, operands, n, settings)?;
         let filter = thresholds(settings, wanted);
-        logits(
+        if let Some(plan) =
+            fused::Plan::new(&gpu, path, operands, n, settings, wanted, filter.is_some())?
+        {
+            let formed = Outputs::new(&gpu, matrices, wanted)?;
+            let results = formed.results();
+            let keep = fused::forward(
+                &gpu,
+                operands,
+                &rows,
+                &statistics,
+                packed.address,
+                settings,
+                filter,
+                results,
+                plan,
+            )?;
+            return Ok((keep, Some(formed)));
+        }
+        let keep = logits(
             &gpu,
             path,
             operands,
             &rows,
+            rows.count.address,
             &statistics,
             packed.address,
+            settings.z_loss as f32,
+            0..n.next_multiple_of(TILE),
             filter,
-        )
+        )?;
+        Ok((keep, None))
     })?;
     let params = LossParams {
         packed: packed.address,
@@ -324,16 +349,22 @@ pub(crate) fn forward(
         mean: u32::from(settings.reduction == Reduction::Mean),
     };
     gpu.launch(&one_block("reduce_loss"), &params)?;
+    let packed = packed.finish(&gpu);
+    let saved = Arc::new(Saved {
+        gpu,
+        rows,
+        statistics,
+        keep,
+        settings: settings.clone(),
+        kept: kept.clone(),
+    });
     Ok(op::Forward {
-        packed: packed.finish(&gpu),
-        backward: Box::new(Saved {
-            gpu,
-            rows,
-            statistics,
-            keep,
-            settings: settings.clone(),
-            kept: kept.clone(),
+        packed,
+        loss: formed.map(|formed| {
+            let fused: Box<dyn op::Backward> = Box::new(fused::Fused::new(saved.clone(), formed));
+            fused
         }),
+        backward: Box::new(saved),
     })
 }
 
@@ -357,18 +388,23 @@ fn thresholds(settings: &Settings, wanted: Wanted) -> Option<[f32; 2]> {
         .then_some(thresholds)
 }
 
-/// lse and nll of every row, group of rows by group, and the tiles that a filter with these thresholds keeps.
+/// lse and nll of these rows, group by group, and the tiles that a filter with these thresholds keeps. `count` is the
+/// address of how many rows there are, from row 0 on.
+#[allow(clippy::too_many_arguments)]
 fn logits(
     gpu: &Gpu,
     path: Path,
     operands: Operands,
     rows: &Rows,
+    count: u64,
     statistics: &Statistics,
     packed: u64,
+    z_loss: f32,
+    span: std::ops::Range<usize>,
     filter: Option<[f32; 2]>,
 ) -> Result<Option<Buffer>> {
     let class_tiles = operands.class_tiles();
-    let all_rows = rows.positions.next_multiple_of(TILE);
+    let all_rows = span.len();
     let multiprocessors = gpu.multiprocessors()?;
     let plan = match path {
         Path::Portable => portable::plan(operands, all_rows, multiprocessors, filter.is_some()),
@@ -391,7 +427,7 @@ fn logits(
         Path::Portable => None,
         Path::Hopper => Some(gpu.buffer(group_rows * operands.hidden * operands.kind.size)?),
     };
-    for first_row in (0..all_rows).step_by(group_rows) {
+    for first_row in span.clone().step_by(group_rows) {
         let maxima = filtering
             .as_ref()
             .map_or(0, |(_, maxima, _)| maxima.address);
@@ -405,7 +441,7 @@ fn logits(
             None => portable::forward(gpu, operands, rows, plan, group)?,
             Some(gathered) => {
                 rows.gather(gpu, operands, first_row, group_rows, gathered)?;
-                hopper::forward(gpu, operands, rows, plan, group, gathered)?;
+                hopper::forward(gpu, operands, rows, plan, group, count, gathered)?;
             }
         }
         let params = MergeParams {
@@ -413,7 +449,7 @@ fn logits(
             target_logit: target_logit.address,
             row_position: rows.position.address,
             row_target: rows.target.address,
-            count: rows.count.address,
+            count,
             row_max: statistics.row_max.address,
             row_log_sum: statistics.row_log_sum.address,
             packed,
@@ -421,9 +457,10 @@ fn logits(
             group_rows: group_rows as u32,
             splits: splits as u32,
             positions: rows.positions as u32,
+            z_loss,
         };
         // The last group may reach beyond the rows there can be.
-        let row_tiles = (group_rows / TILE).min((all_rows - first_row) / TILE);
+        let row_tiles = (group_rows / TILE).min((span.end - first_row) / TILE);
         gpu.launch(
             &per_block("merge_partials", (row_tiles, 1), TILE as u32),
             &params,
@@ -434,7 +471,7 @@ fn logits(
                 row_max: statistics.row_max.address,
                 row_log_sum: statistics.row_log_sum.address,
                 row_target: rows.target.address,
-                count: rows.count.address,
+                count,
                 keep: keep.address,
                 first_row: first_row as u32,
                 group_rows: group_rows as u32,
@@ -457,21 +494,8 @@ impl op::Backward for Saved {
         wanted: Wanted,
     ) -> Result<Gradients> {
         let gpu = &self.gpu;
-        let dtype = matrices.classifier.dtype();
-        let (vocab, hidden) = matrices.classifier.dims2()?;
-        // Rows that do not count are never written.
-        let de = match wanted.embeddings {
-            true => Some(gpu.unfinished(dtype, matrices.embeddings.shape(), true)?),
-            false => None,
-        };
-        let dc = match wanted.classifier {
-            true => Some(gpu.unfinished(dtype, (vocab, hidden), false)?),
-            false => None,
-        };
-        let db = match wanted.bias {
-            true => Some(gpu.unfinished(dtype, vocab, false)?),
-            false => None,
-        };
+        let outputs = Outputs::new(gpu, matrices, wanted)?;
+        let results = outputs.results();
         let n = self.rows.positions;
         let scales = Scales {
             p: gpu.buffer(n * 4)?,
@@ -481,6 +505,8 @@ impl op::Backward for Saved {
         gpu.read(upstream, |upstream| {
             let params = ScaleParams {
                 upstream,
+                row_max: self.statistics.row_max.address,
+                row_log_sum: self.statistics.row_log_sum.address,
                 row_position: self.rows.position.address,
                 count: self.rows.count.address,
                 p_scale: scales.p.address,
@@ -488,15 +514,10 @@ impl op::Backward for Saved {
                 scale: scales.result.address,
                 positions: n as u32,
                 mean: u32::from(self.settings.reduction == Reduction::Mean),
+                z_loss: self.settings.z_loss as f32,
             };
             gpu.launch(&one_block("upstream_scales"), &params)
         })?;
-        let address = |grad: &Option<launch::Unfinished>| grad.as_ref().map_or(0, |g| g.address);
-        let results = Results {
-            embeddings: address(&de),
-            classifier: address(&dc),
-            bias: address(&db),
-        };
         Operands::read(gpu, matrices, &self.settings, |operands| {
             let path = Path::choose(gpu, operands, n, &self.settings)?;
             let multiprocessors = gpu.multiprocessors()?;
@@ -504,14 +525,58 @@ impl op::Backward for Saved {
             for sweep in Sweep::plan(path, multiprocessors, n, operands, results, workspace) {
                 self.sweep(operands, &scales, &sweep)?;
             }
-            self.count_kept(operands)
+            self.count_kept(operands.class_tiles())
         })?;
-        let finish = |grad: Option<launch::Unfinished>| grad.map(|g| g.finish(gpu));
-        Ok(Gradients {
-            embeddings: finish(de),
-            classifier: finish(dc),
-            bias: finish(db),
+        Ok(outputs.finish(gpu))
+    }
+}
+
+/// The gradients that are wanted, to be written.
+struct Outputs {
+    embeddings: Option<Unfinished>,
+    classifier: Option<Unfinished>,
+    bias: Option<Unfinished>,
+}
+
+impl Outputs {
+    fn new(gpu: &Gpu, matrices: Matrices<'_>, wanted: Wanted) -> Result<Self> {
+        let dtype = matrices.classifier.dtype();
+        let (vocab, hidden) = matrices.classifier.dims2()?;
+        let allocate = |wanted: bool, shape: Shape, zeroed| match wanted {
+            true => gpu.unfinished(dtype, shape, zeroed).map(Some),
+            false => Ok(None),
+        };
+        Ok(Self {
+            // Rows that do not count are never written.
+            embeddings: allocate(wanted.embeddings, matrices.embeddings.shape().clone(), true)?,
+            classifier: allocate(wanted.classifier, (vocab, hidden).into(), false)?,
+            bias: allocate(wanted.bias, vocab.into(), false)?,
         })
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &Unfinished> {
+        [&self.embeddings, &self.classifier, &self.bias]
+            .into_iter()
+            .flatten()
+    }
+
+    fn results(&self) -> Results {
+        let address = |grad: &Option<Unfinished>| grad.as_ref().map_or(0, |g| g.address);
+        Results {
+            embeddings: address(&self.embeddings),
+            classifier: address(&self.classifier),
+            bias: address(&self.bias),
+        }
+    }
+
+    /// Once every kernel that writes them is launched.
+    fn finish(self, gpu: &Gpu) -> Gradients {
+        let finish = |grad: Option<Unfinished>| grad.map(|g| g.finish(gpu));
+        Gradients {
+            embeddings: finish(self.embeddings),
+            classifier: finish(self.classifier),
+            bias: finish(self.bias),
+        }
     }
 }
 
@@ -662,6 +727,7 @@ impl Saved {
             let part = Range {
                 first_class,
                 classes: range,
+                stride: range,
                 first_row,
                 rows,
                 gradient: gradient.address,
@@ -683,7 +749,11 @@ impl Saved {
                     vocab: vocab as i64,
                     first_class: first_class as i64,
                     range: range as i64,
+                    first_row: first_row as u32,
+                    rows: rows as u32,
                     class_tiles,
+                    overwrite: 1,
+                    ..Default::default()
                 };
                 let grid = (range.div_ceil(32), 1);
                 gpu.launch(&per_block(kind.kernel("bias_gradient"), grid, 256), &params)?;
@@ -698,6 +768,7 @@ impl Saved {
                 embeddings_grad: results.embeddings,
                 hidden: hidden as i64,
                 first_row: first_row as u32,
+                ..Default::default()
             };
             let kernel = per_block(kind.kernel("finish_embeddings"), (rows, 1), 256);
             gpu.launch(&kernel, &params)?;
@@ -705,13 +776,13 @@ impl Saved {
         Ok(())
     }
 
-    fn count_kept(&self, operands: Operands) -> Result<()> {
+    fn count_kept(&self, class_tiles: usize) -> Result<()> {
         let kept = self.gpu.unfinished(DType::F32, 2, false)?;
         let params = CountParams {
             keep: self.keep.as_ref().map_or(0, |keep| keep.address),
             count: self.rows.count.address,
             kept: kept.address,
-            class_tiles: operands.class_tiles() as u32,
+            class_tiles: class_tiles as u32,
         };
         self.gpu.launch(&one_block("count_kept"), &params)?;
         self.kept.set(kept.finish(&self.gpu));

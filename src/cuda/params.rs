@@ -42,6 +42,7 @@ params! {
         group_rows: u32,
         splits: u32,
         positions: u32,
+        z_loss: f32,
     }
     /// `rows.cu`
     KeepParams {
@@ -74,6 +75,8 @@ params! {
     /// `rows.cu`
     ScaleParams {
         upstream: u64,
+        row_max: u64,
+        row_log_sum: u64,
         row_position: u64,
         count: u64,
         p_scale: u64,
@@ -81,6 +84,7 @@ params! {
         scale: u64,
         positions: u32,
         mean: u32,
+        z_loss: f32,
     }
     /// `rows.cu`
     FinishParams {
@@ -88,6 +92,7 @@ params! {
         row_embedding: u64,
         count: u64,
         scale: u64,
+        row_scale: u64,
         embeddings_grad: u64,
         hidden: i64,
         first_row: u32,
@@ -98,11 +103,93 @@ params! {
         count: u64,
         keep: u64,
         scale: u64,
+        row_scale: u64,
         bias_grad: u64,
         vocab: i64,
         first_class: i64,
         range: i64,
+        first_row: u32,
+        rows: u32,
         class_tiles: u32,
+        overwrite: u32,
+    }
+    /// `rows.cu`
+    ReferenceParams {
+        gathered: u64,
+        classifier: u64,
+        bias: u64,
+        row_target: u64,
+        count: u64,
+        reference: u64,
+        hidden: i64,
+        first_row: u32,
+        softcap: f32,
+    }
+    /// `rows.cu`
+    SumsParams {
+        reference: u64,
+        target_logit: u64,
+        sums: u64,
+        row_position: u64,
+        row_target: u64,
+        count: u64,
+        row_max: u64,
+        row_log_sum: u64,
+        packed: u64,
+        redo: u64,
+        first_row: u32,
+        chunk_rows: u32,
+        class_tiles: u32,
+        positions: u32,
+        z_loss: f32,
+    }
+    /// `rows.cu`
+    FactorParams {
+        row_max: u64,
+        row_log_sum: u64,
+        reference: u64,
+        target_logit: u64,
+        row_target: u64,
+        count: u64,
+        redo: u64,
+        factor: u64,
+        gradient: u64,
+        gathered: u64,
+        hidden: i64,
+        stride: i64,
+        first_row: u32,
+        mean: u32,
+        softcap: f32,
+        z_loss: f32,
+    }
+    /// `rows.cu`
+    SharesParams {
+        row_max: u64,
+        row_log_sum: u64,
+        count: u64,
+        shares: u64,
+        first_row: u32,
+        z_loss: f32,
+    }
+    /// `rows.cu`
+    ProbableParams {
+        maxima: u64,
+        row_log_sum: u64,
+        row_target: u64,
+        count: u64,
+        redo: u64,
+        keep: u64,
+        first_row: u32,
+        chunk_rows: u32,
+        class_tiles: u32,
+        embeddings_threshold: f32,
+        classifier_threshold: f32,
+    }
+    /// `rows.cu`
+    UpstreamParams {
+        upstream: u64,
+        gradient: u64,
+        numbers: i64,
     }
     /// `rows.cu`
     GatherParams {
@@ -142,6 +229,10 @@ params! {
         target_scale: u64,
         keep: u64,
         gradient: u64,
+        sums: u64,
+        maxima: u64,
+        target_logit: u64,
+        first_row: u32,
         rows: u32,
         classes: u32,
         depth: u32,
@@ -158,6 +249,7 @@ params! {
         keep: u64,
         scale: u64,
         out: u64,
+        first_row: u32,
         rows: u32,
         classes: u32,
         depth: u32,

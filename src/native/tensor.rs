@@ -159,7 +159,11 @@ pub(super) fn forward(problem: &Problem, rows: Rows, kept: Arc<KeptTiles>) -> Re
             settings: settings.clone(),
             kept,
         });
-        return Ok(Forward { packed, backward });
+        return Ok(Forward {
+            packed,
+            backward,
+            loss: None,
+        });
     }
     let (vocab, hidden) = classifier.dims2()?;
     let size = Blocks::new(
@@ -191,7 +195,11 @@ pub(super) fn forward(problem: &Problem, rows: Rows, kept: Arc<KeptTiles>) -> Re
         lses.push(lse);
     }
     let (lse, nll) = (Tensor::cat(&lses, 0)?, Tensor::cat(&nlls, 0)?);
-    let loss = (nll.sum_all()? * rows.rows.scale(settings.reduction))?.reshape(1)?;
+    let losses = match settings.z_loss {
+        0. => nll,
+        weight => (nll + (lse.sqr()? * weight)?)?,
+    };
+    let loss = (losses.sum_all()? * rows.rows.scale(settings.reduction))?.reshape(1)?;
     let spread = |values: &Tensor| -> Result<Tensor> {
         let values = values.flatten_all()?.to_dtype(DType::F32)?;
         if n == positions {
@@ -200,7 +208,7 @@ pub(super) fn forward(problem: &Problem, rows: Rows, kept: Arc<KeptTiles>) -> Re
         Tensor::zeros(positions, DType::F32, device)?.index_add(&rows.position, &values, 0)
     };
     let packed = Tensor::cat(
-        &[spread(&nll)?, spread(&lse)?, loss.to_dtype(DType::F32)?],
+        &[spread(&losses)?, spread(&lse)?, loss.to_dtype(DType::F32)?],
         0,
     )?;
     let backward = Box::new(Saved {
@@ -209,7 +217,11 @@ pub(super) fn forward(problem: &Problem, rows: Rows, kept: Arc<KeptTiles>) -> Re
         settings: settings.clone(),
         kept,
     });
-    Ok(Forward { packed, backward })
+    Ok(Forward {
+        packed,
+        backward,
+        loss: None,
+    })
 }
 
 impl Backward for Saved {
@@ -348,8 +360,9 @@ impl Backward for Saved {
 
 impl Saved {
     /// What a row's softmax and its one-hot are multiplied by, `(n, 1)` each: with the upstream
-    /// gradients `g` of its nll (through the reduced loss or not) and `h` of its lse, the gradient of
-    /// its logits is `(g + h) softmax(z) - g onehot(y)`.
+    /// gradients `g` of its loss (through the reduced loss or not) and `h` of its lse, the gradient of
+    /// its logits is `(g + h) softmax(z) - g onehot(y)`, and `g` has a share more in the softmax where
+    /// there is a z-loss.
     fn row_scales(&self, upstream: &Tensor) -> Result<(Tensor, Tensor)> {
         let n = self.rows.rows.positions;
         let upstream = upstream.to_dtype(self.lse.dtype())?;
@@ -359,8 +372,12 @@ impl Saved {
                 .index_select(&self.rows.position, 0)
         };
         let loss = (upstream.narrow(0, 2 * n, 1)? * self.rows.rows.scale(self.settings.reduction))?;
-        let nll = pick(0)?.broadcast_add(&loss)?;
-        let p = (&nll + pick(n)?)?;
-        Ok((p.unsqueeze(1)?, nll.unsqueeze(1)?))
+        let of_loss = pick(0)?.broadcast_add(&loss)?.unsqueeze(1)?;
+        let of_lse = pick(n)?.unsqueeze(1)?;
+        let in_softmax = match self.settings.z_loss {
+            0. => of_loss.clone(),
+            weight => (&of_loss * self.lse.affine(2. * weight, 1.)?)?,
+        };
+        Ok(((in_softmax + of_lse)?, of_loss))
     }
 }

@@ -57,7 +57,8 @@ fn is_loss(case: &&str) -> bool {
     !["dpo", "ppo"].contains(case)
 }
 
-fn check_loss(golden: &Golden, case: &str, options: Options) -> Result<()> {
+/// `inside`: the z-loss is part of the loss, not made of its outputs.
+fn check_loss(golden: &Golden, case: &str, options: Options, inside: bool) -> Result<()> {
     let var = |name: &str| golden.find(case, name).map(Var::from_tensor).transpose();
     let embeddings = var("embeddings")?.unwrap();
     let classifier = var("classifier")?.unwrap();
@@ -78,6 +79,10 @@ fn check_loss(golden: &Golden, case: &str, options: Options) -> Result<()> {
     if let Some(bias) = &bias {
         options = options.bias(bias);
     }
+    let z_weight = golden.number(case, "z_weight");
+    if inside {
+        options = options.z_loss(z_weight);
+    }
     let output = linear_cross_entropy(&embeddings, &classifier, targets, &options)?;
     let z = z_loss(&output.lse, targets, &options)?;
     let assert_close = |what: &str, got: &Tensor| {
@@ -88,16 +93,22 @@ fn check_loss(golden: &Golden, case: &str, options: Options) -> Result<()> {
         let result = close(&format!("{case} {what}"), &got, &want, 2e-6, 1.);
         result.unwrap_or_else(|error| panic!("{error}"));
     };
-    assert_close("loss", &output.loss);
+    match &output.z_loss {
+        None => assert_close("loss", &output.loss),
+        Some(part) => {
+            assert!(inside && z_weight > 0., "{case}");
+            assert_close("loss", &(&output.loss - part)?);
+            assert_close("z", &(part / z_weight)?);
+        }
+    }
     assert_close("lse", &output.lse);
     assert_close("z", &z);
 
-    let z_weight = golden.number(case, "z_weight");
     let exact = gradient_tolerance(embeddings.dtype());
     // The z-loss is made of the f32 lse, so its gradient starts from f32 numbers.
     let allowed = exact.max(if z_weight > 0. { 1e-6 } else { 0. });
     // Without it, the backward of an exact zero would hide an lse that is not finite.
-    let total = if z_weight > 0. {
+    let total = if z_weight > 0. && !inside {
         (output.loss + z_weight * z)?
     } else {
         output.loss
@@ -140,7 +151,8 @@ fn losses_and_gradients_are_those_of_pytorch() -> Result<()> {
                     .filter(Filter::Off)
                     .strategy(strategy)
                     .implementation(implementation);
-                check_loss(&golden, case, options)?;
+                check_loss(&golden, case, options.clone(), false)?;
+                check_loss(&golden, case, options, true)?;
                 checked += 1;
             }
         }

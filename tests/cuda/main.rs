@@ -5,6 +5,7 @@
 mod common;
 
 mod edges;
+mod fused;
 mod repeat;
 mod sizes;
 

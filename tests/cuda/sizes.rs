@@ -18,7 +18,7 @@ const HIDDEN: [usize; 11] = [1, 7, 8, 16, 31, 32, 33, 64, 72, 136, 264];
 
 /// Every pair of rows and classes once, and with it one of the hidden sizes in turn: their numbers are prime to
 /// each other.
-fn ragged(dtype: DType) -> impl Iterator<Item = Case> {
+pub fn ragged(dtype: DType) -> impl Iterator<Item = Case> {
     (0..ROWS.len() * CLASSES.len()).map(move |turn| {
         let rows = ROWS[turn % ROWS.len()];
         let vocab = CLASSES[turn % CLASSES.len()];

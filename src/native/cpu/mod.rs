@@ -14,7 +14,6 @@ mod product;
 use super::rows::Rows;
 use crate::op::{Backward, Forward, Gradients, KeptTiles, Wanted};
 use crate::problem::{Matrices, Problem, Settings};
-use crate::Reduction;
 use blocks::{blocks, Inputs, Kept, RowLoss, Scale, Softmax, Sums, CLASSIFIER, EMBEDDINGS, TILE};
 use candle_core::{DType, Device, Result, Storage, Tensor};
 use element::{Element, Real};
@@ -136,11 +135,10 @@ fn forward_of<T: Element>(
         with_inputs::<T, _>(matrices, &rows, &settings, plan.lanes, |inputs| {
             match plan.fused_rows {
                 Some(block) => {
-                    let scale = T::Real::from_f64(rows.scale(settings.reduction));
                     formed = Some(fused(
                         inputs,
                         block,
-                        scale,
+                        &settings,
                         wanted,
                         &mut kept,
                         &mut softmax,
@@ -163,7 +161,7 @@ fn forward_of<T: Element>(
             Ok(())
         })?;
     }
-    let packed = pack(&rows, &losses, settings.reduction)?;
+    let packed = pack(&rows, &losses, &settings)?;
     let backward = Box::new(Saved::<T> {
         rows,
         softmax,
@@ -173,18 +171,24 @@ fn forward_of<T: Element>(
         formed: Mutex::new(formed),
         report,
     });
-    Ok(Forward { packed, backward })
+    Ok(Forward {
+        packed,
+        backward,
+        loss: None,
+    })
 }
 
-/// `[nll, lse, loss]` of all positions.
-fn pack(rows: &Rows, losses: &[RowLoss], reduction: Reduction) -> Result<Tensor> {
+/// The losses and lse of all positions, and the reduced loss.
+fn pack(rows: &Rows, losses: &[RowLoss], settings: &Settings) -> Result<Tensor> {
     let mut packed = vec![0f32; 2 * rows.positions + 1];
-    for (position, loss) in rows.position.iter().zip(losses) {
-        packed[*position as usize] = loss.nll as f32;
-        packed[rows.positions + *position as usize] = loss.lse as f32;
+    let mut sum = 0.;
+    for (position, &RowLoss { nll, lse }) in rows.position.iter().zip(losses) {
+        let loss = settings.loss(nll, lse);
+        packed[*position as usize] = loss as f32;
+        packed[rows.positions + *position as usize] = lse as f32;
+        sum += loss;
     }
-    let sum: f64 = losses.iter().map(|loss| loss.nll).sum();
-    packed[2 * rows.positions] = (sum * rows.scale(reduction)) as f32;
+    packed[2 * rows.positions] = (sum * rows.scale(settings.reduction)) as f32;
     let len = packed.len();
     Tensor::from_vec(packed, len, &Device::Cpu)
 }
@@ -193,7 +197,7 @@ fn pack(rows: &Rows, losses: &[RowLoss], reduction: Reduction) -> Result<Tensor>
 fn fused<T: Element>(
     inputs: &Inputs<'_, T>,
     block_rows: usize,
-    scale: T::Real,
+    settings: &Settings,
     wanted: Wanted,
     kept: &mut Kept,
     softmax: &mut Vec<Softmax<T::Real>>,
@@ -205,16 +209,17 @@ fn fused<T: Element>(
     let mut classifier = zeros(wanted.classifier, inputs.vocab * inputs.hidden);
     let mut bias = zeros(wanted.bias, inputs.vocab);
     let mut embeddings = wanted.embeddings.then(|| EmbeddingsGradient::new(inputs));
-    let scale = Scale {
-        softmax: scale,
-        one_hot: scale,
-    };
-    let scales = vec![scale; n];
+    let scale = inputs.rows.scale(settings.reduction);
+    let mut scales = Vec::with_capacity(n);
     let mut logits = vec![T::Real::default(); block_rows * tiles.len() * TILE];
     for block in blocks(n, block_rows) {
         let logits = &mut logits[..block.len() * tiles.len() * TILE];
         let values = inputs.block_embeddings(&block);
         losses.extend(inputs.forward(&values, &block, Some(&mut *logits), kept, softmax));
+        scales.extend(losses[block.clone()].iter().map(|loss| Scale {
+            softmax: T::Real::from_f64(scale * settings.softmax_share(loss.lse)),
+            one_hot: T::Real::from_f64(scale),
+        }));
         if let Some(embeddings) = &mut embeddings {
             embeddings.begin(&block);
         }
@@ -485,20 +490,27 @@ impl<T: Element> Saved<T> {
         }
     }
 
-    /// With the upstream gradients `g` of a row's nll (through the reduced loss or not) and `h` of
-    /// its lse, the gradient of its logits is `(g + h) softmax(z) - g onehot(y)`.
+    /// With the upstream gradients `g` of a row's loss (through the reduced loss or not) and `h` of
+    /// its lse, the gradient of its logits is `(g + h) softmax(z) - g onehot(y)`, and `g` has a share more
+    /// in the softmax where there is a z-loss.
     fn scales(&self, upstream: &[f32]) -> Vec<Scale<T::Real>> {
         let positions = self.rows.positions;
         let loss = upstream[2 * positions] as f64 * self.rows.scale(self.settings.reduction);
-        let scale = |position: &u32| {
-            let nll = upstream[*position as usize] as f64 + loss;
-            let lse = upstream[positions + *position as usize] as f64;
+        let scale = |(position, softmax): (&u32, &Softmax<T::Real>)| {
+            let of_loss = upstream[*position as usize] as f64 + loss;
+            let of_lse = upstream[positions + *position as usize] as f64;
+            let lse = softmax.max.to_f64() - softmax.inverse_sum.to_f64().ln();
             Scale {
-                softmax: T::Real::from_f64(nll + lse),
-                one_hot: T::Real::from_f64(nll),
+                softmax: T::Real::from_f64(of_loss * self.settings.softmax_share(lse) + of_lse),
+                one_hot: T::Real::from_f64(of_loss),
             }
         };
-        self.rows.position.iter().map(scale).collect()
+        self.rows
+            .position
+            .iter()
+            .zip(&self.softmax)
+            .map(scale)
+            .collect()
     }
 }
 

@@ -1,0 +1,469 @@
+//! Gradients formed in the forward, on compute capability 9.0 and for bf16: three matrix products instead of four.
+//!
+//! For a chunk of rows at a time the kernel `probabilities` leaves `exp(z - reference)` of every class in the
+//! workspace, the reference of a row being its target's logit. Once lse is known, the row lacks one factor and the
+//! target's entry; the factor goes into dE's rows and, for dC, into a copy of E's. The gradients are those of the
+//! loss itself; the backward multiplies them by the upstream gradient.
+//!
+//! Should lse be so far from a reference that its row leaves the range of bf16, the device does the chunk again, as
+//! the backward would; otherwise the launches that would do so find no rows.
+
+use super::launch::{Buffer, Gpu};
+use super::params::*;
+use super::{
+    hopper, logits, per_block, Kind, Operands, Outputs, Path, Range, Results, Rows, Saved,
+    Statistics, TILE,
+};
+use crate::op::{self, Gradients, Wanted};
+use crate::problem::{Matrices, Settings};
+use crate::{Reduction, Strategy};
+use candle_core::{DType, Result, Tensor};
+use std::sync::{Arc, Mutex};
+
+/// Bytes of the workspace unless the user says otherwise.
+const WORKSPACE: usize = 3 << 29;
+/// Rows of a chunk below which `Auto` computes the logits twice instead, where all tiles are kept and where a filter
+/// is on.
+const LEAST_ROWS: [usize; 2] = [1024, 2048];
+/// Rows whose products take as long as reading and writing dC once.
+const ROWS_A_CHUNK: f64 = 375.;
+
+/// How many rows go through at a time, and how many classes of them through a launch of the products.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Plan {
+    chunk_rows: usize,
+    range: usize,
+}
+
+impl Plan {
+    /// `None` where the gradients are better, or can only be, computed in the backward.
+    pub fn new(
+        gpu: &Gpu,
+        path: Path,
+        operands: Operands,
+        rows: usize,
+        settings: &Settings,
+        wanted: Wanted,
+        filtering: bool,
+    ) -> Result<Option<Self>> {
+        let runs = path == Path::Hopper
+            && operands.kind.dtype == DType::BF16
+            && settings.reduction != Reduction::None
+            && settings.strategy != Strategy::Recompute
+            && wanted.any();
+        if !runs {
+            return Ok(None);
+        }
+        let all_rows = rows.next_multiple_of(TILE);
+        let row_bytes = stride(operands) * 2
+            + operands.class_tiles() * (4 + 2)
+            + operands.hidden * (operands.kind.size + 4);
+        let budget = settings.workspace.unwrap_or(WORKSPACE);
+        let most = budget.saturating_sub(hopper::EVALUATION_BYTES) / row_bytes / TILE * TILE;
+        let least = match settings.strategy {
+            Strategy::Fused => TILE,
+            _ => LEAST_ROWS[usize::from(filtering)].min(all_rows),
+        };
+        if most < least {
+            return Ok(None);
+        }
+        let multiprocessors = gpu.multiprocessors()?;
+        let chunk_rows = best_chunk(operands.hidden, all_rows, most, multiprocessors / 2);
+        let range = hopper::longest_range(chunk_rows, multiprocessors);
+        Ok((range > 0).then_some(Self { chunk_rows, range }))
+    }
+}
+
+/// The rows of a chunk that leave the fewest clusters idle in the product for dE and read dC least often.
+fn best_chunk(hidden: usize, all_rows: usize, most: usize, clusters: usize) -> usize {
+    let strips = hidden.div_ceil(hopper::STRIP);
+    let cost = |chunk: usize| {
+        let chunks = all_rows.div_ceil(chunk);
+        let rounds = (chunk / TILE * strips).div_ceil(clusters.max(1));
+        let embeddings = (rounds * clusters * TILE) as f64 / strips as f64;
+        chunks as f64 * (embeddings + ROWS_A_CHUNK)
+    };
+    let chunks = (TILE..=most.min(all_rows)).step_by(TILE);
+    chunks
+        .min_by(|&a, &b| cost(a).total_cmp(&cost(b)))
+        .unwrap_or(TILE)
+}
+
+/// Classes from one row of the workspace to the next.
+fn stride(operands: Operands) -> usize {
+    operands.vocab.next_multiple_of(2 * TILE)
+}
+
+/// Computes lse, nll and the gradients of the loss. Returns the gradients, and the tiles that the filter kept.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn forward(
+    gpu: &Gpu,
+    operands: Operands,
+    rows: &Rows,
+    statistics: &Statistics,
+    packed: u64,
+    settings: &Settings,
+    filter: Option<[f32; 2]>,
+    results: Results,
+    plan: Plan,
+) -> Result<Option<Buffer>> {
+    let keep = match filter {
+        None => None,
+        Some(_) => {
+            let row_tiles = rows.positions.div_ceil(TILE);
+            Some(gpu.buffer(row_tiles * operands.class_tiles())?)
+        }
+    };
+    let chunk = Chunk {
+        gpu,
+        operands,
+        rows,
+        statistics,
+        packed,
+        settings,
+        filter: filter.zip(keep.as_ref().map(|keep| keep.address)),
+        results,
+        plan,
+        gradient: gpu.buffer(plan.chunk_rows * stride(operands) * operands.kind.size)?,
+        sums: gpu.buffer(plan.chunk_rows * operands.class_tiles() * 4)?,
+        maxima: match filter {
+            None => None,
+            Some(_) => Some(gpu.buffer(plan.chunk_rows * operands.class_tiles() * 2)?),
+        },
+        gathered: gpu.buffer(plan.chunk_rows * operands.hidden * operands.kind.size)?,
+        embeddings_sums: match results.embeddings {
+            0 => None,
+            _ => Some(gpu.buffer(plan.chunk_rows * operands.hidden * 4)?),
+        },
+        reference: gpu.buffer(plan.chunk_rows * 4)?,
+        target_logit: gpu.buffer(plan.chunk_rows * 4)?,
+        factor: gpu.buffer(plan.chunk_rows * 4)?,
+    };
+    let all_rows = rows.positions.next_multiple_of(TILE);
+    for first_row in (0..all_rows).step_by(plan.chunk_rows) {
+        chunk.run(first_row, plan.chunk_rows.min(all_rows - first_row))?;
+    }
+    drop(chunk);
+    Ok(keep)
+}
+
+/// What all chunks of rows have in common, and the workspace that one after the other uses.
+struct Chunk<'a> {
+    gpu: &'a Gpu,
+    operands: Operands,
+    rows: &'a Rows,
+    statistics: &'a Statistics,
+    packed: u64,
+    settings: &'a Settings,
+    /// Thresholds, and the address of the table of kept tiles.
+    filter: Option<([f32; 2], u64)>,
+    results: Results,
+    plan: Plan,
+    gradient: Buffer,
+    sums: Buffer,
+    maxima: Option<Buffer>,
+    gathered: Buffer,
+    embeddings_sums: Option<Buffer>,
+    reference: Buffer,
+    target_logit: Buffer,
+    factor: Buffer,
+}
+
+impl Chunk<'_> {
+    fn run(&self, first_row: usize, rows: usize) -> Result<()> {
+        let gpu = self.gpu;
+        let Operands { hidden, kind, .. } = self.operands;
+        self.rows
+            .gather(gpu, self.operands, first_row, rows, &self.gathered)?;
+        let params = ReferenceParams {
+            gathered: self.gathered.address,
+            classifier: self.operands.classifier,
+            bias: self.operands.bias,
+            row_target: self.rows.target.address,
+            count: self.rows.count.address,
+            reference: self.reference.address,
+            hidden: hidden as i64,
+            first_row: first_row as u32,
+            softcap: self.operands.softcap,
+        };
+        let grid = (rows / 4, 1);
+        gpu.launch(
+            &per_block(kind.kernel("reference_logits"), grid, 128),
+            &params,
+        )?;
+        let tiles = hopper::Tiles {
+            count: self.rows.count.address,
+            row_target: self.rows.target.address + first_row as u64 * 4,
+            row_max: self.reference.address,
+            gradient: self.gradient.address,
+            sums: self.sums.address,
+            maxima: self.maxima.as_ref().map_or(0, |maxima| maxima.address),
+            target_logit: self.target_logit.address,
+            first_row,
+            rows,
+            range: self.operands.vocab,
+            stride: stride(self.operands),
+            ..Default::default()
+        };
+        hopper::tiles(
+            gpu,
+            self.operands,
+            "probabilities_sm90a",
+            &self.gathered,
+            &tiles,
+        )?;
+        // The count of rows where all must be done again, else 0.
+        let redo = gpu.zeros(4)?;
+        self.merge(first_row, rows, redo.address)?;
+        self.do_again(first_row, rows, redo.address)?;
+        self.finish_rows(first_row, rows, redo.address)?;
+        self.products(first_row, rows)
+    }
+
+    /// lse and nll, and whether all must be done again.
+    fn merge(&self, first_row: usize, rows: usize, redo: u64) -> Result<()> {
+        let params = SumsParams {
+            reference: self.reference.address,
+            target_logit: self.target_logit.address,
+            sums: self.sums.address,
+            row_position: self.rows.position.address,
+            row_target: self.rows.target.address,
+            count: self.rows.count.address,
+            row_max: self.statistics.row_max.address,
+            row_log_sum: self.statistics.row_log_sum.address,
+            packed: self.packed,
+            redo,
+            first_row: first_row as u32,
+            chunk_rows: rows as u32,
+            class_tiles: self.operands.class_tiles() as u32,
+            positions: self.rows.positions as u32,
+            z_loss: self.settings.z_loss as f32,
+        };
+        self.gpu.launch(
+            &per_block("merge_sums", (rows.div_ceil(32), 1), super::ONE_BLOCK),
+            &params,
+        )
+    }
+
+    fn do_again(&self, first_row: usize, rows: usize, redo: u64) -> Result<()> {
+        logits(
+            self.gpu,
+            Path::Hopper,
+            self.operands,
+            self.rows,
+            redo,
+            self.statistics,
+            self.packed,
+            self.settings.z_loss as f32,
+            first_row..first_row + rows,
+            None,
+        )?;
+        let offset = first_row as u64 * 4;
+        // In the place of the factors, which come later.
+        let shares = match self.settings.z_loss {
+            0. => 0,
+            weight => {
+                let params = SharesParams {
+                    row_max: self.statistics.row_max.address,
+                    row_log_sum: self.statistics.row_log_sum.address,
+                    count: redo,
+                    shares: self.factor.address,
+                    first_row: first_row as u32,
+                    z_loss: weight as f32,
+                };
+                let grid = (rows / TILE, 1);
+                self.gpu
+                    .launch(&per_block("softmax_shares", grid, TILE as u32), &params)?;
+                self.factor.address
+            }
+        };
+        let tiles = hopper::Tiles {
+            count: redo,
+            row_target: self.rows.target.address + offset,
+            row_max: self.statistics.row_max.address + offset,
+            row_log_sum: self.statistics.row_log_sum.address + offset,
+            p_scale: shares,
+            gradient: self.gradient.address,
+            first_row,
+            rows,
+            range: self.operands.vocab,
+            stride: stride(self.operands),
+            ..Default::default()
+        };
+        hopper::tiles(
+            self.gpu,
+            self.operands,
+            "gradient_sm90a",
+            &self.gathered,
+            &tiles,
+        )
+    }
+
+    /// The factors of the rows, the target's part, and the tiles that matter.
+    fn finish_rows(&self, first_row: usize, rows: usize, redo: u64) -> Result<()> {
+        let (gpu, kind) = (self.gpu, self.operands.kind);
+        let params = FactorParams {
+            row_max: self.statistics.row_max.address,
+            row_log_sum: self.statistics.row_log_sum.address,
+            reference: self.reference.address,
+            target_logit: self.target_logit.address,
+            row_target: self.rows.target.address,
+            count: self.rows.count.address,
+            redo,
+            factor: self.factor.address,
+            gradient: self.gradient.address,
+            gathered: match self.results.classifier {
+                0 => 0,
+                _ => self.gathered.address,
+            },
+            hidden: self.operands.hidden as i64,
+            stride: stride(self.operands) as i64,
+            first_row: first_row as u32,
+            mean: u32::from(self.settings.reduction == Reduction::Mean),
+            softcap: self.operands.softcap,
+            z_loss: self.settings.z_loss as f32,
+        };
+        gpu.launch(
+            &per_block(kind.kernel("factor_rows"), (rows, 1), 128),
+            &params,
+        )?;
+        if let (Some((thresholds, keep)), Some(maxima)) = (self.filter, &self.maxima) {
+            let params = ProbableParams {
+                maxima: maxima.address,
+                row_log_sum: self.statistics.row_log_sum.address,
+                row_target: self.rows.target.address,
+                count: self.rows.count.address,
+                redo,
+                keep,
+                first_row: first_row as u32,
+                chunk_rows: rows as u32,
+                class_tiles: self.operands.class_tiles() as u32,
+                embeddings_threshold: thresholds[0],
+                classifier_threshold: thresholds[1],
+            };
+            let grid = (self.operands.class_tiles(), rows / TILE);
+            gpu.launch(
+                &per_block("keep_probable_tiles", grid, TILE as u32),
+                &params,
+            )?;
+        }
+        Ok(())
+    }
+
+    fn products(&self, first_row: usize, rows: usize) -> Result<()> {
+        let gpu = self.gpu;
+        let Operands {
+            hidden,
+            vocab,
+            kind,
+            ..
+        } = self.operands;
+        let class_tiles = self.operands.class_tiles();
+        let keep = self.filter.map_or(0, |(_, keep)| keep);
+        let count = self.rows.count.address;
+        for first_class in (0..vocab).step_by(self.plan.range) {
+            let part = Range {
+                first_class,
+                classes: self.plan.range,
+                stride: stride(self.operands),
+                first_row,
+                rows,
+                gradient: self.gradient.address + (first_class * kind.size) as u64,
+                keep: match keep {
+                    0 => 0,
+                    keep => keep + (first_row / TILE * class_tiles) as u64,
+                },
+                sums: self.embeddings_sums.as_ref().map_or(0, |sums| sums.address),
+                classifier_grad: self.results.classifier,
+            };
+            hopper::products(gpu, self.operands, count, 0, part, &self.gathered)?;
+        }
+        if self.results.bias != 0 {
+            let params = BiasParams {
+                gradient: self.gradient.address,
+                count,
+                keep,
+                row_scale: self.factor.address,
+                bias_grad: self.results.bias,
+                vocab: vocab as i64,
+                range: stride(self.operands) as i64,
+                first_row: first_row as u32,
+                rows: rows as u32,
+                class_tiles: class_tiles as u32,
+                overwrite: u32::from(first_row == 0),
+                ..Default::default()
+            };
+            let grid = (vocab.div_ceil(32), 1);
+            gpu.launch(&per_block(kind.kernel("bias_gradient"), grid, 256), &params)?;
+        }
+        if let Some(sums) = &self.embeddings_sums {
+            let params = FinishParams {
+                sums: sums.address,
+                row_embedding: self.rows.embedding.address,
+                count,
+                row_scale: self.factor.address,
+                embeddings_grad: self.results.embeddings,
+                hidden: hidden as i64,
+                first_row: first_row as u32,
+                ..Default::default()
+            };
+            let kernel = per_block(kind.kernel("finish_embeddings"), (rows, 1), 256);
+            gpu.launch(&kernel, &params)?;
+        }
+        Ok(())
+    }
+}
+
+/// The gradients of the loss, until the backward asks for them.
+pub(super) struct Fused {
+    saved: Arc<Saved>,
+    formed: Mutex<Option<Outputs>>,
+}
+
+impl Fused {
+    pub fn new(saved: Arc<Saved>, formed: Outputs) -> Self {
+        Self {
+            saved,
+            formed: Mutex::new(Some(formed)),
+        }
+    }
+}
+
+impl op::Backward for Fused {
+    /// `upstream` is one number. The first call hands out what the forward formed; should there be another, it
+    /// computes the logits again.
+    fn backward(
+        &self,
+        matrices: Matrices<'_>,
+        upstream: &Tensor,
+        wanted: Wanted,
+    ) -> Result<Gradients> {
+        let gpu = &self.saved.gpu;
+        let formed = self.formed.lock().unwrap_or_else(|e| e.into_inner()).take();
+        let Some(formed) = formed else {
+            let others =
+                Tensor::zeros(2 * self.saved.rows.positions, DType::F32, upstream.device())?;
+            let upstream = Tensor::cat(&[&others, upstream], 0)?;
+            return self.saved.backward(matrices, &upstream, wanted);
+        };
+        let kind = Kind::of(matrices.classifier.dtype())?;
+        gpu.read(upstream, |upstream| {
+            for grad in formed.iter() {
+                let params = UpstreamParams {
+                    upstream,
+                    gradient: grad.address,
+                    numbers: grad.elem_count() as i64,
+                };
+                let grid = (gpu.multiprocessors()? * 4, 1);
+                gpu.launch(
+                    &per_block(kind.kernel("scale_gradient"), grid, 512),
+                    &params,
+                )?;
+            }
+            Ok(())
+        })?;
+        self.saved
+            .count_kept(matrices.classifier.dim(0)?.div_ceil(TILE))?;
+        Ok(formed.finish(gpu))
+    }
+}

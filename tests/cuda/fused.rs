@@ -1,0 +1,234 @@
+//! Gradients formed in the forward.
+
+use crate::common::reference::{Reduced, Reference};
+use crate::common::{
+    check, close, exact, gradient_close, gradient_tolerance, norm, numbers, weighted, Case,
+};
+use crate::{assert_nothing, device, filters, sizes, wrong, Computed, DTYPES, KERNELS};
+use candle_core::{DType, Result};
+use candle_cut_cross_entropy::{linear_cross_entropy, objectives::z_loss, Options, Strategy};
+
+#[test]
+fn gradients_of_ragged_sizes_are_right() {
+    let Some(device) = device() else { return };
+    let mut all = Vec::new();
+    for (turn, mut case) in sizes::ragged(DType::BF16).enumerate() {
+        case.inputs.reduction = [Reduced::Mean, Reduced::Sum][turn % 2];
+        let upstream = case.upstream(turn as u64, true, turn % 3 == 2);
+        all.extend(wrong(&case, &upstream, &device));
+    }
+    assert_nothing(all);
+}
+
+#[test]
+fn several_chunks_of_rows_are_right() {
+    let Some(device) = device() else { return };
+    for (turn, reduction) in [Reduced::Mean, Reduced::Sum].into_iter().enumerate() {
+        let seed = 900 + 10 * turn as u64;
+        let mut case = Case::random(seed, DType::BF16, &[1200], 136, 1500)
+            .with_bias(seed + 1)
+            .with_ignored(seed + 2);
+        case.inputs.reduction = reduction;
+        case.inputs.softcap = (turn == 1).then_some(5.);
+        let upstream = case.upstream(seed, true, false);
+        let reference = Reference::new(case.inputs.clone());
+        assert!(reference.loss.iter().all(|x| x.is_finite()));
+        for (filter, options, eps) in filters(DType::BF16) {
+            // About 4 KiB a row and 15 MiB: all rows; 256 at a time; 128 at a time.
+            for workspace in [1 << 30, (15 << 20) + (1100 << 10), (15 << 20) + (600 << 10)] {
+                let options = options
+                    .clone()
+                    .strategy(Strategy::Fused)
+                    .workspace(workspace);
+                check(&case, options, &device, &upstream, (eps, eps))
+                    .unwrap_or_else(|e| panic!("{reduction:?} {filter} {workspace} bytes: {e}"));
+            }
+        }
+    }
+}
+
+/// Targets so unlikely that nothing measured from their logits fits bf16: every row, or one of them.
+#[test]
+fn losses_of_thousands_are_right() -> Result<()> {
+    let Some(device) = device() else {
+        return Ok(());
+    };
+    for unlikely in [150, 1] {
+        for softcap in [None, Some(3000.)] {
+            let mut case = Case::random(920, DType::BF16, &[150], 64, 300);
+            let hidden = case.inputs.hidden;
+            for e in &mut case.inputs.embeddings[..unlikely * hidden] {
+                *e *= 4096.;
+            }
+            case.inputs.reduction = Reduced::Mean;
+            let raw_scale = Reference::new(case.inputs.clone()).logit_scale;
+            case.inputs.softcap = softcap;
+            let reference = Reference::new(case.inputs.clone());
+            assert!(reference.loss[0] > 20., "{:?}", reference.loss);
+            let upstream = case.upstream(1, true, false);
+            let want = reference.gradients(&upstream, 0.);
+            let fail = |e: String| panic!("{unlikely} rows, softcap {softcap:?}: {e}");
+            let tensors = case.tensors(&device)?;
+            let options = case.options(exact().strategy(Strategy::Fused), &tensors);
+            let (e, c) = (&tensors.embeddings, &tensors.classifier);
+            let output = linear_cross_entropy(e, c, &tensors.targets, &options)?;
+            let loss = numbers(&output.loss)?;
+            close("loss", &loss, &reference.loss, 2e-6, raw_scale).unwrap_or_else(fail);
+            let grads = weighted(&output, &upstream)?.backward()?;
+            let de = numbers(grads.get(e).expect("a gradient"))?;
+            let dc = numbers(grads.get(c).expect("a gradient"))?;
+            let bf16 = DType::BF16;
+            gradient_close("dE", &de, &want.embeddings, bf16, raw_scale).unwrap_or_else(fail);
+            gradient_close("dC", &dc, &want.classifier, bf16, raw_scale).unwrap_or_else(fail);
+        }
+    }
+    Ok(())
+}
+
+fn case() -> Case {
+    let mut case = Case::random(930, DType::BF16, &[2, 150], 64, 700).with_bias(931);
+    case.inputs.reduction = Reduced::Mean;
+    case.inputs.shift = 1;
+    case
+}
+
+#[test]
+fn fused_and_recomputed_gradients_agree() -> Result<()> {
+    let Some(device) = device() else {
+        return Ok(());
+    };
+    for (filter, options, _) in filters(DType::BF16) {
+        let computed = |strategy| {
+            let options = options.clone().strategy(strategy);
+            Computed::new(&case(), options, &device)
+        };
+        let fused = computed(Strategy::Fused)?;
+        let recomputed = computed(Strategy::Recompute)?;
+        fused.assert_close(&recomputed, DType::BF16, filter);
+        assert_eq!(fused.kept_tiles, recomputed.kept_tiles, "{filter}");
+        fused.assert_same(&computed(Strategy::Fused)?, filter);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_graph_may_be_differentiated_twice() -> Result<()> {
+    let Some(device) = device() else {
+        return Ok(());
+    };
+    let case = case();
+    let tensors = case.tensors(&device)?;
+    let options = case.options(exact().strategy(Strategy::Fused), &tensors);
+    let (e, c) = (&tensors.embeddings, &tensors.classifier);
+    let loss = linear_cross_entropy(e, c, &tensors.targets, &options)?.loss;
+    let reference = Reference::new(case.inputs.clone());
+    for factor in [-3., 0.5, 1.] {
+        let upstream = crate::Upstream {
+            loss: Some(vec![factor]),
+            lse: None,
+        };
+        let want = reference.gradients(&upstream, 0.);
+        let grads = (&loss * factor)?.backward()?;
+        let of = |tensor| numbers(grads.get(tensor).expect("a gradient"));
+        let fail = |e: String| panic!("factor {factor}: {e}");
+        let scale = reference.logit_scale;
+        gradient_close("dE", &of(e)?, &want.embeddings, DType::BF16, scale).unwrap_or_else(fail);
+        gradient_close("dC", &of(c)?, &want.classifier, DType::BF16, scale).unwrap_or_else(fail);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_bad_target_makes_the_gradients_nan() -> Result<()> {
+    let Some(device) = device() else {
+        return Ok(());
+    };
+    for options in [exact(), Options::default()] {
+        let mut case = Case::random(940, DType::BF16, &[200], 64, 700);
+        case.inputs.reduction = Reduced::Sum;
+        let tensors = case.tensors(&device)?;
+        let mut targets = case.inputs.targets.clone();
+        targets[150] = 700;
+        let targets = candle_core::Tensor::new(targets, &device)?;
+        let (e, c) = (&tensors.embeddings, &tensors.classifier);
+        let options = case.options(options.strategy(Strategy::Fused), &tensors);
+        let loss = linear_cross_entropy(e, c, &targets, &options)?.loss;
+        assert!(numbers(&loss)?[0].is_nan());
+        let grads = loss.backward()?;
+        let de = numbers(grads.get(e).expect("a gradient"))?;
+        for (row, grad) in de.chunks(64).enumerate() {
+            let nan = grad.iter().all(|g| g.is_nan());
+            assert_eq!(nan, row == 150, "row {row}: {:?}", &grad[..4]);
+        }
+        let dc = numbers(grads.get(c).expect("a gradient"))?;
+        assert!(dc.iter().all(|g| g.is_nan()), "{:?}", &dc[..4]);
+    }
+    Ok(())
+}
+
+/// A z-loss within the loss against one made of the outputs, whose gradients the grid has compared.
+#[test]
+fn a_z_loss_within_the_loss_is_that_of_the_outputs() -> Result<()> {
+    let Some(device) = device() else {
+        return Ok(());
+    };
+    const WEIGHT: f64 = 0.03;
+    for (turn, dtype) in DTYPES.into_iter().enumerate() {
+        for reduction in [Reduced::Mean, Reduced::Sum, Reduced::None] {
+            // Of the second, losses leave the range of bf16.
+            for scale in [1., 512.] {
+                let seed = 960 + turn as u64;
+                let mut case = Case::random(seed, dtype, &[150], 64, 300).with_ignored(seed);
+                for e in &mut case.inputs.embeddings {
+                    *e *= scale;
+                }
+                case.inputs.reduction = reduction;
+                for implementation in KERNELS {
+                    for strategy in [Strategy::Fused, Strategy::Recompute] {
+                        let what = format!(
+                            "{implementation:?} {strategy:?} {dtype:?} {reduction:?} times {scale}"
+                        );
+                        let options = exact().implementation(implementation).strategy(strategy);
+                        let gradients = |inside: bool| -> Result<[Vec<f64>; 3]> {
+                            let tensors = case.tensors(&device)?;
+                            let (e, c) = (&tensors.embeddings, &tensors.classifier);
+                            let mut options = case.options(options.clone(), &tensors);
+                            if inside {
+                                options = options.z_loss(WEIGHT);
+                            }
+                            let targets = &tensors.targets;
+                            let output = linear_cross_entropy(e, c, targets, &options)?;
+                            assert_eq!(output.z_loss.is_some(), inside, "{what}");
+                            let loss = match inside {
+                                true => output.loss,
+                                false => {
+                                    (output.loss
+                                        + z_loss(&output.lse, targets, &options)? * WEIGHT)?
+                                }
+                            };
+                            let grads = loss.sum_all()?.backward()?;
+                            let of = |tensor| numbers(grads.get(tensor).expect("a gradient"));
+                            Ok([numbers(&loss)?, of(e)?, of(c)?])
+                        };
+                        let (inside, outside) = (gradients(true)?, gradients(false)?);
+                        for (name, (a, b)) in
+                            ["loss", "dE", "dC"].iter().zip(inside.iter().zip(&outside))
+                        {
+                            let difference = norm(a.iter().zip(b).map(|(a, b)| a - b));
+                            let size = norm(b.iter().copied());
+                            let allowed = match *name {
+                                "loss" => 1e-5,
+                                _ => 2. * gradient_tolerance(dtype),
+                            };
+                            assert!(
+                                difference <= allowed * size,
+                                "{what}: {name} differs by {difference:e} of {size:e}"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
