@@ -7,7 +7,7 @@
 //
 // `probabilities`: the same before lse is known, for gradients formed in the forward. It writes exp(z - reference),
 // times the slope, where the reference of a row is a logit of its own; the factor exp(reference - lse) of a row is
-// left to what reads G. The sums and maxima from which lse and the filter follow are written on the way.
+// left to what reads G, and the target's entry, here 0, to what follows. The sums and maxima from which lse and the filter follow are written on the way.
 #include "logits_sm90a.cuh"
 
 using namespace hopper;
@@ -242,10 +242,8 @@ __device__ __forceinline__ void write_probabilities(float (&z)[2][TILE_N / 2], c
           g[e] = exp2_fast((logit - base) * LOG2E);
           if (!counts || first_class + column + lane_column >= p.classes) g[e] = 0.0f;
           (e == 0 ? even : odd) += g[e];
-          if (target == column)
-            p.target_logit[row] = logit;
-          else
-            largest = fmaxf(largest, g[e]);
+          if (target == column) p.target_logit[row] = logit, g[e] = 0.0f;
+          largest = fmaxf(largest, g[e]);
           if (capped) {
             const float part = logit * inverse_cap;
             g[e] *= fmaf(-part, part, 1.0f);

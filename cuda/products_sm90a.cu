@@ -25,6 +25,8 @@ struct ProductParams {
   const uint8_t* keep;       // [row tiles][keep_stride] bits of Keep; null: all kept
   const float* scale;        // [1] factor of dC, or null: 1 (dE: not read)
   void* out;                 // dE: [rows][depth] f32. dC: [classes][depth] T, all classes of C
+  const uint32_t* slots;     // dC: [classes] 1 + the row of target_rows to add, 0 for none; or null: none at all
+  const float* target_rows;  // [slots][depth]
   uint32_t first_row;        // compacted row that row 0 of the gradient is
   uint32_t rows;             // at most
   uint32_t classes;          // all classes
@@ -159,6 +161,12 @@ __device__ __forceinline__ void add_rows(const float (&product)[2][R], const Pro
   }
 }
 
+// What is added to a class of dC in f32, or null.
+__device__ __forceinline__ const float* target_row(const ProductParams& p, uint32_t row) {
+  const uint32_t slot = p.slots && row < p.classes ? p.slots[row] : 0;
+  return slot ? p.target_rows + static_cast<size_t>(slot - 1) * p.depth : nullptr;
+}
+
 // dC: scaled and rounded; by the first chunk of rows, which may be the only one, to its place, by others after
 // adding what they find there.
 template <typename T, int R>
@@ -170,6 +178,7 @@ __device__ __forceinline__ void write_classes(const float (&product)[2][R], cons
   for (int s = 0; s < 4; ++s) {
     const uint32_t row = first_class + s / 2 * 64 + s % 2 * 8;
     T* to = static_cast<T*>(p.out) + static_cast<size_t>(row) * p.depth + lane_column;
+    const float* more = target_row(p, row);
 #pragma unroll
     for (int first = 0; first < R / 4; first += 4) {
       const bool inside = row < p.classes && lane_column + 8 * first < end_column;
@@ -184,12 +193,33 @@ __device__ __forceinline__ void write_classes(const float (&product)[2][R], cons
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int j = 4 * (first + i) + 2 * (s % 2);
-        const float2 was = unpack<T>(before[i]);
+        float2 was = unpack<T>(before[i]);
+        const uint32_t column = first_column + 8 * (first + i) + threadIdx.x % 4 * 2;
+        if (more && column < end_column) {
+          const float2 target = *reinterpret_cast<const float2*>(more + column);
+          was.x += target.x, was.y += target.y;
+        }
         word[i] = pack<T>(fmaf(scale, product[s / 2][j], was.x), fmaf(scale, product[s / 2][j + 1], was.y));
       }
       const uint4 chunk = collect_chunk(word[0], word[1], word[2], word[3]);
       if (inside) *reinterpret_cast<uint4*>(to + 8 * first) = chunk;
     }
+  }
+}
+
+// dC where nothing was kept: the targets' rows alone.
+template <typename T>
+__device__ void write_targets(const ProductParams& p, uint32_t first_row, uint32_t first_column,
+                              uint32_t end_column) {
+  const uint32_t columns = (end_column - min(first_column, end_column)) / 2;
+  for (uint32_t i = threadIdx.x % GROUP; i < KEEP * columns; i += GROUP) {
+    const uint32_t row = first_row + i / columns, column = first_column + i % columns * 2;
+    const float* more = target_row(p, row);
+    if (row >= p.classes || (!p.overwrite && !more)) continue;
+    auto* to = reinterpret_cast<uint32_t*>(static_cast<T*>(p.out) + static_cast<size_t>(row) * p.depth + column);
+    const float2 was = p.overwrite ? make_float2(0.0f, 0.0f) : unpack<T>(*to);
+    const float2 target = more ? *reinterpret_cast<const float2*>(more + column) : make_float2(0.0f, 0.0f);
+    *to = pack<T>(was.x + target.x, was.y + target.y);
   }
 }
 
@@ -230,11 +260,14 @@ __device__ void consume(ProductPlan& plan, uint32_t group, const ProductParams& 
     if (n > 0) take_turn(group);
     if (blocks == 0) {
       hand_over();
-      if (!p.overwrite) continue;
-      if constexpr (CLASSIFIER)
-        write_zeros<T>(p, p.classes, p.first_class + tile * KEEP, column, end_column);
-      else
+      if constexpr (CLASSIFIER) {
+        if (p.slots)
+          write_targets<T>(p, p.first_class + tile * KEEP, column, end_column);
+        else if (p.overwrite)
+          write_zeros<T>(p, p.classes, p.first_class + tile * KEEP, column, end_column);
+      } else if (p.overwrite) {
         write_zeros<float>(p, tiles.rows, tile * KEEP, column, end_column);
+      }
       continue;
     }
     auto write = [&](auto& product) {
@@ -293,4 +326,4 @@ PRODUCT(classifier_gradient_sm90a_bf16, __nv_bfloat16, true)
 PRODUCT(classifier_gradient_sm90a_f16, __half, true)
 
 static_assert(sizeof(ProductPlan) == 230400, "the host asks for as much shared memory");
-static_assert(sizeof(ProductParams) == 72, "the host mirrors it");
+static_assert(sizeof(ProductParams) == 88, "the host mirrors it");

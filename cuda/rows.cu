@@ -212,8 +212,9 @@ template <typename T> __device__ void reference_logits(const ReferenceParams &p)
 }
 
 struct SumsParams {
-  const float *reference, *target_logit;  // (chunk_rows)
-  const float *sums;                      // (class tiles, chunk_rows)
+  const float *reference;  // (chunk_rows)
+  const float *sums;       // (class tiles, chunk_rows)
+  const float *target_logit;
   const uint32_t *row_position;
   const int32_t *row_target;
   const uint32_t *count;
@@ -244,11 +245,10 @@ extern "C" __global__ void __launch_bounds__(ONE_BLOCK) merge_sums(const SumsPar
   for (int i = 1; i < SUM_PARTS; i++) sum += parts[i][x];
   const float log_sum = logf(sum), max = p.reference[in_chunk];
   const float lse = max + log_sum;
-  // The target's entry is divided by the softmax's share.
-  if (!(fabsf(log_sum) < FAR && fabsf(softmax_share(p.z_loss, lse)) > 1e-3f)) atomicMax(p.redo, *p.count);
+  if (!(fabsf(log_sum) < FAR)) atomicMax(p.redo, *p.count);
   const uint32_t position = p.row_position[row];
   const bool in_range = p.row_target[row] >= 0;
-  p.packed[position] = in_range ? (max - p.target_logit[in_chunk]) + log_sum + z_part(p.z_loss, lse) : NAN;
+  p.packed[position] = in_range ? (max - p.target_logit[row]) + log_sum + z_part(p.z_loss, lse) : NAN;
   p.packed[(int64_t)p.positions + position] = lse;
   p.row_max[row] = in_range ? max : NAN;
   p.row_log_sum[row] = log_sum;
@@ -263,14 +263,12 @@ struct SharesParams {
 };
 
 struct FactorParams {
-  const float *row_max, *row_log_sum;
-  const float *reference, *target_logit;  // (chunk_rows)
+  const float *row_max, *row_log_sum, *target_logit;
   const int32_t *row_target;
   const uint32_t *count, *redo;
-  float *factor;   // out: (chunk_rows)
-  void *gradient;  // (chunk_rows, stride)
-  void *gathered;  // (chunk_rows, hidden), in and out, or null
-  int64_t hidden, stride;
+  float *factor, *target_part;  // out: (chunk_rows)
+  void *gathered;               // (chunk_rows, hidden), in and out, or null
+  int64_t hidden;
   uint32_t first_row, mean;
   float softcap, z_loss;
 };
@@ -281,8 +279,9 @@ extern "C" __global__ void softmax_shares(const SharesParams p) {
   if (row < *p.count) p.shares[in_chunk] = softmax_share(p.z_loss, p.row_max[row] + p.row_log_sum[row]);
 }
 
-// One block a row. What turns probabilities into the gradient of the loss: the factor of the row, and the target's
-// part, which is added to its entry. The row of E is multiplied by the factor, so that G^T E needs none.
+// One block a row. What turns probabilities into the gradient of the loss: the factor of the row, by which its row of E
+// is multiplied too so that G^T E needs none, and the target's entry. That stays in f32: the rounded factors would
+// spoil it, and it is most of the gradient of a fresh head.
 template <typename T> __device__ void factor_rows(const FactorParams &p) {
   const uint32_t row = p.first_row + blockIdx.x, count = *p.count;
   if (row >= count) return;
@@ -290,18 +289,22 @@ template <typename T> __device__ void factor_rows(const FactorParams &p) {
   const float log_sum = p.row_log_sum[row];
   // NaN for a bad target; of what was done again, all but the mean is in place.
   const float max = p.row_max[row], share = softmax_share(p.z_loss, max + log_sum);
-  const float to_softmax = redone ? 1.f : share * expf(-log_sum) + (max - max);
-  const float factor = p.mean ? to_softmax / count : to_softmax;
+  const float to_softmax = redone ? 1.f : share * expf(-log_sum) + (max - max), mean = p.mean ? 1.f / count : 1.f;
+  const float factor = mean * to_softmax;
   if (p.gathered) {
     T *e = (T *)p.gathered + blockIdx.x * p.hidden;
     for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x) e[i] = from_float<T>(factor * to_float(e[i]));
   }
   if (threadIdx.x > 0) return;
   p.factor[blockIdx.x] = factor;
-  if (redone || p.row_target[row] < 0) return;
-  const float logit = p.target_logit[blockIdx.x], part = p.softcap > 0.f ? logit / p.softcap : 0.f;
-  const float entry = expf(logit - p.reference[blockIdx.x]) - expf(log_sum) / share;
-  ((T *)p.gradient)[blockIdx.x * p.stride + p.row_target[row]] = from_float<T>(entry * (1.f - part * part));
+  float entry = 0.f;  // what was done again has it in place
+  if (!redone && p.row_target[row] >= 0) {
+    const float logit = p.target_logit[row], log_p = (logit - max) - log_sum;
+    const float part = p.softcap > 0.f ? logit / p.softcap : 0.f;
+    // share p - 1, with p - 1 of a confident target without cancellation.
+    entry = mean * ((share - 1.f) * expf(log_p) + expm1f(log_p)) * (1.f - part * part);
+  }
+  p.target_part[blockIdx.x] = entry;
 }
 
 struct ProbableParams {
@@ -314,20 +317,84 @@ struct ProbableParams {
   float embeddings_threshold, classifier_threshold;  // as in KeepParams
 };
 
-// `keep_tiles` for probabilities.
+// `keep_tiles` for probabilities, which are without the targets' entries.
 extern "C" __global__ void __launch_bounds__(TILE) keep_probable_tiles(const ProbableParams p) {
   const uint32_t class_tile = blockIdx.x, in_chunk = blockIdx.y * TILE + threadIdx.x, row = p.first_row + in_chunk;
   if (p.first_row + blockIdx.y * TILE >= *p.count) return;
-  bool target_here = *p.redo;
+  bool all = *p.redo;
   float largest = 0.f;
   if (row < *p.count) {
     largest = (1.f + 1e-5f) * __bfloat162float(p.maxima[(int64_t)class_tile * p.chunk_rows + in_chunk]) *
         expf(-p.row_log_sum[row]);
     // A bad target makes NaN of everything it meets.
-    target_here |= p.row_target[row] < 0 || p.row_target[row] / TILE == (int)class_tile;
+    all |= p.row_target[row] < 0;
   }
-  write_keep(p.keep + (int64_t)(p.first_row / TILE + blockIdx.y) * p.class_tiles + class_tile, target_here, largest,
+  write_keep(p.keep + (int64_t)(p.first_row / TILE + blockIdx.y) * p.class_tiles + class_tile, all, largest,
              p.embeddings_threshold, p.classifier_threshold);
+}
+
+struct SortParams {
+  const int32_t *row_target;
+  const uint32_t *count;
+  uint32_t *sorted_row;    // out: (rows), rows of the chunk
+  int32_t *sorted_target;  // out: (rows)
+  uint32_t first_row, rows;
+};
+
+// The rows of a chunk by target, then by row. One warp a row, which counts those before it.
+extern "C" __global__ void sort_targets(const SortParams p) {
+  const uint32_t lane = threadIdx.x % 32, in_chunk = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+  const uint32_t all = *p.count, rows = all > p.first_row ? min(all - p.first_row, p.rows) : 0;
+  if (in_chunk >= rows) return;
+  const int32_t *targets = p.row_target + p.first_row, target = targets[in_chunk];
+  uint32_t before = 0;
+  for (uint32_t i = lane; i < rows; i += 32) before += targets[i] < target || (targets[i] == target && i < in_chunk);
+  for (int i = 16; i; i >>= 1) before += __shfl_xor_sync(0xffffffff, before, i);
+  if (lane == 0) p.sorted_row[before] = in_chunk, p.sorted_target[before] = target;
+}
+
+struct TargetsParams {
+  const void *embeddings;
+  const float *target_part;  // (rows)
+  const uint32_t *row_embedding;
+  const uint32_t *sorted_row;  // (rows)
+  const int32_t *sorted_target;
+  const uint32_t *count;
+  uint32_t *slots;     // (vocab) zero; out: 1 + the slot of a class that is a target
+  float *target_rows;  // out: (slots, hidden), or null
+  float *target_bias;  // out: (slots)
+  int64_t hidden;
+  uint32_t first_row, rows;
+};
+
+constexpr int TARGET_THREADS = 256, TARGET_COLUMNS = 1024;
+
+// The targets' part of the gradients of the classifier and the bias. A block adds the rows of one target, in their
+// order, for a slice of the columns; it is the block of the first of them.
+template <typename T> __device__ void sum_targets(const TargetsParams &p) {
+  const uint32_t all = *p.count, rows = all > p.first_row ? min(all - p.first_row, p.rows) : 0, first = blockIdx.x;
+  if (first >= rows) return;
+  const int target = p.sorted_target[first];
+  if (target < 0 || (first > 0 && p.sorted_target[first - 1] == target)) return;
+  float sum[TARGET_COLUMNS / TARGET_THREADS] = {}, of_bias = 0.f;
+  const int64_t column = (int64_t)blockIdx.y * TARGET_COLUMNS + threadIdx.x;
+#pragma unroll 4
+  for (uint32_t at = first; at < rows; at++) {
+    if (p.sorted_target[at] != target) break;
+    const uint32_t row = p.sorted_row[at];
+    const T *e = (const T *)p.embeddings + p.row_embedding[p.first_row + row] * p.hidden;
+    const float part = p.target_part[row];
+    of_bias += part;
+#pragma unroll
+    for (int i = 0; i < TARGET_COLUMNS / TARGET_THREADS; i++)
+      if (column + i * TARGET_THREADS < p.hidden) sum[i] += part * to_float(e[column + i * TARGET_THREADS]);
+  }
+  if (p.target_rows) {
+#pragma unroll
+    for (int i = 0; i < TARGET_COLUMNS / TARGET_THREADS; i++)
+      if (column + i * TARGET_THREADS < p.hidden) p.target_rows[first * p.hidden + column + i * TARGET_THREADS] = sum[i];
+  }
+  if (blockIdx.y == 0 && threadIdx.x == 0) p.slots[target] = first + 1, p.target_bias[first] = of_bias;
 }
 
 struct UpstreamParams {
@@ -357,6 +424,9 @@ template <typename T> __device__ void scale_gradient(const UpstreamParams &p) {
     reference_logits<T>(p);                                                                                  \
   }                                                                                                          \
   extern "C" __global__ void factor_rows_##SUFFIX(const FactorParams p) { factor_rows<T>(p); }              \
+  extern "C" __global__ void __launch_bounds__(TARGET_THREADS) sum_targets_##SUFFIX(const TargetsParams p) { \
+    sum_targets<T>(p);                                                                                       \
+  }                                                                                                          \
   extern "C" __global__ void scale_gradient_##SUFFIX(const UpstreamParams p) { scale_gradient<T>(p); }
 FUSED(bf16, __nv_bfloat16)
 
@@ -420,7 +490,10 @@ extern "C" __global__ void __launch_bounds__(ONE_BLOCK) upstream_scales(const Sc
 }
 
 struct FinishParams {
-  const float *sums;  // (rows of this launch, hidden)
+  const float *sums;         // (rows of this launch, hidden)
+  const float *target_part;  // (rows of this launch), or null: it is in the sums
+  const int32_t *row_target;
+  const void *classifier;
   const uint32_t *row_embedding;
   const uint32_t *count;
   const float *scale;      // one number, or null: 1
@@ -437,7 +510,14 @@ template <typename T> __device__ void finish_embeddings(const FinishParams &p) {
   const float *from = p.sums + blockIdx.x * p.hidden;
   T *into = (T *)p.embeddings_grad + p.row_embedding[row] * p.hidden;
   const float scale = (p.scale ? *p.scale : 1.f) * (p.row_scale ? p.row_scale[blockIdx.x] : 1.f);
-  for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x) into[i] = from_float<T>(scale * from[i]);
+  if (!p.target_part) {
+    for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x) into[i] = from_float<T>(scale * from[i]);
+    return;
+  }
+  const float part = p.target_part[blockIdx.x];
+  const T *of_target = (const T *)p.classifier + max(p.row_target[row], 0) * p.hidden;
+  for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x)
+    into[i] = from_float<T>(scale * from[i] + part * to_float(of_target[i]));
 }
 
 struct BiasParams {
@@ -446,7 +526,9 @@ struct BiasParams {
   const uint8_t *keep;     // of row 0, or null
   const float *scale;      // one number, or null: 1
   const float *row_scale;  // (rows), or null: 1
-  void *bias_grad;         // (vocab)
+  const uint32_t *slots;   // (vocab) of TargetsParams, or null
+  const float *target_bias;
+  void *bias_grad;  // (vocab)
   int64_t vocab, first_class, range;
   uint32_t first_row;  // that row 0 of the gradient is, a multiple of 128
   uint32_t rows;       // at most
@@ -479,6 +561,7 @@ template <typename T> __device__ void bias_gradient(const BiasParams &p) {
   __syncthreads();
   if (part == 0 && at < p.vocab) {
     for (int i = 1; i < BIAS_PARTS; i++) sum += parts[i][column];
+    if (p.slots && p.slots[at]) sum += p.target_bias[p.slots[at] - 1];
     T &out = ((T *)p.bias_grad)[at];
     out = from_float<T>((p.scale ? *p.scale : 1.f) * sum + (p.overwrite ? 0.f : to_float(out)));
   }

@@ -33,9 +33,10 @@ pub enum Reduction {
 /// Which tiles of the gradient of the logits are too small to matter.
 ///
 /// A tile is a block of positions by a block of classes. One whose every
-/// `|softmax(z) - onehot(y)|` is below the threshold is skipped in the backward. One that holds the
-/// target of a position is always kept: the gradient of its loss is `p - 1` there and that of its lse
-/// `p`, and one of them is never small.
+/// `|softmax(z) - onehot(y)|` is below the threshold is skipped in the backward. The entry of a
+/// position's own target is never skipped: the gradient of its loss is `p - 1` there and that of its
+/// lse `p`, and one of them is never small. (Its tile is kept; [`Strategy::Fused`] on CUDA computes it
+/// apart.)
 ///
 /// ```
 /// use candle_cut_cross_entropy::{Filter, Options};

@@ -70,9 +70,9 @@ struct Args {
     /// That of the presets but native: auto, native, cuda or cuda-portable
     #[arg(long, default_value = "auto", value_parser = parse_implementation)]
     implementation: Implementation,
-    /// Workspace in MiB [default: the implementation's]
-    #[arg(long)]
-    workspace: Option<usize>,
+    /// Workspaces in MiB, one after the other [default: the implementation's]
+    #[arg(long, value_delimiter = ',')]
+    workspace: Vec<usize>,
     #[arg(long)]
     softcap: Option<f64>,
     /// With a bias
@@ -300,12 +300,18 @@ impl<'a> Bench<'a> {
         self.check_memory(method)?;
         if method == Method::Product {
             let sample = self.median(|| self.product())?;
-            table.row(method.name(), "mm", data, &sample);
+            table.row(method.name(), "mm", data, None, &sample);
             return Ok(());
         }
-        for &kind in &self.args.kinds {
-            let sample = self.median(|| self.loss_sample(method, kind))?;
-            table.row(method.name(), kind.name(), data, &sample);
+        let workspaces = match self.args.workspace[..] {
+            [] => vec![None],
+            ref given => given.iter().copied().map(Some).collect(),
+        };
+        for workspace in workspaces {
+            for &kind in &self.args.kinds {
+                let sample = self.median(|| self.loss_sample(method, kind, workspace))?;
+                table.row(method.name(), kind.name(), data, workspace, &sample);
+            }
         }
         Ok(())
     }
@@ -374,23 +380,23 @@ impl<'a> Bench<'a> {
         })
     }
 
-    fn loss_sample(&self, method: Method, kind: Kind) -> Result<Sample> {
+    fn loss_sample(&self, method: Method, kind: Kind, workspace: Option<usize>) -> Result<Sample> {
         let meter = self.meter;
         let before = meter.start()?;
         let (loss, gradients, ms) = match kind {
             Kind::Eval | Kind::Fw => {
-                let (loss, ms) = meter.time(|| self.loss(method, kind == Kind::Fw))?;
+                let (loss, ms) = meter.time(|| self.loss(method, kind == Kind::Fw, workspace))?;
                 (loss, None, ms)
             }
             Kind::Bw => {
-                let loss = self.loss(method, true)?;
+                let loss = self.loss(method, true, workspace)?;
                 meter.start()?;
                 let (gradients, ms) = meter.time(|| self.backward(&loss.loss))?;
                 (loss, Some(gradients), ms)
             }
             Kind::FwBw => {
                 let ((loss, gradients), ms) = meter.time(|| {
-                    let loss = self.loss(method, true)?;
+                    let loss = self.loss(method, true, workspace)?;
                     let gradients = self.backward(&loss.loss)?;
                     Ok((loss, gradients))
                 })?;
@@ -417,7 +423,12 @@ impl<'a> Bench<'a> {
         })
     }
 
-    fn loss(&self, method: Method, tracked: bool) -> candle_core::Result<Loss> {
+    fn loss(
+        &self,
+        method: Method,
+        tracked: bool,
+        workspace: Option<usize>,
+    ) -> candle_core::Result<Loss> {
         let pick = |var: &Var| match tracked {
             true => var.as_tensor().clone(),
             false => var.as_detached_tensor(),
@@ -438,7 +449,7 @@ impl<'a> Bench<'a> {
         if let Some(bias) = &bias {
             options = options.bias(bias);
         }
-        if let Some(workspace) = self.args.workspace {
+        if let Some(workspace) = workspace {
             options = options.workspace(workspace << 20);
         }
         if preset != Preset::Native {
@@ -489,7 +500,8 @@ impl<'a> Bench<'a> {
     }
 
     fn write_gradients(&self, method: Method, path: &PathBuf) -> Result<()> {
-        let loss = self.loss(method, true)?.loss;
+        let workspace = self.args.workspace.first().copied();
+        let loss = self.loss(method, true, workspace)?.loss;
         let mut tensors = HashMap::from([("loss", loss.detach())]);
         tensors.extend(self.gradients(&self.backward(&loss)?)?);
         candle_core::safetensors::save(&tensors, path)
@@ -514,13 +526,28 @@ impl Table {
         }
         println!("{description}");
         println!(
-            "{:18}{:12}{:>11}{:>11}{:>15}{:>8}{:>8}{:>10}  test_data",
-            "method", "kind", "runtime_ms", "op_mem_mb", "over_grads_mb", "x_mm", "kept", "loss"
+            "{:18}{:12}{:>11}{:>11}{:>15}{:>8}{:>8}{:>10}{:>8}  test_data",
+            "method",
+            "kind",
+            "runtime_ms",
+            "op_mem_mb",
+            "over_grads_mb",
+            "x_mm",
+            "kept",
+            "loss",
+            "budget"
         );
         Ok(())
     }
 
-    fn row(&mut self, method: &str, kind: &str, data: &str, sample: &Sample) {
+    fn row(
+        &mut self,
+        method: &str,
+        kind: &str,
+        data: &str,
+        workspace: Option<usize>,
+        sample: &Sample,
+    ) {
         let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
         let peak = mib(sample.peak);
         let over_gradients = mib(sample.peak.saturating_sub(sample.gradients));
@@ -530,7 +557,7 @@ impl Table {
                 serde_json::json!({
                     "method": method, "kind": kind, "runtime_ms": sample.ms, "op_mem_mb": peak,
                     "over_grads_mb": over_gradients, "x_mm": sample.x_mm, "kept": sample.kept,
-                    "loss": sample.loss, "test_data": data,
+                    "loss": sample.loss, "test_data": data, "workspace_mb": workspace,
                 })
             );
             return;
@@ -540,11 +567,12 @@ impl Table {
             None => "-".to_string(),
         };
         println!(
-            "{method:18}{kind:12}{:>11.2}{peak:>11.1}{over_gradients:>15.1}{:>8}{:>8}{:>10}  {data}",
+            "{method:18}{kind:12}{:>11.2}{peak:>11.1}{over_gradients:>15.1}{:>8}{:>8}{:>10}{:>8}  {data}",
             sample.ms,
             or_dash(sample.x_mm, 3),
             or_dash(sample.kept, 3),
             or_dash(sample.loss.map(f64::from), 4),
+            or_dash(workspace.map(|mib| mib as f64), 0),
         );
     }
 

@@ -2,8 +2,8 @@
 //!
 //! For a chunk of rows at a time the kernel `probabilities` leaves `exp(z - reference)` of every class in the
 //! workspace, the reference of a row being its target's logit. Once lse is known, the row lacks one factor and the
-//! target's entry; the factor goes into dE's rows and, for dC, into a copy of E's. The gradients are those of the
-//! loss itself; the backward multiplies them by the upstream gradient.
+//! target's entry; the factor goes into dE's rows and, for dC, into a copy of E's, and the targets' part is added in
+//! f32 before either is rounded. The gradients are those of the loss itself; the backward multiplies them by the upstream gradient.
 //!
 //! Should lse be so far from a reference that its row leaves the range of bf16, the device does the chunk again, as
 //! the backward would; otherwise the launches that would do so find no rows.
@@ -25,6 +25,8 @@ const WORKSPACE: usize = 3 << 29;
 /// Rows of a chunk below which `Auto` computes the logits twice instead, where all tiles are kept and where a filter
 /// is on.
 const LEAST_ROWS: [usize; 2] = [1024, 2048];
+/// Columns of a block that sums the targets' part of dC.
+const TARGET_COLUMNS: usize = 1024;
 /// Rows whose products take as long as reading and writing dC once.
 const ROWS_A_CHUNK: f64 = 375.;
 
@@ -131,12 +133,9 @@ pub(super) fn forward(
             Some(_) => Some(gpu.buffer(plan.chunk_rows * operands.class_tiles() * 2)?),
         },
         gathered: gpu.buffer(plan.chunk_rows * operands.hidden * operands.kind.size)?,
-        embeddings_sums: match results.embeddings {
-            0 => None,
-            _ => Some(gpu.buffer(plan.chunk_rows * operands.hidden * 4)?),
-        },
+        wide: gpu.buffer(plan.chunk_rows * operands.hidden * 4)?,
         reference: gpu.buffer(plan.chunk_rows * 4)?,
-        target_logit: gpu.buffer(plan.chunk_rows * 4)?,
+        target_part: gpu.buffer(plan.chunk_rows * 4)?,
         factor: gpu.buffer(plan.chunk_rows * 4)?,
     };
     let all_rows = rows.positions.next_multiple_of(TILE);
@@ -163,9 +162,10 @@ struct Chunk<'a> {
     sums: Buffer,
     maxima: Option<Buffer>,
     gathered: Buffer,
-    embeddings_sums: Option<Buffer>,
+    /// `(chunk_rows, hidden)` in f32: sums of dE, then the targets' part of dC.
+    wide: Buffer,
     reference: Buffer,
-    target_logit: Buffer,
+    target_part: Buffer,
     factor: Buffer,
 }
 
@@ -198,7 +198,7 @@ impl Chunk<'_> {
             gradient: self.gradient.address,
             sums: self.sums.address,
             maxima: self.maxima.as_ref().map_or(0, |maxima| maxima.address),
-            target_logit: self.target_logit.address,
+            target_logit: self.statistics.target_logit.address + first_row as u64 * 4,
             first_row,
             rows,
             range: self.operands.vocab,
@@ -224,8 +224,8 @@ impl Chunk<'_> {
     fn merge(&self, first_row: usize, rows: usize, redo: u64) -> Result<()> {
         let params = SumsParams {
             reference: self.reference.address,
-            target_logit: self.target_logit.address,
             sums: self.sums.address,
+            target_logit: self.statistics.target_logit.address,
             row_position: self.rows.position.address,
             row_target: self.rows.target.address,
             count: self.rows.count.address,
@@ -305,19 +305,17 @@ impl Chunk<'_> {
         let params = FactorParams {
             row_max: self.statistics.row_max.address,
             row_log_sum: self.statistics.row_log_sum.address,
-            reference: self.reference.address,
-            target_logit: self.target_logit.address,
+            target_logit: self.statistics.target_logit.address,
             row_target: self.rows.target.address,
             count: self.rows.count.address,
             redo,
             factor: self.factor.address,
-            gradient: self.gradient.address,
+            target_part: self.target_part.address,
             gathered: match self.results.classifier {
                 0 => 0,
                 _ => self.gathered.address,
             },
             hidden: self.operands.hidden as i64,
-            stride: stride(self.operands) as i64,
             first_row: first_row as u32,
             mean: u32::from(self.settings.reduction == Reduction::Mean),
             softcap: self.operands.softcap,
@@ -350,6 +348,7 @@ impl Chunk<'_> {
         Ok(())
     }
 
+    /// dE, then dC and db, whose part of the targets takes the place of dE's sums.
     fn products(&self, first_row: usize, rows: usize) -> Result<()> {
         let gpu = self.gpu;
         let Operands {
@@ -358,47 +357,17 @@ impl Chunk<'_> {
             kind,
             ..
         } = self.operands;
-        let class_tiles = self.operands.class_tiles();
-        let keep = self.filter.map_or(0, |(_, keep)| keep);
         let count = self.rows.count.address;
-        for first_class in (0..vocab).step_by(self.plan.range) {
-            let part = Range {
-                first_class,
-                classes: self.plan.range,
-                stride: stride(self.operands),
-                first_row,
-                rows,
-                gradient: self.gradient.address + (first_class * kind.size) as u64,
-                keep: match keep {
-                    0 => 0,
-                    keep => keep + (first_row / TILE * class_tiles) as u64,
-                },
-                sums: self.embeddings_sums.as_ref().map_or(0, |sums| sums.address),
-                classifier_grad: self.results.classifier,
-            };
-            hopper::products(gpu, self.operands, count, 0, part, &self.gathered)?;
-        }
-        if self.results.bias != 0 {
-            let params = BiasParams {
-                gradient: self.gradient.address,
-                count,
-                keep,
-                row_scale: self.factor.address,
-                bias_grad: self.results.bias,
-                vocab: vocab as i64,
-                range: stride(self.operands) as i64,
-                first_row: first_row as u32,
-                rows: rows as u32,
-                class_tiles: class_tiles as u32,
-                overwrite: u32::from(first_row == 0),
-                ..Default::default()
-            };
-            let grid = (vocab.div_ceil(32), 1);
-            gpu.launch(&per_block(kind.kernel("bias_gradient"), grid, 256), &params)?;
-        }
-        if let Some(sums) = &self.embeddings_sums {
+        if self.results.embeddings != 0 {
+            self.multiply(first_row, rows, |part| Range {
+                sums: self.wide.address,
+                ..part
+            })?;
             let params = FinishParams {
-                sums: sums.address,
+                sums: self.wide.address,
+                target_part: self.target_part.address,
+                row_target: self.rows.target.address,
+                classifier: self.operands.classifier,
                 row_embedding: self.rows.embedding.address,
                 count,
                 row_scale: self.factor.address,
@@ -410,8 +379,119 @@ impl Chunk<'_> {
             let kernel = per_block(kind.kernel("finish_embeddings"), (rows, 1), 256);
             gpu.launch(&kernel, &params)?;
         }
+        if self.results.classifier == 0 && self.results.bias == 0 {
+            return Ok(());
+        }
+        let targets = self.targets(first_row, rows)?;
+        if self.results.classifier != 0 {
+            self.multiply(first_row, rows, |part| Range {
+                classifier_grad: self.results.classifier,
+                slots: targets.slots.address,
+                target_rows: self.wide.address,
+                ..part
+            })?;
+        }
+        if self.results.bias != 0 {
+            let params = BiasParams {
+                gradient: self.gradient.address,
+                count,
+                keep: self.filter.map_or(0, |(_, keep)| keep),
+                row_scale: self.factor.address,
+                slots: targets.slots.address,
+                target_bias: targets.bias.address,
+                bias_grad: self.results.bias,
+                vocab: vocab as i64,
+                range: stride(self.operands) as i64,
+                first_row: first_row as u32,
+                rows: rows as u32,
+                class_tiles: self.operands.class_tiles() as u32,
+                overwrite: u32::from(first_row == 0),
+                ..Default::default()
+            };
+            let grid = (vocab.div_ceil(32), 1);
+            gpu.launch(&per_block(kind.kernel("bias_gradient"), grid, 256), &params)?;
+        }
         Ok(())
     }
+
+    /// The products of a chunk, of all ranges of classes, that `results` asks for.
+    fn multiply(
+        &self,
+        first_row: usize,
+        rows: usize,
+        results: impl Fn(Range) -> Range,
+    ) -> Result<()> {
+        let Operands { vocab, kind, .. } = self.operands;
+        let keep = match self.filter {
+            None => 0,
+            Some((_, keep)) => keep + (first_row / TILE * self.operands.class_tiles()) as u64,
+        };
+        for first_class in (0..vocab).step_by(self.plan.range) {
+            let part = results(Range {
+                first_class,
+                classes: self.plan.range,
+                stride: stride(self.operands),
+                first_row,
+                rows,
+                gradient: self.gradient.address + (first_class * kind.size) as u64,
+                keep,
+                ..Default::default()
+            });
+            let count = self.rows.count.address;
+            hopper::products(self.gpu, self.operands, count, 0, part, &self.gathered)?;
+        }
+        Ok(())
+    }
+
+    /// Sums the targets' part of dC, into `wide`, and of db.
+    fn targets(&self, first_row: usize, rows: usize) -> Result<Targets> {
+        let (gpu, count) = (self.gpu, self.rows.count.address);
+        let Operands { hidden, vocab, .. } = self.operands;
+        let targets = Targets {
+            slots: gpu.zeros(vocab * 4)?,
+            bias: gpu.buffer(rows * 4)?,
+        };
+        let (sorted_row, sorted_target) = (gpu.buffer(rows * 4)?, gpu.buffer(rows * 4)?);
+        let params = SortParams {
+            row_target: self.rows.target.address,
+            count,
+            sorted_row: sorted_row.address,
+            sorted_target: sorted_target.address,
+            first_row: first_row as u32,
+            rows: rows as u32,
+        };
+        gpu.launch(&per_block("sort_targets", (rows / 8, 1), 256), &params)?;
+        let params = TargetsParams {
+            embeddings: self.operands.embeddings,
+            target_part: self.target_part.address,
+            row_embedding: self.rows.embedding.address,
+            sorted_row: sorted_row.address,
+            sorted_target: sorted_target.address,
+            count,
+            slots: targets.slots.address,
+            target_rows: match self.results.classifier {
+                0 => 0,
+                _ => self.wide.address,
+            },
+            target_bias: targets.bias.address,
+            hidden: hidden as i64,
+            first_row: first_row as u32,
+            rows: rows as u32,
+        };
+        let columns = match self.results.classifier {
+            0 => 1,
+            _ => hidden.div_ceil(TARGET_COLUMNS),
+        };
+        let kernel = self.operands.kind.kernel("sum_targets");
+        gpu.launch(&per_block(kernel, (rows, columns), 256), &params)?;
+        Ok(targets)
+    }
+}
+
+/// The classes that are targets of a chunk, and their part of db.
+struct Targets {
+    slots: Buffer,
+    bias: Buffer,
 }
 
 /// The gradients of the loss, until the backward asks for them.

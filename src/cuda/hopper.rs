@@ -313,6 +313,8 @@ pub(super) fn products(
             keep: part.keep,
             scale,
             out,
+            slots: part.slots,
+            target_rows: part.target_rows,
             first_row: part.first_row as u32,
             rows: part.rows as u32,
             classes: vocab as u32,

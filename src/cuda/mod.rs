@@ -161,7 +161,7 @@ struct Group {
 }
 
 /// What a range of classes of the backward reads and writes.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 struct Range {
     first_class: usize,
     /// Classes, a multiple of 256.
@@ -177,6 +177,10 @@ struct Range {
     sums: u64,
     /// 0 where not wanted.
     classifier_grad: u64,
+    /// What the gradient of the classifier gets in f32: `(vocab)` of a class 1 + its row of `target_rows`, or 0. 0 for
+    /// none at all.
+    slots: u64,
+    target_rows: u64,
 }
 
 fn one_block(name: &str) -> Kernel {
@@ -279,8 +283,10 @@ struct Saved {
     kept: Arc<KeptTiles>,
 }
 
-/// `lse = row_max + row_log_sum` of every row, in two parts so that large logits keep their digits.
+/// `lse = row_max + row_log_sum` of every row, in two parts so that large logits keep their digits; and the logit of
+/// its target.
 struct Statistics {
+    target_logit: Buffer,
     row_max: Buffer,
     row_log_sum: Buffer,
 }
@@ -302,6 +308,7 @@ pub(crate) fn forward(
     let packed = gpu.unfinished(DType::F32, 2 * n + 1, false)?;
     let rows = Rows::pick(&gpu, problem, packed.address)?;
     let statistics = Statistics {
+        target_logit: gpu.buffer(n * 4)?,
         row_max: gpu.buffer(n * 4)?,
         row_log_sum: gpu.buffer(n * 4)?,
     };
@@ -413,7 +420,6 @@ fn logits(
     let ForwardPlan {
         group_rows, splits, ..
     } = plan;
-    let target_logit = gpu.buffer(rows.positions * 4)?;
     let partials = gpu.buffer(splits * group_rows * 8)?;
     let filtering = match filter {
         None => None,
@@ -434,7 +440,7 @@ fn logits(
         let group = Group {
             first_row,
             partials: partials.address,
-            target_logit: target_logit.address,
+            target_logit: statistics.target_logit.address,
             maxima,
         };
         match &gathered {
@@ -446,7 +452,7 @@ fn logits(
         }
         let params = MergeParams {
             partials: partials.address,
-            target_logit: target_logit.address,
+            target_logit: statistics.target_logit.address,
             row_position: rows.position.address,
             row_target: rows.target.address,
             count,
@@ -734,6 +740,7 @@ impl Saved {
                 keep,
                 sums: sums.as_ref().map_or(0, |sums| sums.address),
                 classifier_grad: results.classifier,
+                ..Default::default()
             };
             match &gathered {
                 None => portable::backward(self, operands, scales, part)?,

@@ -89,6 +89,9 @@ params! {
     /// `rows.cu`
     FinishParams {
         sums: u64,
+        target_part: u64,
+        row_target: u64,
+        classifier: u64,
         row_embedding: u64,
         count: u64,
         scale: u64,
@@ -104,6 +107,8 @@ params! {
         keep: u64,
         scale: u64,
         row_scale: u64,
+        slots: u64,
+        target_bias: u64,
         bias_grad: u64,
         vocab: i64,
         first_class: i64,
@@ -128,8 +133,8 @@ params! {
     /// `rows.cu`
     SumsParams {
         reference: u64,
-        target_logit: u64,
         sums: u64,
+        target_logit: u64,
         row_position: u64,
         row_target: u64,
         count: u64,
@@ -147,16 +152,14 @@ params! {
     FactorParams {
         row_max: u64,
         row_log_sum: u64,
-        reference: u64,
         target_logit: u64,
         row_target: u64,
         count: u64,
         redo: u64,
         factor: u64,
-        gradient: u64,
+        target_part: u64,
         gathered: u64,
         hidden: i64,
-        stride: i64,
         first_row: u32,
         mean: u32,
         softcap: f32,
@@ -249,6 +252,8 @@ params! {
         keep: u64,
         scale: u64,
         out: u64,
+        slots: u64,
+        target_rows: u64,
         first_row: u32,
         rows: u32,
         classes: u32,
@@ -319,5 +324,29 @@ params! {
         class_tiles: u32,
         accumulate: u32,
         aligned: u32,
+    }
+    /// `rows.cu`
+    SortParams {
+        row_target: u64,
+        count: u64,
+        sorted_row: u64,
+        sorted_target: u64,
+        first_row: u32,
+        rows: u32,
+    }
+    /// `rows.cu`
+    TargetsParams {
+        embeddings: u64,
+        target_part: u64,
+        row_embedding: u64,
+        sorted_row: u64,
+        sorted_target: u64,
+        count: u64,
+        slots: u64,
+        target_rows: u64,
+        target_bias: u64,
+        hidden: i64,
+        first_row: u32,
+        rows: u32,
     }
 }
