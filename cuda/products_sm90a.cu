@@ -161,9 +161,11 @@ __device__ __forceinline__ void add_rows(const float (&product)[2][R], const Pro
   }
 }
 
-// What is added to a class of dC in f32, or null.
-__device__ __forceinline__ const float* target_row(const ProductParams& p, uint32_t row) {
-  const uint32_t slot = p.slots && row < p.classes ? p.slots[row] : 0;
+// Where what is added to a class of dC in f32 lies: 1 + its row, or 0.
+__device__ __forceinline__ uint32_t target_slot(const ProductParams& p, uint32_t row) {
+  return p.slots && row < p.classes ? p.slots[row] : 0;
+}
+__device__ __forceinline__ const float* target_row(const ProductParams& p, uint32_t slot) {
   return slot ? p.target_rows + static_cast<size_t>(slot - 1) * p.depth : nullptr;
 }
 
@@ -174,21 +176,28 @@ __device__ __forceinline__ void write_classes(const float (&product)[2][R], cons
                                               uint32_t first_class, uint32_t first_column, uint32_t end_column) {
   const float scale = p.scale ? *p.scale : 1.0f;
   const uint32_t lane_column = first_column + 8 * (threadIdx.x % 4);
+  uint32_t slot[4];
+#pragma unroll
+  for (int s = 0; s < 4; ++s) slot[s] = target_slot(p, first_class + s / 2 * 64 + s % 2 * 8);
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
     const uint32_t row = first_class + s / 2 * 64 + s % 2 * 8;
     T* to = static_cast<T*>(p.out) + static_cast<size_t>(row) * p.depth + lane_column;
-    const float* more = target_row(p, row);
+    const float* more = target_row(p, slot[s]);
+    // Each lane loads the 16 bytes that it will write, all before the first is needed; then they are dealt out as the
+    // product lies.
+    uint4 old[R / 16];
+#pragma unroll
+    for (int first = 0; first < R / 4; first += 4) {
+      old[first / 4] = make_uint4(0, 0, 0, 0);
+      if (!p.overwrite && row < p.classes && lane_column + 8 * first < end_column)
+        old[first / 4] = *reinterpret_cast<const uint4*>(to + 8 * first);
+    }
 #pragma unroll
     for (int first = 0; first < R / 4; first += 4) {
       const bool inside = row < p.classes && lane_column + 8 * first < end_column;
-      uint4 old = make_uint4(0, 0, 0, 0);
-      if (!p.overwrite) {
-        // Each lane loads the 16 bytes that it will write; then they are dealt out as the product lies.
-        if (inside) old = *reinterpret_cast<const uint4*>(to + 8 * first);
-        old = deal_chunk(old);
-      }
-      const uint32_t before[4] = {old.x, old.y, old.z, old.w};
+      const uint4 dealt = p.overwrite ? old[first / 4] : deal_chunk(old[first / 4]);
+      const uint32_t before[4] = {dealt.x, dealt.y, dealt.z, dealt.w};
       uint32_t word[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -214,7 +223,7 @@ __device__ void write_targets(const ProductParams& p, uint32_t first_row, uint32
   const uint32_t columns = (end_column - min(first_column, end_column)) / 2;
   for (uint32_t i = threadIdx.x % GROUP; i < KEEP * columns; i += GROUP) {
     const uint32_t row = first_row + i / columns, column = first_column + i % columns * 2;
-    const float* more = target_row(p, row);
+    const float* more = target_row(p, target_slot(p, row));
     if (row >= p.classes || (!p.overwrite && !more)) continue;
     auto* to = reinterpret_cast<uint32_t*>(static_cast<T*>(p.out) + static_cast<size_t>(row) * p.depth + column);
     const float2 was = p.overwrite ? make_float2(0.0f, 0.0f) : unpack<T>(*to);

@@ -376,11 +376,15 @@ template <typename T> __device__ void sum_targets(const TargetsParams &p) {
   if (first >= rows) return;
   const int target = p.sorted_target[first];
   if (target < 0 || (first > 0 && p.sorted_target[first - 1] == target)) return;
+  uint32_t end = first;
+  for (int found = TARGET_THREADS; found == TARGET_THREADS; end += found) {
+    const uint32_t at = end + threadIdx.x;
+    found = __syncthreads_count(at < rows && p.sorted_target[at] == target);
+  }
   float sum[TARGET_COLUMNS / TARGET_THREADS] = {}, of_bias = 0.f;
   const int64_t column = (int64_t)blockIdx.y * TARGET_COLUMNS + threadIdx.x;
-#pragma unroll 4
-  for (uint32_t at = first; at < rows; at++) {
-    if (p.sorted_target[at] != target) break;
+#pragma unroll 8
+  for (uint32_t at = first; at < end; at++) {
     const uint32_t row = p.sorted_row[at];
     const T *e = (const T *)p.embeddings + p.row_embedding[p.first_row + row] * p.hidden;
     const float part = p.target_part[row];
@@ -429,6 +433,20 @@ template <typename T> __device__ void scale_gradient(const UpstreamParams &p) {
   }                                                                                                          \
   extern "C" __global__ void scale_gradient_##SUFFIX(const UpstreamParams p) { scale_gradient<T>(p); }
 FUSED(bf16, __nv_bfloat16)
+
+struct KeepTargetsParams {
+  const int32_t *row_target;
+  const uint32_t *count;
+  uint8_t *keep;  // in and out: (row tiles, class tiles)
+  uint32_t class_tiles, bits;
+};
+
+// Keeps the tiles that hold a target as well, for a backward that has the targets' entries in them.
+extern "C" __global__ void __launch_bounds__(TILE) keep_targets(const KeepTargetsParams p) {
+  const uint32_t row = blockIdx.x * TILE + threadIdx.x;
+  if (row >= *p.count || p.row_target[row] < 0) return;
+  p.keep[(int64_t)blockIdx.x * p.class_tiles + p.row_target[row] / TILE] = p.bits;
+}
 
 struct CountParams {
   const uint8_t *keep;  // null: every tile

@@ -11,8 +11,8 @@
 use super::launch::{Buffer, Gpu};
 use super::params::*;
 use super::{
-    hopper, logits, per_block, Kind, Operands, Outputs, Path, Range, Results, Rows, Saved,
-    Statistics, TILE,
+    count_kept, hopper, logits, per_block, Kind, Operands, Outputs, Path, Range, Results, Rows,
+    Saved, Statistics, TILE,
 };
 use crate::op::{self, Gradients, Wanted};
 use crate::problem::{Matrices, Settings};
@@ -22,9 +22,8 @@ use std::sync::{Arc, Mutex};
 
 /// Bytes of the workspace unless the user says otherwise.
 const WORKSPACE: usize = 3 << 29;
-/// Rows of a chunk below which `Auto` computes the logits twice instead, where all tiles are kept and where a filter
-/// is on.
-const LEAST_ROWS: [usize; 2] = [1024, 2048];
+/// Rows of a chunk below which `Auto` computes the logits twice instead.
+const LEAST_ROWS: usize = 1024;
 /// Columns of a block that sums the targets' part of dC.
 const TARGET_COLUMNS: usize = 1024;
 /// Rows whose products take as long as reading and writing dC once.
@@ -64,7 +63,9 @@ impl Plan {
         let most = budget.saturating_sub(hopper::EVALUATION_BYTES) / row_bytes / TILE * TILE;
         let least = match settings.strategy {
             Strategy::Fused => TILE,
-            _ => LEAST_ROWS[usize::from(filtering)].min(all_rows),
+            // Of few tiles the logits cost less than to write them all.
+            _ if filtering => return Ok(None),
+            _ => LEAST_ROWS.min(all_rows),
         };
         if most < least {
             return Ok(None);
@@ -96,7 +97,8 @@ fn stride(operands: Operands) -> usize {
     operands.vocab.next_multiple_of(2 * TILE)
 }
 
-/// Computes lse, nll and the gradients of the loss. Returns the gradients, and the tiles that the filter kept.
+/// Computes lse, nll and the gradients of the loss. Returns the tiles that a backward by the logits has to keep, and
+/// how many were kept here.
 #[allow(clippy::too_many_arguments)]
 pub(super) fn forward(
     gpu: &Gpu,
@@ -108,7 +110,7 @@ pub(super) fn forward(
     filter: Option<[f32; 2]>,
     results: Results,
     plan: Plan,
-) -> Result<Option<Buffer>> {
+) -> Result<(Option<Buffer>, Tensor)> {
     let keep = match filter {
         None => None,
         Some(_) => {
@@ -143,7 +145,22 @@ pub(super) fn forward(
         chunk.run(first_row, plan.chunk_rows.min(all_rows - first_row))?;
     }
     drop(chunk);
-    Ok(keep)
+    let class_tiles = operands.class_tiles();
+    let address = keep.as_ref().map_or(0, |keep| keep.address);
+    let kept = count_kept(gpu, rows, address, class_tiles)?;
+    if let Some(thresholds) = filter {
+        let bit = |threshold: f32, bit: u32| if threshold <= 1. { bit } else { 0 };
+        let params = KeepTargetsParams {
+            row_target: rows.target.address,
+            count: rows.count.address,
+            keep: address,
+            class_tiles: class_tiles as u32,
+            bits: bit(thresholds[0], 1) | bit(thresholds[1], 2),
+        };
+        let grid = (all_rows / TILE, 1);
+        gpu.launch(&per_block("keep_targets", grid, TILE as u32), &params)?;
+    }
+    Ok((keep, kept))
 }
 
 /// What all chunks of rows have in common, and the workspace that one after the other uses.
@@ -498,13 +515,15 @@ struct Targets {
 pub(super) struct Fused {
     saved: Arc<Saved>,
     formed: Mutex<Option<Outputs>>,
+    kept: Tensor,
 }
 
 impl Fused {
-    pub fn new(saved: Arc<Saved>, formed: Outputs) -> Self {
+    pub fn new(saved: Arc<Saved>, formed: Outputs, kept: Tensor) -> Self {
         Self {
             saved,
             formed: Mutex::new(Some(formed)),
+            kept,
         }
     }
 }
@@ -542,8 +561,7 @@ impl op::Backward for Fused {
             }
             Ok(())
         })?;
-        self.saved
-            .count_kept(matrices.classifier.dim(0)?.div_ceil(TILE))?;
+        self.saved.kept.set(self.kept.clone());
         Ok(formed.finish(gpu))
     }
 }

@@ -322,7 +322,7 @@ pub(crate) fn forward(
         {
             let formed = Outputs::new(&gpu, matrices, wanted)?;
             let results = formed.results();
-            let keep = fused::forward(
+            let (keep, kept) = fused::forward(
                 &gpu,
                 operands,
                 &rows,
@@ -333,7 +333,7 @@ pub(crate) fn forward(
                 results,
                 plan,
             )?;
-            return Ok((keep, Some(formed)));
+            return Ok((keep, Some((formed, kept))));
         }
         let keep = logits(
             &gpu,
@@ -367,8 +367,9 @@ pub(crate) fn forward(
     });
     Ok(op::Forward {
         packed,
-        loss: formed.map(|formed| {
-            let fused: Box<dyn op::Backward> = Box::new(fused::Fused::new(saved.clone(), formed));
+        loss: formed.map(|(formed, kept)| {
+            let fused = fused::Fused::new(saved.clone(), formed, kept);
+            let fused: Box<dyn op::Backward> = Box::new(fused);
             fused
         }),
         backward: Box::new(saved),
@@ -531,7 +532,10 @@ impl op::Backward for Saved {
             for sweep in Sweep::plan(path, multiprocessors, n, operands, results, workspace) {
                 self.sweep(operands, &scales, &sweep)?;
             }
-            self.count_kept(operands.class_tiles())
+            let keep = self.keep.as_ref().map_or(0, |keep| keep.address);
+            self.kept
+                .set(count_kept(gpu, &self.rows, keep, operands.class_tiles())?);
+            Ok(())
         })?;
         Ok(outputs.finish(gpu))
     }
@@ -782,17 +786,17 @@ impl Saved {
         }
         Ok(())
     }
+}
 
-    fn count_kept(&self, class_tiles: usize) -> Result<()> {
-        let kept = self.gpu.unfinished(DType::F32, 2, false)?;
-        let params = CountParams {
-            keep: self.keep.as_ref().map_or(0, |keep| keep.address),
-            count: self.rows.count.address,
-            kept: kept.address,
-            class_tiles: class_tiles as u32,
-        };
-        self.gpu.launch(&one_block("count_kept"), &params)?;
-        self.kept.set(kept.finish(&self.gpu));
-        Ok(())
-    }
+/// Tiles that a table keeps (0: all of them), and tiles there are.
+fn count_kept(gpu: &Gpu, rows: &Rows, keep: u64, class_tiles: usize) -> Result<Tensor> {
+    let kept = gpu.unfinished(DType::F32, 2, false)?;
+    let params = CountParams {
+        keep,
+        count: rows.count.address,
+        kept: kept.address,
+        class_tiles: class_tiles as u32,
+    };
+    gpu.launch(&one_block("count_kept"), &params)?;
+    Ok(kept.finish(gpu))
 }

@@ -349,4 +349,12 @@ params! {
         first_row: u32,
         rows: u32,
     }
+    /// `rows.cu`
+    KeepTargetsParams {
+        row_target: u64,
+        count: u64,
+        keep: u64,
+        class_tiles: u32,
+        bits: u32,
+    }
 }

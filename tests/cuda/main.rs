@@ -10,7 +10,7 @@ mod repeat;
 mod sizes;
 
 use candle_core::{DType, Device, Result};
-use candle_cut_cross_entropy::{linear_cross_entropy, Implementation, Options};
+use candle_cut_cross_entropy::{linear_cross_entropy, Implementation, Options, Strategy};
 use common::grid::{self, Grid};
 use common::reference::{Reduced, Reference, Upstream};
 use common::{
@@ -49,17 +49,18 @@ fn filters(dtype: DType) -> [(&'static str, Options, f64); 2] {
 }
 
 /// What is wrong with a case, computed by every kernel, exactly and filtered.
-fn wrong(case: &Case, upstream: &Upstream, device: &Device) -> Vec<String> {
+fn wrong(case: &Case, upstream: &Upstream, strategy: Strategy, device: &Device) -> Vec<String> {
     let reference = Reference::new(case.inputs.clone());
     let mut wrong = Vec::new();
     for (filter, options, eps) in filters(case.dtype) {
         let want = with_thresholds(&reference, upstream, (eps, eps));
         for implementation in KERNELS {
-            let options = options.clone().implementation(implementation);
+            let options = options.clone().strategy(strategy);
+            let options = options.implementation(implementation);
             let result = check_against(case, options, device, upstream, &reference, &want);
             if let Err(error) = result {
                 wrong.push(format!(
-                    "{}, {implementation:?} {filter}, upstream loss {} lse {}: {error}",
+                    "{}, {implementation:?} {strategy:?} {filter}, upstream loss {} lse {}: {error}",
                     grid::describe(case),
                     upstream.loss.is_some(),
                     upstream.lse.is_some()

@@ -7,7 +7,7 @@ use crate::common::{
 };
 use crate::{assert_nothing, device, wrong, KERNELS};
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_cut_cross_entropy::{linear_cross_entropy, Filter, Implementation, Options};
+use candle_cut_cross_entropy::{linear_cross_entropy, Filter, Implementation, Options, Strategy};
 use std::io::Write;
 
 const ROWS: [usize; 7] = [1, 127, 128, 129, 255, 256, 257];
@@ -47,7 +47,7 @@ fn assert_ragged_sizes_are_right(dtype: DType) {
     for (turn, case) in ragged(dtype).enumerate() {
         let (of_loss, of_lse) = [(true, true), (true, false), (false, true)][turn % 3];
         let upstream = case.upstream(turn as u64, of_loss, of_lse);
-        all.extend(wrong(&case, &upstream, &device));
+        all.extend(wrong(&case, &upstream, Strategy::Auto, &device));
     }
     assert_nothing(all);
 }
@@ -77,7 +77,12 @@ fn several_tiles_in_every_direction_are_right() {
     {
         let mut case = Case::random(seed as u64, dtype, &[700], 72, 900).with_bias(1);
         case.inputs.reduction = [Reduced::Mean, Reduced::Sum, Reduced::None][seed];
-        all.extend(wrong(&case, &case.upstream(2, true, false), &device));
+        all.extend(wrong(
+            &case,
+            &case.upstream(2, true, false),
+            Strategy::Auto,
+            &device,
+        ));
     }
     assert_nothing(all);
 }
