@@ -103,7 +103,7 @@ pub enum Implementation {
     CudaPortable,
 }
 
-/// How the gradients come about, a trade of time for memory. The CUDA kernels always recompute.
+/// How the gradients come about, a trade of time for memory.
 ///
 /// ```
 /// use candle_cut_cross_entropy::{Options, Strategy};
@@ -116,7 +116,8 @@ pub enum Implementation {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Strategy {
-    /// `Fused` where it is faster within the workspace, else `Recompute`.
+    /// `Fused` where it is faster within the workspace, else `Recompute`. On CUDA that is where no filter is
+    /// on: of few tiles, recomputed logits cost less than logits that are all written.
     #[default]
     Auto,
     /// The backward computes the logits again: 4 matrix products for loss and gradients.
@@ -125,9 +126,10 @@ pub enum Strategy {
     /// that is one number (reduction mean or sum): 3 products. A forward whose loss is never
     /// differentiated pays for gradients nobody reads; detach its inputs. Where it cannot be done
     /// (reduction none, a workspace too small for a block of rows with all classes, Candle tensor
-    /// operations), this is `Recompute`. For any other upstream gradient (a z-loss; for f16 a loss
-    /// scale) or a second backward the gradients are computed anew: 6 products, so choose `Recompute`
-    /// there.
+    /// operations, CUDA kernels other than those for bf16 on compute capability 9.0), this is `Recompute`.
+    /// For any other upstream gradient (of lse; on the CPU, for f16 a loss scale) or a second backward the
+    /// gradients are computed anew: 6 products, so choose `Recompute` there. [`Options::z_loss`] is no such
+    /// case.
     Fused,
 }
 
@@ -352,9 +354,10 @@ impl Options {
     }
 
     /// The bytes that a forward or backward may use beyond its inputs, its outputs and the gradients. Default:
-    /// 64 MiB for the native implementation. Of the CUDA kernels only the backward reads it; there it is
-    /// 256 MiB (448 MiB on compute capability 9.0) or, for long batches, twice what is held of every
-    /// row: 4 bytes (6) times the hidden size.
+    /// 64 MiB for the native implementation. Of the CUDA kernels those that form gradients in the forward
+    /// ([`Strategy::Fused`]) read it, 1.5 GiB by default, and backwards that recompute: 256 MiB (448 MiB on
+    /// compute capability 9.0) or, for long batches, twice what is held of every row, 4 bytes (6) times the
+    /// hidden size.
     ///
     /// The native implementation uses some 200 bytes a position and, for half-precision inputs, 2 KiB times the
     /// hidden size however small this is. Inputs that are not contiguous are copied, beyond this.
