@@ -19,6 +19,9 @@ const FORWARD_BYTES: usize = 207_872;
 const GRADIENT_BYTES: usize = 207_872;
 const PRODUCT_BYTES: usize = 230_400;
 
+/// Classes of a range that a backward must have room for to be worth these kernels.
+pub(super) const LEAST_RANGE: usize = 2048;
+
 /// Classes of a tile of the forward, and rows of a cluster's panel.
 const FORWARD_CLASSES: usize = 192;
 const PANEL: usize = 256;

@@ -658,7 +658,11 @@ impl Sweep {
                 Path::Portable => usize::MAX,
                 Path::Hopper => hopper::longest_range(all_rows, multiprocessors),
             };
-            if held(path) <= workspace / 2 && at_most >= columns {
+            let least = match path {
+                Path::Portable => held(path),
+                Path::Hopper => all_rows * hopper::LEAST_RANGE * size,
+            };
+            if held(path) + least <= workspace && at_most >= columns {
                 return vec![Self {
                     path,
                     first_row: 0,
