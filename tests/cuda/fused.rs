@@ -234,6 +234,18 @@ fn a_z_loss_within_the_loss_is_that_of_the_outputs() -> Result<()> {
     Ok(())
 }
 
+/// More than one launch of the products takes: dE is the sum of several.
+#[test]
+fn a_vocabulary_of_several_ranges_is_right() {
+    let Some(device) = device() else { return };
+    let mut case = Case::random(980, DType::BF16, &[150], 16, 262_144 + 300);
+    case.inputs.targets[0] = 262_144;
+    case.inputs.reduction = Reduced::Mean;
+    let upstream = case.upstream(1, true, false);
+    let options = exact().strategy(Strategy::Fused);
+    check(&case, options, &device, &upstream, (0., 0.)).unwrap_or_else(|e| panic!("{e}"));
+}
+
 /// A tile is not kept for the targets in it: they are apart.
 #[test]
 fn at_the_highest_threshold_only_the_targets_are_left() -> Result<()> {
