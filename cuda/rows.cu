@@ -23,10 +23,10 @@ struct PickParams {
   const void *targets;      // (batch * time), i64, u32 or i32
   uint32_t *row_embedding;  // out, in the order of the positions
   uint32_t *row_position;
-  int32_t *row_target;      // -1 where out of range
+  int32_t *row_target;      // row of the classifier, -1 where out of range or in the shard of another rank
   uint32_t *count;          // out: rows that count, first target out of range (its index, or NONE)
   float *packed;            // loss (positions), lse (positions): zeroed where a position does not count
-  int64_t ignore_index;
+  int64_t ignore_index, first_class;  // vocab classes from this one on
   uint32_t positions, time, shift, vocab;
 };
 
@@ -50,11 +50,11 @@ template <typename Target> __device__ void pick_rows(const PickParams &p) {
     }
     if (counts) {
       const uint32_t at = before + __popc(ballot & ((1u << lane) - 1));
-      const bool in_range = target >= 0 && target < (int64_t)p.vocab;
+      const bool in_range = target >= p.first_class && target - p.first_class < (int64_t)p.vocab;
       if (!in_range) first_bad = min(first_bad, row + p.shift);
       p.row_embedding[at] = row;
       p.row_position[at] = position;
-      p.row_target[at] = in_range ? (int32_t)target : -1;
+      p.row_target[at] = in_range ? (int32_t)(target - p.first_class) : -1;
     } else if (exists) {
       p.packed[position] = 0.f;
       p.packed[(int64_t)p.positions + position] = 0.f;
@@ -101,6 +101,7 @@ struct MergeParams {
   float *packed;                 // out: loss, lse
   uint32_t first_row, group_rows, splits, positions;
   float z_loss;
+  uint32_t sharded;  // the target may be another rank's: `merge_shards` has the last word
 };
 
 // What z-loss adds to the loss of a row, and what it leaves of the softmax in its gradient.
@@ -124,7 +125,52 @@ extern "C" __global__ void merge_partials(const MergeParams p) {
   const float lse = all.max + log_sum;
   p.packed[position] = in_range ? (all.max - p.target_logit[row]) + log_sum + z_part(p.z_loss, lse) : NAN;
   p.packed[(int64_t)p.positions + position] = lse;
-  p.row_max[row] = in_range ? all.max : NAN;  // so that the gradient of a bad target is NaN too
+  p.row_max[row] = in_range || p.sharded ? all.max : NAN;  // so that the gradient of a bad target is NaN too
+  p.row_log_sum[row] = log_sum;
+}
+
+struct ShardParams {
+  const float *max;  // (positions), over all ranks
+  const float *all;  // (3, positions), over all ranks: as `here`
+  float *row_max, *row_log_sum;
+  const float *target_logit;
+  const uint32_t *row_position;
+  const int32_t *row_target;
+  const uint32_t *count;
+  float *here;    // out: the maxima (positions); or (3, positions): sum of exp(z - max), target's logit, whether it is here
+  float *packed;  // out: loss, lse
+  uint32_t positions;
+  float z_loss;
+};
+
+// The maxima of a shard, for the other ranks.
+extern "C" __global__ void shard_maxima(const ShardParams p) {
+  const uint32_t row = blockIdx.x * blockDim.x + threadIdx.x;
+  if (row < p.positions) p.here[row] = row < *p.count ? p.row_max[row] : 0.f;
+}
+
+// The sums of a shard relative to the maxima of all, for the other ranks.
+extern "C" __global__ void shard_sums(const ShardParams p) {
+  const uint32_t row = blockIdx.x * blockDim.x + threadIdx.x;
+  if (row >= p.positions) return;
+  const bool counts = row < *p.count, here = counts && p.row_target[row] >= 0;
+  const int64_t n = p.positions;
+  p.here[row] = counts ? expf((p.row_max[row] - p.max[row]) + p.row_log_sum[row]) : 0.f;
+  p.here[n + row] = here ? p.target_logit[row] : 0.f;
+  p.here[2 * n + row] = here ? 1.f : 0.f;
+}
+
+// What `merge_partials` writes, over the classes of all ranks. A target of no rank, or of two, makes its row NaN.
+extern "C" __global__ void merge_shards(const ShardParams p) {
+  const uint32_t row = blockIdx.x * blockDim.x + threadIdx.x;
+  if (row >= p.positions || row >= *p.count) return;
+  const int64_t n = p.positions;
+  const float max = p.max[row], log_sum = logf(p.all[row]), lse = max + log_sum;
+  const bool on_one_rank = p.all[2 * n + row] == 1.f;
+  const uint32_t position = p.row_position[row];
+  p.packed[position] = on_one_rank ? (max - p.all[n + row]) + log_sum + z_part(p.z_loss, lse) : NAN;
+  p.packed[n + position] = lse;
+  p.row_max[row] = on_one_rank ? max : NAN;
   p.row_log_sum[row] = log_sum;
 }
 

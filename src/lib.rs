@@ -23,6 +23,7 @@
 //!   [`Preset`]s of the [reference implementation](https://github.com/apple/ml-cross-entropy).
 //! - [`LinearCrossEntropy`]: the same as a layer that owns or shares the head's weight.
 //! - [`backward()`]: `loss.backward()` with a third of the memory for the head's gradient.
+//! - [`vocab_parallel`]: a head whose classes are sharded over threads, processes or GPUs.
 //! - [`objectives`]: z-loss, perplexity, sequence log-probabilities, DPO and PPO on top of the loss.
 //!
 //! Features: `cuda` for this crate's kernels on NVIDIA GPUs, `metal` for Candle's Metal backend. Without
@@ -44,8 +45,10 @@ pub mod objectives;
 mod op;
 mod options;
 mod problem;
+pub mod vocab_parallel;
 
 pub use backward::backward;
 pub use layer::LinearCrossEntropy;
 pub use loss::{linear_cross_entropy, Output};
 pub use options::{Filter, Implementation, Options, Preset, Reduction, Strategy};
+pub use vocab_parallel::VocabParallel;

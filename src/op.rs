@@ -7,7 +7,7 @@
 use crate::backward::deliver;
 use crate::native;
 use crate::problem::{Detached, Matrices, Problem};
-use crate::Implementation;
+use crate::{Implementation, VocabParallel};
 use candle_core::{
     bail, CpuStorage, CudaStorage, CustomOp2, CustomOp3, Layout, MetalStorage, Result, Shape,
     Storage, Tensor,
@@ -28,7 +28,8 @@ impl Wanted {
     }
 }
 
-/// Gradients in the dtype and shape of what they belong to, `None` where not wanted.
+/// Gradients in the dtype and shape of what they belong to, `None` where not wanted. That of the embeddings may be f32
+/// where the classes are sharded: then it is this rank's part of a sum.
 #[derive(Debug, Default)]
 pub(crate) struct Gradients {
     pub embeddings: Option<Tensor>,
@@ -121,7 +122,11 @@ pub(crate) fn apply(problem: &Problem) -> Result<Applied> {
             return Ok(value);
         }
         let (embeddings, classifier) = (&problem.embeddings, &problem.classifier);
-        let op = CutCrossEntropy { value, backward };
+        let op = CutCrossEntropy {
+            value,
+            backward,
+            vocab_parallel: problem.settings.vocab_parallel.clone(),
+        };
         match &problem.bias {
             None => embeddings.apply_op2(classifier, op),
             Some(bias) => embeddings.apply_op3(classifier, bias, op),
@@ -183,6 +188,7 @@ fn no_kernels(problem: &Problem) -> Result<Option<String>> {
 struct CutCrossEntropy {
     value: Tensor,
     backward: Box<dyn Backward>,
+    vocab_parallel: Option<VocabParallel>,
 }
 
 impl CutCrossEntropy {
@@ -243,8 +249,12 @@ impl CutCrossEntropy {
         let gradients = self
             .backward
             .backward(detached.matrices(), &upstream, wanted)?;
+        let of_embeddings = match (&self.vocab_parallel, gradients.embeddings) {
+            (Some(shard), Some(here)) => Some(shard.embeddings_gradient(here, embeddings.dtype())?),
+            (_, gradient) => gradient,
+        };
         Ok(Gradients {
-            embeddings: deliver(Some(embeddings), gradients.embeddings),
+            embeddings: deliver(Some(embeddings), of_embeddings),
             classifier: deliver(Some(classifier), gradients.classifier),
             bias: deliver(bias, gradients.bias),
         })

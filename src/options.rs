@@ -1,5 +1,6 @@
 //! What a user can choose about the loss.
 
+use crate::VocabParallel;
 use candle_core::{bail, DType, Error, Result, Tensor};
 use std::str::FromStr;
 
@@ -239,6 +240,7 @@ pub struct Options {
     pub(crate) strategy: Strategy,
     pub(crate) workspace: Option<usize>,
     pub(crate) check_targets: bool,
+    pub(crate) vocab_parallel: Option<VocabParallel>,
 }
 
 impl Default for Options {
@@ -256,6 +258,7 @@ impl Default for Options {
             strategy: Strategy::default(),
             workspace: None,
             check_targets: false,
+            vocab_parallel: None,
         }
     }
 }
@@ -371,6 +374,23 @@ impl Options {
     /// implementation always checks. Default: false.
     pub fn check_targets(mut self, check: bool) -> Self {
         self.check_targets = check;
+        self
+    }
+
+    /// The classifier and the bias are this rank's shard of the classes; loss, lse and the gradient of the embeddings
+    /// are those over the classes of all ranks. Takes a [`VocabParallel`] or an `Option`. Default: none.
+    ///
+    /// Every rank calls [`linear_cross_entropy`](crate::linear_cross_entropy) and the backward, in the same order, with
+    /// the same embeddings, targets and options, and differentiates by the embeddings where the others do. Targets are
+    /// global: a class of any rank. One that is a class of no rank, or of two whose shards overlap, is an error on every
+    /// rank where targets are checked ([`Options::check_targets`]), and elsewhere its loss is NaN.
+    ///
+    /// The gradients are computed in the backward ([`Strategy::Recompute`]): before that lse is not known. With a
+    /// filter, one number of every position and block of classes (128 by the CUDA kernels, 256 on the CPU) stays in
+    /// memory until then, beyond the workspace.
+    /// [`Output::kept_tiles`](crate::Output::kept_tiles) is that of this rank's shard.
+    pub fn vocab_parallel(mut self, shard: impl Into<Option<VocabParallel>>) -> Self {
+        self.vocab_parallel = shard.into();
         self
     }
 }

@@ -1,7 +1,7 @@
 //! A validated call: what every implementation is given.
 
-use crate::{Filter, Implementation, Options, Reduction, Strategy};
-use candle_core::{bail, DType, Error, Result, Tensor};
+use crate::{Filter, Implementation, Options, Reduction, Strategy, VocabParallel};
+use candle_core::{bail, DType, Device, Error, Result, Tensor};
 
 /// The settings of a call that the implementations read, thresholds resolved for the dtype.
 #[derive(Debug, Clone)]
@@ -19,6 +19,8 @@ pub(crate) struct Settings {
     /// The native implementation always checks.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub check_targets: bool,
+    /// Which classes these are, where other ranks have others.
+    pub vocab_parallel: Option<VocabParallel>,
 }
 
 impl Settings {
@@ -181,6 +183,9 @@ impl Problem {
             same_device(name, tensor, embeddings)?;
         }
         same_device("targets", targets, embeddings)?;
+        if let Some(shard) = &options.vocab_parallel {
+            shard.validate(vocab)?;
+        }
         if !(options.z_loss as f32).is_finite() {
             bail!(
                 "the weight of z_loss must be finite, as an f32 too, got {}",
@@ -227,9 +232,14 @@ impl Problem {
                 filter_embeddings: threshold(options.filter_embeddings)?,
                 filter_classifier: threshold(options.filter_classifier)?,
                 implementation: options.implementation,
-                strategy: options.strategy,
+                // Gradients cannot be formed before lse is known, over the classes of all ranks.
+                strategy: match options.vocab_parallel {
+                    Some(_) => Strategy::Recompute,
+                    None => options.strategy,
+                },
                 workspace: options.workspace,
                 check_targets: options.check_targets,
+                vocab_parallel: options.vocab_parallel.clone(),
             },
         })
     }
@@ -243,7 +253,18 @@ impl Problem {
     }
 
     /// The error that names a target, given by its index among all targets.
-    pub fn bad_target(&self, mut flat: usize, target: i64) -> Error {
+    pub fn bad_target(&self, flat: usize, target: i64) -> Error {
+        Error::Msg(format!(
+            "target {target} at position {:?} is outside [0, {}) and is not ignore_index {}",
+            self.index_of(flat),
+            self.vocab(),
+            self.settings.ignore_index
+        ))
+        .bt()
+    }
+
+    /// The index, in the shape of the targets, of one given by its index among all of them.
+    fn index_of(&self, mut flat: usize) -> Vec<usize> {
         let mut dims = self.shape.clone();
         if let Some(last) = dims.last_mut() {
             *last += self.positions.shift;
@@ -253,12 +274,40 @@ impl Problem {
             *i = flat % dim;
             flat /= dim;
         }
-        Error::Msg(format!(
-            "target {target} at position {index:?} is outside [0, {}) and is not ignore_index {}",
-            self.vocab(),
-            self.settings.ignore_index
-        ))
-        .bt()
+        index
+    }
+
+    /// `ranks` holds, for each row that counts, how many ranks have its target in their shard; there may be more
+    /// numbers.
+    ///
+    /// # Errors
+    /// It is not one rank for every row: the first is named.
+    pub fn check_shards(&self, ranks: &Tensor) -> Result<()> {
+        let ranks = ranks
+            .to_device(&Device::Cpu)?
+            .to_dtype(DType::F64)?
+            .to_vec1::<f64>()?;
+        let targets = self
+            .targets
+            .to_device(&Device::Cpu)?
+            .to_dtype(DType::I64)?
+            .to_vec1::<i64>()?;
+        let counting = (0..self.positions.len())
+            .map(|position| self.positions.row(position) + self.positions.shift)
+            .filter(|&flat| targets[flat] != self.settings.ignore_index);
+        for (flat, ranks) in counting.zip(ranks) {
+            let (target, index) = (targets[flat], self.index_of(flat));
+            if ranks == 0. {
+                bail!(
+                    "target {target} at position {index:?} is in the shard of no rank and is not ignore_index {}",
+                    self.settings.ignore_index
+                )
+            }
+            if ranks != 1. {
+                bail!("target {target} at position {index:?} is in the shards of {ranks} ranks")
+            }
+        }
+        Ok(())
     }
 }
 

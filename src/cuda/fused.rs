@@ -274,6 +274,7 @@ impl Chunk<'_> {
             self.settings.z_loss as f32,
             first_row..first_row + rows,
             None,
+            None,
         )?;
         let offset = first_row as u64 * 4;
         // In the place of the factors, which come later.

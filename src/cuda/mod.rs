@@ -10,6 +10,7 @@ mod hopper;
 mod launch;
 mod params;
 mod portable;
+mod shards;
 
 use crate::op::{self, Gradients, KeptTiles, Wanted};
 use crate::problem::{Matrices, Problem, Settings};
@@ -225,6 +226,7 @@ impl Rows {
             DType::I32 => "pick_rows_i32",
             dtype => bail!("targets must be i64, u32 or i32, got {dtype:?}"),
         };
+        let shard = problem.settings.vocab_parallel.as_ref();
         gpu.read(&problem.targets, |targets| {
             let params = PickParams {
                 targets,
@@ -234,6 +236,7 @@ impl Rows {
                 count: rows.count.address,
                 packed,
                 ignore_index: problem.settings.ignore_index,
+                first_class: shard.map_or(0, |shard| shard.start) as i64,
                 positions: n as u32,
                 time: positions.time as u32,
                 shift: positions.shift as u32,
@@ -241,7 +244,8 @@ impl Rows {
             };
             gpu.launch(&one_block(kernel), &params)
         })?;
-        if problem.settings.check_targets {
+        // Of a shard, targets are checked once those of the other ranks are known.
+        if problem.settings.check_targets && shard.is_none() {
             // Waits for the device.
             let index = gpu.to_host(&rows.count)?[1];
             if index != u32::MAX {
@@ -320,7 +324,8 @@ pub(crate) fn forward(
         if let Some(plan) =
             fused::Plan::new(&gpu, path, operands, n, settings, wanted, filter.is_some())?
         {
-            let formed = Outputs::new(&gpu, matrices, wanted)?;
+            let dtype = matrices.classifier.dtype();
+            let formed = Outputs::new(&gpu, matrices, wanted, dtype)?;
             let results = formed.results();
             let (keep, kept) = fused::forward(
                 &gpu,
@@ -346,6 +351,7 @@ pub(crate) fn forward(
             settings.z_loss as f32,
             0..n.next_multiple_of(TILE),
             filter,
+            settings.vocab_parallel.is_some().then_some(problem),
         )?;
         Ok((keep, None))
     })?;
@@ -397,7 +403,7 @@ fn thresholds(settings: &Settings, wanted: Wanted) -> Option<[f32; 2]> {
 }
 
 /// lse and nll of these rows, group by group, and the tiles that a filter with these thresholds keeps. `count` is the
-/// address of how many rows there are, from row 0 on.
+/// address of how many rows there are, from row 0 on. Of a `sharded` problem, over the classes of all ranks.
 #[allow(clippy::too_many_arguments)]
 fn logits(
     gpu: &Gpu,
@@ -410,6 +416,7 @@ fn logits(
     z_loss: f32,
     span: std::ops::Range<usize>,
     filter: Option<[f32; 2]>,
+    sharded: Option<&Problem>,
 ) -> Result<Option<Buffer>> {
     let class_tiles = operands.class_tiles();
     let all_rows = span.len();
@@ -422,11 +429,18 @@ fn logits(
         group_rows, splits, ..
     } = plan;
     let partials = gpu.buffer(splits * group_rows * 8)?;
+    let groups = span.clone().step_by(group_rows);
+    // A shard knows what to keep only after the last group: each has maxima of its own.
+    let maxima_bytes = class_tiles * group_rows * 2;
+    let (stored, apart) = match sharded {
+        None => (1, 0),
+        Some(_) => (groups.len(), maxima_bytes),
+    };
     let filtering = match filter {
         None => None,
         Some(thresholds) => Some((
             thresholds,
-            gpu.buffer(class_tiles * group_rows * 2)?,
+            gpu.buffer(stored * maxima_bytes)?,
             gpu.buffer(all_rows / TILE * class_tiles)?,
         )),
     };
@@ -434,15 +448,40 @@ fn logits(
         Path::Portable => None,
         Path::Hopper => Some(gpu.buffer(group_rows * operands.hidden * operands.kind.size)?),
     };
-    for first_row in span.clone().step_by(group_rows) {
-        let maxima = filtering
-            .as_ref()
-            .map_or(0, |(_, maxima, _)| maxima.address);
+    let maxima = |first_row: usize| match &filtering {
+        None => 0,
+        Some((_, maxima, _)) => {
+            maxima.address + ((first_row - span.start) / group_rows * apart) as u64
+        }
+    };
+    // The last group may reach beyond the rows there can be.
+    let row_tiles = |first_row: usize| (group_rows / TILE).min((span.end - first_row) / TILE);
+    let keep_tiles = |first_row: usize| -> Result<()> {
+        let Some((thresholds, _, keep)) = &filtering else {
+            return Ok(());
+        };
+        let params = KeepParams {
+            maxima: maxima(first_row),
+            row_max: statistics.row_max.address,
+            row_log_sum: statistics.row_log_sum.address,
+            row_target: rows.target.address,
+            count,
+            keep: keep.address,
+            first_row: first_row as u32,
+            group_rows: group_rows as u32,
+            class_tiles: class_tiles as u32,
+            embeddings_threshold: thresholds[0],
+            classifier_threshold: thresholds[1],
+        };
+        let grid = (class_tiles, row_tiles(first_row));
+        gpu.launch(&per_block("keep_tiles", grid, TILE as u32), &params)
+    };
+    for first_row in groups.clone() {
         let group = Group {
             first_row,
             partials: partials.address,
             target_logit: statistics.target_logit.address,
-            maxima,
+            maxima: maxima(first_row),
         };
         match &gathered {
             None => portable::forward(gpu, operands, rows, plan, group)?,
@@ -465,30 +504,19 @@ fn logits(
             splits: splits as u32,
             positions: rows.positions as u32,
             z_loss,
+            sharded: u32::from(sharded.is_some()),
         };
-        // The last group may reach beyond the rows there can be.
-        let row_tiles = (group_rows / TILE).min((span.end - first_row) / TILE);
         gpu.launch(
-            &per_block("merge_partials", (row_tiles, 1), TILE as u32),
+            &per_block("merge_partials", (row_tiles(first_row), 1), TILE as u32),
             &params,
         )?;
-        if let Some((thresholds, maxima, keep)) = &filtering {
-            let params = KeepParams {
-                maxima: maxima.address,
-                row_max: statistics.row_max.address,
-                row_log_sum: statistics.row_log_sum.address,
-                row_target: rows.target.address,
-                count,
-                keep: keep.address,
-                first_row: first_row as u32,
-                group_rows: group_rows as u32,
-                class_tiles: class_tiles as u32,
-                embeddings_threshold: thresholds[0],
-                classifier_threshold: thresholds[1],
-            };
-            let grid = (class_tiles, row_tiles);
-            gpu.launch(&per_block("keep_tiles", grid, TILE as u32), &params)?;
+        if sharded.is_none() {
+            keep_tiles(first_row)?;
         }
+    }
+    if let Some(problem) = sharded {
+        shards::merge(gpu, problem, rows, statistics, packed)?;
+        groups.clone().try_for_each(keep_tiles)?;
     }
     Ok(filtering.map(|(_, _, keep)| keep))
 }
@@ -501,7 +529,12 @@ impl op::Backward for Saved {
         wanted: Wanted,
     ) -> Result<Gradients> {
         let gpu = &self.gpu;
-        let outputs = Outputs::new(gpu, matrices, wanted)?;
+        // A part of a sum over ranks is not rounded yet.
+        let embeddings_grad = match self.settings.vocab_parallel {
+            Some(_) => DType::F32,
+            None => matrices.classifier.dtype(),
+        };
+        let outputs = Outputs::new(gpu, matrices, wanted, embeddings_grad)?;
         let results = outputs.results();
         let n = self.rows.positions;
         let scales = Scales {
@@ -549,18 +582,29 @@ struct Outputs {
 }
 
 impl Outputs {
-    fn new(gpu: &Gpu, matrices: Matrices<'_>, wanted: Wanted) -> Result<Self> {
+    /// `embeddings_grad` is the dtype of the gradient of the embeddings.
+    fn new(
+        gpu: &Gpu,
+        matrices: Matrices<'_>,
+        wanted: Wanted,
+        embeddings_grad: DType,
+    ) -> Result<Self> {
         let dtype = matrices.classifier.dtype();
         let (vocab, hidden) = matrices.classifier.dims2()?;
-        let allocate = |wanted: bool, shape: Shape, zeroed| match wanted {
+        let allocate = |wanted: bool, dtype: DType, shape: Shape, zeroed| match wanted {
             true => gpu.unfinished(dtype, shape, zeroed).map(Some),
             false => Ok(None),
         };
         Ok(Self {
             // Rows that do not count are never written.
-            embeddings: allocate(wanted.embeddings, matrices.embeddings.shape().clone(), true)?,
-            classifier: allocate(wanted.classifier, (vocab, hidden).into(), false)?,
-            bias: allocate(wanted.bias, vocab.into(), false)?,
+            embeddings: allocate(
+                wanted.embeddings,
+                embeddings_grad,
+                matrices.embeddings.shape().clone(),
+                true,
+            )?,
+            classifier: allocate(wanted.classifier, dtype, (vocab, hidden).into(), false)?,
+            bias: allocate(wanted.bias, dtype, vocab.into(), false)?,
         })
     }
 
@@ -785,7 +829,11 @@ impl Saved {
                 first_row: first_row as u32,
                 ..Default::default()
             };
-            let kernel = per_block(kind.kernel("finish_embeddings"), (rows, 1), 256);
+            let written = match self.settings.vocab_parallel {
+                Some(_) => Kind::of(DType::F32)?,
+                None => kind,
+            };
+            let kernel = per_block(written.kernel("finish_embeddings"), (rows, 1), 256);
             gpu.launch(&kernel, &params)?;
         }
         Ok(())

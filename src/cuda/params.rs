@@ -23,6 +23,7 @@ params! {
         count: u64,
         packed: u64,
         ignore_index: i64,
+        first_class: i64,
         positions: u32,
         time: u32,
         shift: u32,
@@ -41,6 +42,22 @@ params! {
         first_row: u32,
         group_rows: u32,
         splits: u32,
+        positions: u32,
+        z_loss: f32,
+        sharded: u32,
+    }
+    /// `rows.cu`
+    ShardParams {
+        max: u64,
+        all: u64,
+        row_max: u64,
+        row_log_sum: u64,
+        target_logit: u64,
+        row_position: u64,
+        row_target: u64,
+        count: u64,
+        here: u64,
+        packed: u64,
         positions: u32,
         z_loss: f32,
     }

@@ -4,6 +4,9 @@ use crate::problem::Problem;
 use crate::Reduction;
 use candle_core::{DType, Device, Result};
 
+/// The target of a row whose class is in the shard of another rank. No row of a classifier has this number.
+pub(crate) const ELSEWHERE: u32 = u32::MAX;
+
 /// The positions that count: parallel lists, in the order of the positions.
 #[derive(Debug, Clone)]
 pub(crate) struct Rows {
@@ -11,7 +14,7 @@ pub(crate) struct Rows {
     pub embedding: Vec<u32>,
     /// Position in the result.
     pub position: Vec<u32>,
-    /// Class.
+    /// Row of the classifier, or [`ELSEWHERE`].
     pub target: Vec<u32>,
     /// Positions in the result, counting or not.
     pub positions: usize,
@@ -21,7 +24,8 @@ pub(crate) struct Rows {
 
 impl Rows {
     /// # Errors
-    /// A target outside `[0, V)` that is not ignore_index: the first one is named.
+    /// A target outside `[0, V)` that is not ignore_index: the first one is named. Where the classes are sharded this
+    /// is found out later, see [`Problem::check_shards`].
     pub fn new(problem: &Problem) -> Result<Self> {
         let targets = problem
             .targets
@@ -43,12 +47,14 @@ impl Rows {
             if target == problem.settings.ignore_index {
                 continue;
             }
-            if !(0..vocab as i64).contains(&target) {
-                return Err(problem.bad_target(row + positions.shift, target));
-            }
+            let class = match &problem.settings.vocab_parallel {
+                Some(shard) => shard.local(target).unwrap_or(ELSEWHERE),
+                None if (0..vocab as i64).contains(&target) => target as u32,
+                None => return Err(problem.bad_target(row + positions.shift, target)),
+            };
             rows.embedding.push(row as u32);
             rows.position.push(position as u32);
-            rows.target.push(target as u32);
+            rows.target.push(class);
         }
         rows.all = rows.len() == positions.rows();
         Ok(rows)
@@ -56,6 +62,12 @@ impl Rows {
 
     pub fn len(&self) -> usize {
         self.target.len()
+    }
+
+    /// For each row, the number of ranks among this one that have its target: 1 or 0.
+    pub fn here(&self) -> Vec<f32> {
+        let here = |target: &u32| f32::from(u8::from(*target != ELSEWHERE));
+        self.target.iter().map(here).collect()
     }
 
     /// What the reduced loss multiplies the sum of the losses by.

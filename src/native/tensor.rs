@@ -7,6 +7,7 @@ use super::rows::Rows;
 use super::DEFAULT_WORKSPACE;
 use crate::op::{Backward, Forward, Gradients, KeptTiles, Wanted};
 use crate::problem::{Matrices, Problem, Settings};
+use crate::vocab_parallel::ShardRows;
 use candle_core::{DType, Device, Result, Tensor, D};
 use std::ops::Range;
 use std::sync::Arc;
@@ -173,7 +174,7 @@ pub(super) fn forward(problem: &Problem, rows: Rows, kept: Arc<KeptTiles>) -> Re
         dtype.size_in_bytes(),
         settings.workspace.unwrap_or(DEFAULT_WORKSPACE),
     );
-    let (mut lses, mut nlls) = (Vec::new(), Vec::new());
+    let (mut maxima, mut sums, mut targets) = (Vec::new(), Vec::new(), Vec::new());
     for row_block in blocks(n, size.rows) {
         let e = rows.embeddings(embeddings, &row_block)?;
         let shape = (row_block.len(), 1);
@@ -190,11 +191,27 @@ pub(super) fn forward(problem: &Problem, rows: Rows, kept: Arc<KeptTiles>) -> Re
             sum = ((sum * (max - &larger)?.exp()?)? + here)?;
             max = larger;
         }
-        let lse = (max + sum.log()?)?;
-        nlls.push((&lse - target)?);
-        lses.push(lse);
+        maxima.push(max);
+        sums.push(sum);
+        targets.push(target);
     }
-    let (lse, nll) = (Tensor::cat(&lses, 0)?, Tensor::cat(&nlls, 0)?);
+    let cat = |blocks: &[Tensor]| Tensor::cat(blocks, 0)?.flatten_all();
+    let here = ShardRows {
+        max: cat(&maxima)?,
+        sum: cat(&sums)?,
+        target: cat(&targets)?,
+        ranks: Tensor::new(rows.rows.here(), device)?.to_dtype(dtype)?,
+    };
+    let all = match &settings.vocab_parallel {
+        None => here,
+        Some(shard) => {
+            let all = shard.rows(here)?;
+            problem.check_shards(&all.ranks)?;
+            all
+        }
+    };
+    let lse = (all.max + all.sum.log()?)?.unsqueeze(1)?;
+    let nll = (&lse - all.target.unsqueeze(1)?)?;
     let losses = match settings.z_loss {
         0. => nll,
         weight => (nll + (lse.sqr()? * weight)?)?,

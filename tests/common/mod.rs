@@ -3,6 +3,7 @@
 
 pub mod grid;
 pub mod reference;
+pub mod shards;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_cut_cross_entropy::{Filter, Options, Output, Reduction};

@@ -10,3 +10,4 @@ mod golden;
 mod grid;
 mod objectives;
 mod properties;
+mod vocab_parallel;

@@ -8,6 +8,7 @@ mod edges;
 mod fused;
 mod repeat;
 mod sizes;
+mod vocab_parallel;
 
 use candle_core::{DType, Device, Result};
 use candle_cut_cross_entropy::{linear_cross_entropy, Implementation, Options, Strategy};

@@ -44,6 +44,40 @@ pub(super) struct RowLoss {
     pub nll: f64,
 }
 
+/// What a row is over some classes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RowSum<R> {
+    pub max: R,
+    /// `sum_j exp(z_j - max)`
+    pub sum: f64,
+    /// The target's logit, 0 where it is not among them.
+    pub target: R,
+}
+
+impl<R: Real> RowSum<R> {
+    fn softmax(&self) -> Softmax<R> {
+        Softmax {
+            max: self.max,
+            inverse_sum: R::from_f64(1. / self.sum),
+        }
+    }
+
+    fn loss(&self) -> RowLoss {
+        let (max, log_sum) = (self.max.to_f64(), self.sum.ln());
+        RowLoss {
+            lse: max + log_sum,
+            nll: (max - self.target.to_f64()) + log_sum,
+        }
+    }
+}
+
+/// What a block of rows is over all classes here.
+pub(super) struct BlockSums<R> {
+    /// `(tiles, rows)`: the largest logit of a tile and its sum of exponentials.
+    pub tiles: Vec<(R, R)>,
+    pub rows: Vec<RowSum<R>>,
+}
+
 /// Whether `x` is to be kept: a NaN is.
 fn at_least(x: f64, threshold: f64) -> bool {
     x >= threshold || x.is_nan()
@@ -92,7 +126,7 @@ impl Kept {
         targets: &[u32],
         losses: &[RowLoss],
     ) {
-        if self.flags.is_empty() {
+        if !self.filters() {
             return;
         }
         let count = rows.len();
@@ -144,6 +178,11 @@ impl Kept {
             }
             (start < next).then_some(start..next)
         })
+    }
+
+    /// Whether a tile may be skipped.
+    pub fn filters(&self) -> bool {
+        !self.flags.is_empty()
     }
 
     /// Of one gradient: tiles kept, tiles there are.
@@ -263,6 +302,32 @@ impl<T: Element> Inputs<'_, T> {
         kept: &mut Kept,
         softmax: &mut Vec<Softmax<T::Real>>,
     ) -> Vec<RowLoss> {
+        let sums = self.sums(embeddings, rows, logits);
+        self.finish(rows, &sums.tiles, &sums.rows, kept, softmax)
+    }
+
+    /// What a block of rows comes to once its sums are known; decides which of its tiles are kept.
+    pub fn finish(
+        &self,
+        rows: &Range<usize>,
+        tiles: &[(T::Real, T::Real)],
+        sums: &[RowSum<T::Real>],
+        kept: &mut Kept,
+        softmax: &mut Vec<Softmax<T::Real>>,
+    ) -> Vec<RowLoss> {
+        softmax.extend(sums.iter().map(RowSum::softmax));
+        let losses: Vec<RowLoss> = sums.iter().map(RowSum::loss).collect();
+        kept.decide(rows, tiles, &self.rows.target, &losses);
+        losses
+    }
+
+    /// The sums of a block of rows; leaves the logits in `logits` where that is given.
+    pub fn sums(
+        &self,
+        embeddings: &[T::Real],
+        rows: &Range<usize>,
+        logits: Option<&mut [T::Real]>,
+    ) -> BlockSums<T::Real> {
         let count = rows.len();
         let tiles = self.tiles();
         let targets = &self.rows.target[rows.clone()];
@@ -306,8 +371,7 @@ impl<T: Element> Inputs<'_, T> {
         for (row, logit) in found.into_iter().flatten() {
             target_logits[row] = logit;
         }
-        let mut losses = Vec::with_capacity(count);
-        for (row, target) in target_logits.into_iter().enumerate() {
+        let sum_up = |(row, target): (usize, T::Real)| {
             let of_row = || statistics[row..].iter().step_by(count);
             let max = of_row().fold(
                 T::Real::LOWEST,
@@ -316,18 +380,13 @@ impl<T: Element> Inputs<'_, T> {
             let sum: f64 = of_row()
                 .map(|(m, sum)| sum.to_f64() * (m.to_f64() - max.to_f64()).exp())
                 .sum();
-            let log_sum = sum.ln();
-            softmax.push(Softmax {
-                max,
-                inverse_sum: T::Real::from_f64(1. / sum),
-            });
-            losses.push(RowLoss {
-                lse: max.to_f64() + log_sum,
-                nll: (max.to_f64() - target.to_f64()) + log_sum,
-            });
+            RowSum { max, sum, target }
+        };
+        let rows = target_logits.into_iter().enumerate().map(sum_up).collect();
+        BlockSums {
+            tiles: statistics,
+            rows,
         }
-        kept.decide(rows, &statistics, &self.rows.target, &losses);
-        losses
     }
 
     /// Adds the gradients of a block to `sums`. The block's logits are computed first if `recompute`,

@@ -14,7 +14,10 @@ mod product;
 use super::rows::Rows;
 use crate::op::{Backward, Forward, Gradients, KeptTiles, Wanted};
 use crate::problem::{Matrices, Problem, Settings};
-use blocks::{blocks, Inputs, Kept, RowLoss, Scale, Softmax, Sums, CLASSIFIER, EMBEDDINGS, TILE};
+use crate::vocab_parallel::ShardRows;
+use blocks::{
+    blocks, Inputs, Kept, RowLoss, RowSum, Scale, Softmax, Sums, CLASSIFIER, EMBEDDINGS, TILE,
+};
 use candle_core::{DType, Device, Result, Storage, Tensor};
 use element::{Element, Real};
 use half::{bf16, f16};
@@ -145,6 +148,9 @@ fn forward_of<T: Element>(
                         &mut losses,
                     ));
                 }
+                None if settings.vocab_parallel.is_some() => {
+                    losses = sharded(inputs, plan.rows, problem, &mut kept, &mut softmax)?;
+                }
                 None => {
                     for block in blocks(n, plan.rows) {
                         let embeddings = inputs.block_embeddings(&block);
@@ -191,6 +197,74 @@ fn pack(rows: &Rows, losses: &[RowLoss], settings: &Settings) -> Result<Tensor> 
     packed[2 * rows.positions] = (sum * rows.scale(settings.reduction)) as f32;
     let len = packed.len();
     Tensor::from_vec(packed, len, &Device::Cpu)
+}
+
+/// The forward of a shard: what the rows are over the classes here, and then over those of all ranks.
+fn sharded<T: Element>(
+    inputs: &Inputs<'_, T>,
+    block_rows: usize,
+    problem: &Problem,
+    kept: &mut Kept,
+    softmax: &mut Vec<Softmax<T::Real>>,
+) -> Result<Vec<RowLoss>> {
+    let n = inputs.rows.len();
+    let mut here = Vec::with_capacity(n);
+    let mut tiles = Vec::new();
+    for block in blocks(n, block_rows) {
+        let embeddings = inputs.block_embeddings(&block);
+        let sums = inputs.sums(&embeddings, &block, None);
+        here.extend(sums.rows);
+        // What is kept is decided once lse is known.
+        tiles.push(match kept.filters() {
+            true => sums.tiles,
+            false => Vec::new(),
+        });
+    }
+    let all = over_ranks(problem, inputs.rows, &here)?;
+    let mut losses = Vec::with_capacity(n);
+    for (block, tiles) in blocks(n, block_rows).zip(&tiles) {
+        let sums = &all[block.clone()];
+        losses.extend(inputs.finish(&block, tiles, sums, kept, softmax));
+    }
+    Ok(losses)
+}
+
+/// The sums of rows over the classes of all ranks, from those over the classes here.
+fn over_ranks<R: Real>(
+    problem: &Problem,
+    rows: &Rows,
+    here: &[RowSum<R>],
+) -> Result<Vec<RowSum<R>>> {
+    let Some(shard) = &problem.settings.vocab_parallel else {
+        return Ok(here.to_vec());
+    };
+    let dtype = match problem.embeddings.dtype() {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
+    };
+    let tensor = |number: fn(&RowSum<R>) -> f64| {
+        let numbers: Vec<f64> = here.iter().map(number).collect();
+        Tensor::new(numbers, &Device::Cpu)?.to_dtype(dtype)
+    };
+    let all = shard.rows(ShardRows {
+        max: tensor(|row| row.max.to_f64())?,
+        sum: tensor(|row| row.sum)?,
+        target: tensor(|row| row.target.to_f64())?,
+        ranks: Tensor::new(rows.here(), &Device::Cpu)?.to_dtype(dtype)?,
+    })?;
+    problem.check_shards(&all.ranks)?;
+    let numbers = |tensor: &Tensor| tensor.to_dtype(DType::F64)?.to_vec1::<f64>();
+    let (max, sum, target) = (
+        numbers(&all.max)?,
+        numbers(&all.sum)?,
+        numbers(&all.target)?,
+    );
+    let row = |i: usize| RowSum {
+        max: R::from_f64(max[i]),
+        sum: sum[i],
+        target: R::from_f64(target[i]),
+    };
+    Ok((0..here.len()).map(row).collect())
 }
 
 /// The forward that forms the gradients while a block of rows has its logits in memory.

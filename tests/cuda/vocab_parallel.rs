@@ -1,0 +1,54 @@
+//! Shards of a head as threads that share a GPU.
+
+use crate::common::reference::Reduced;
+use crate::common::shards::{errors, sharded, whole, NAMES};
+use crate::common::{gradient_tolerance, Case};
+use crate::{device, filters, DTYPES, KERNELS};
+use candle_core::{DType, Device, Result};
+
+#[test]
+fn shards_on_one_gpu_give_what_the_whole_gives() -> Result<()> {
+    let Some(device) = device() else {
+        return Ok(());
+    };
+    for dtype in DTYPES {
+        for (turn, bounds) in [
+            vec![0, 300, 301, 640, 1000],
+            vec![0, 512, 1000],
+            vec![0, 1000],
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let seed = 800 + turn as u64;
+            let mut case = Case::random(seed, dtype, &[2, 150], 64, 1000)
+                .with_bias(seed)
+                .with_ignored(seed + 10);
+            case.inputs.shift = 1;
+            case.inputs.reduction = [Reduced::Mean, Reduced::None, Reduced::Sum][turn];
+            case.inputs.softcap = (turn == 1).then_some(5.);
+            let upstream = case.upstream(seed, true, turn == 2);
+            for implementation in KERNELS {
+                for (filter, options, _) in filters(dtype) {
+                    let options = options.implementation(implementation).z_loss(0.01);
+                    // Candle gives every device of a GPU a stream of its own.
+                    let own = || Device::new_cuda(0);
+                    let got = sharded(&case, &options, &upstream, own, &bounds)?;
+                    let want = whole(&case, &options, &upstream, &device)?;
+                    for (name, error) in NAMES.iter().zip(errors(&got, &want)) {
+                        let allowed = match (*name, dtype) {
+                            ("loss" | "lse", _) => 1e-6,
+                            (_, DType::F32) => 2e-6,
+                            _ => gradient_tolerance(dtype),
+                        };
+                        assert!(
+                            error <= allowed,
+                            "{implementation:?} {dtype:?} {filter} {bounds:?}: {name} differs by {error:e}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
