@@ -26,8 +26,8 @@
 //! - [`vocab_parallel`]: a head whose classes are sharded over threads, processes or GPUs.
 //! - [`objectives`]: z-loss, perplexity, sequence log-probabilities, DPO and PPO on top of the loss.
 //!
-//! Features: `cuda` for this crate's kernels on NVIDIA GPUs, `metal` for Candle's Metal backend. Without
-//! either, the loss runs on the CPU, on all threads.
+//! Features: `cuda` for this crate's kernels on NVIDIA GPUs, `nccl` for a head sharded over several of them,
+//! `metal` for Candle's Metal backend. Without any, the loss runs on the CPU, on all threads.
 //!
 //! The method is that of Wijmans et al., *Cut Your Losses in Large-Vocabulary Language Models*,
 //! [arXiv 2411.09009](https://arxiv.org/abs/2411.09009).

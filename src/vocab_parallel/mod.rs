@@ -50,11 +50,15 @@
 //! # }
 //! ```
 
+#[cfg(feature = "nccl")]
+mod nccl;
 mod thread;
 
 use candle_core::{bail, DType, Result, Tensor};
 use std::sync::Arc;
 
+#[cfg(feature = "nccl")]
+pub use nccl::{NcclCommunicator, NcclId};
 pub use thread::ThreadCommunicator;
 
 /// What an all-reduce makes of the ranks' numbers.

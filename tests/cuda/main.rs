@@ -6,6 +6,8 @@ mod common;
 
 mod edges;
 mod fused;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod repeat;
 mod sizes;
 mod vocab_parallel;
