@@ -75,13 +75,13 @@ pub fn rank(
     )
 }
 
-/// By ranks of which rank `r` has the classes `bounds[r]..bounds[r + 1]`. Loss, lse and dE must be the same bits on
+/// By ranks of which rank `r` has the classes `bounds[r]..bounds[r + 1]`, on the first, second, .. device. Loss, lse and dE must be the same bits on
 /// every rank; dC and db are put together.
 pub fn sharded(
     case: &Case,
     options: &Options,
     upstream: &Upstream,
-    device: impl Fn() -> Result<Device> + Sync,
+    devices: &[Device],
     bounds: &[usize],
 ) -> Result<Numbers> {
     let group = ThreadCommunicator::group(bounds.len() - 1, TIMEOUT)?;
@@ -89,7 +89,6 @@ pub fn sharded(
         let threads: Vec<_> = group
             .into_iter()
             .map(|communicator| {
-                let device = &device;
                 scope.spawn(move || {
                     let r = communicator.rank();
                     let shard = VocabParallel {
@@ -98,7 +97,7 @@ pub fn sharded(
                         communicator: Arc::new(communicator),
                         reduce_e_grad: true,
                     };
-                    rank(case, options, upstream, &device()?, shard)
+                    rank(case, options, upstream, &devices[r], shard)
                 })
             })
             .collect();

@@ -70,7 +70,7 @@ fn shards_give_what_the_whole_gives() -> Result<()> {
                     }
                     let upstream = case.upstream(turn as u64, true, turn % 2 == 0);
                     let bounds = bounds(&mut random, vocab, ranks);
-                    let cpu = || Ok(Device::Cpu);
+                    let cpu = &vec![Device::Cpu; 7];
                     let got = sharded(&case, &options, &upstream, cpu, &bounds)?;
                     let want = whole(&case, &options, &upstream, &Device::Cpu)?;
                     for (name, error) in NAMES.iter().zip(errors(&got, &want)) {
@@ -103,7 +103,7 @@ fn a_filter_drops_the_same_tiles_of_shards_and_of_the_whole() -> Result<()> {
     }
     let upstream = case.upstream(1, true, false);
     let options = Options::default().filter(Filter::Threshold(0.3));
-    let cpu = || Ok(Device::Cpu);
+    let cpu = &vec![Device::Cpu; 7];
     let got = sharded(&case, &options, &upstream, cpu, &[0, 512, 768, 1024])?;
     let want = whole(&case, &options, &upstream, &Device::Cpu)?;
     for (name, error) in NAMES.iter().zip(errors(&got, &want)) {
@@ -205,7 +205,7 @@ fn a_z_loss_of_the_outputs_works_on_shards() -> Result<()> {
     let case = Case::random(740, DType::F64, &[20], 8, 30);
     let upstream = case.upstream(1, true, false);
     let inside = exact().z_loss(0.1);
-    let cpu = || Ok(Device::Cpu);
+    let cpu = &vec![Device::Cpu; 7];
     let [total, lse, ..] = sharded(&case, &inside, &upstream, cpu, &[0, 11, 30])?;
     let [plain, ..] = sharded(&case, &exact(), &upstream, cpu, &[0, 11, 30])?;
     let lse = Tensor::new(lse, &Device::Cpu)?;

@@ -11,6 +11,9 @@ fn shards_on_one_gpu_give_what_the_whole_gives() -> Result<()> {
     let Some(device) = device() else {
         return Ok(());
     };
+    let devices = (0..4)
+        .map(|_| Device::new_cuda(0))
+        .collect::<Result<Vec<_>>>()?;
     for dtype in DTYPES {
         for (turn, bounds) in [
             vec![0, 300, 301, 640, 1000],
@@ -31,9 +34,7 @@ fn shards_on_one_gpu_give_what_the_whole_gives() -> Result<()> {
             for implementation in KERNELS {
                 for (filter, options, _) in filters(dtype) {
                     let options = options.implementation(implementation).z_loss(0.01);
-                    // Candle gives every device of a GPU a stream of its own.
-                    let own = || Device::new_cuda(0);
-                    let got = sharded(&case, &options, &upstream, own, &bounds)?;
+                    let got = sharded(&case, &options, &upstream, &devices, &bounds)?;
                     let want = whole(&case, &options, &upstream, &device)?;
                     for (name, error) in NAMES.iter().zip(errors(&got, &want)) {
                         let allowed = match (*name, dtype) {
