@@ -99,20 +99,20 @@ impl Decoder {
 }
 
 /// A file under a temporary name beside its own; dropped before it is committed, it is removed.
-struct Pending {
-    temporary: PathBuf,
+pub(super) struct Pending {
+    pub temporary: PathBuf,
     path: PathBuf,
 }
 
 impl Pending {
-    fn new(folder: &Path, name: &str) -> Self {
+    pub fn new(folder: &Path, name: &str) -> Self {
         Self {
             temporary: folder.join(format!(".{name}.{}.tmp", std::process::id())),
             path: folder.join(name),
         }
     }
 
-    fn commit(self) -> Result<()> {
+    pub fn commit(self) -> Result<()> {
         let replace = || -> std::io::Result<()> {
             File::open(&self.temporary)?.sync_all()?;
             fs::rename(&self.temporary, &self.path)?;

@@ -17,6 +17,7 @@
 //!
 //! `gemma`'s `forward_embeds_without_projection` stops before the last norm, which is private too.
 
+mod adamw;
 mod causal_lm;
 mod checkpoint;
 mod config;
@@ -27,6 +28,7 @@ mod rope;
 #[cfg(feature = "candle-transformers")]
 mod with_head;
 
+pub use adamw::AdamW;
 pub use causal_lm::{generate, CausalLm, Sampling};
 pub use config::{Config, Family, LayerConfig};
 pub use decoder::Decoder;
