@@ -95,7 +95,7 @@ fn main() -> Result<()> {
             lr,
             ..ParamsAdamW::default()
         };
-        AdamW::of(&vars, params)
+        AdamW::from_varmap(&vars, params)
     };
 
     let mut pretraining = optimizer(3e-3)?;

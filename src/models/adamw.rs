@@ -1,203 +1,218 @@
-//! AdamW whose state is f32 whatever the dtype of the variables.
+//! AdamW whose weights and moments are f32 whatever the variables are.
 
 use super::checkpoint::Pending;
 use candle_core::backprop::GradStore;
-use candle_core::{bail, DType, Device, Result, Tensor, Var};
+use candle_core::{bail, DType, Device, Error, Result, Tensor, Var};
 use candle_nn::{Optimizer, ParamsAdamW, VarMap};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-/// AdamW with moments in f32 and, for variables in bf16 or f16, weights in f32 beside them (f64 for f64).
+/// AdamW with moments, and for bf16 and f16 variables also weights, in f32.
 ///
-/// candle-nn's computes in the variable's dtype: in bf16 a weight of 1 does not change by less than 0.004, so a step of
-/// a usual learning rate is lost, and the second moment with it. Here every step starts from the weight in f32, and the
-/// variable is that weight, rounded. It takes 12 bytes a number beside the variable, 8 where that is f32 itself.
-///
-/// With the gradient `g`, step `t`, learning rate `l` and weight decay `w`:
+/// candle-nn's keeps all of it in the variable's dtype: a bf16 weight near 1 then loses every update
+/// below 0.004, and squared gradients below 6e-8 are 0 in f16. Here the update happens on a master
+/// copy, f32 (f64 for f64), and the variable is the master rounded. With the gradient `g` and `t` the
+/// number of steps of this variable,
 ///
 /// ```text
-/// m <- b1 m + (1 - b1) g          v <- b2 v + (1 - b2) g^2
-/// x <- (1 - l w) x - l (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+/// m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2
+/// w <- (1 - lr weight_decay) w - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 /// ```
 ///
-/// A variable without a gradient is passed over.
+/// It takes 8 bytes a weight, 12 for bf16 and f16. A variable without a gradient stays as it is. A
+/// bf16 or f16 variable that is set to other values between two steps gets them taken back by the next
+/// one: make the optimizer after loading the weights.
 ///
 /// ```
-/// # use candle_core::{DType, Device, Var};
+/// use candle_core::{DType, Device};
 /// use candle_cut_cross_entropy::models::AdamW;
-/// use candle_nn::{Optimizer, ParamsAdamW};
+/// use candle_nn::{Init, Optimizer, ParamsAdamW, VarMap};
+///
 /// # fn main() -> candle_core::Result<()> {
-/// let x = Var::ones(1, DType::BF16, &Device::Cpu)?;
-/// let config = ParamsAdamW { lr: 1e-3, weight_decay: 0., ..ParamsAdamW::default() };
-/// let mut optimizer = AdamW::new(vec![x.clone()], config)?;
-/// for _ in 0..8 {
-///     optimizer.step(&x.sum_all()?.backward()?)?;
-/// }
-/// // Eight steps of a thousandth; each by itself would be lost in bf16.
-/// assert_eq!(x.to_dtype(DType::F32)?.to_vec1::<f32>()?, [0.9921875]);
+/// let vars = VarMap::new();
+/// let w = vars.get(2, "w", Init::Const(1.), DType::BF16, &Device::Cpu)?;
+/// let mut optimizer = AdamW::from_varmap(&vars, ParamsAdamW::default())?;
+/// optimizer.step(&w.sum_all()?.backward()?)?;
 /// # Ok(())
 /// # }
 /// ```
 ///
 /// Source: Loshchilov and Hutter, *Decoupled Weight Decay Regularization*,
-/// [arXiv 1711.05101](https://arxiv.org/abs/1711.05101).
+/// [arXiv 1711.05101](https://arxiv.org/abs/1711.05101), algorithm 2.
 #[derive(Debug)]
 pub struct AdamW {
     slots: Vec<Slot>,
-    steps: usize,
-    config: ParamsAdamW,
+    params: ParamsAdamW,
 }
 
-/// A variable and what is kept of it, all on its device.
+/// A variable and its state.
 #[derive(Debug)]
 struct Slot {
     name: String,
-    variable: Var,
-    /// `None` where the variable has its dtype.
-    weight: Option<Tensor>,
-    first: Tensor,
-    second: Tensor,
+    var: Var,
+    /// The weights, where the variable is narrower.
+    master: Option<Tensor>,
+    first_moment: Tensor,
+    second_moment: Tensor,
+    steps: u32,
 }
 
 impl Slot {
-    fn new(name: String, variable: Var) -> Result<Self> {
-        let wide = match variable.dtype() {
+    fn new(name: String, var: Var) -> Result<Self> {
+        let dtype = match var.dtype() {
             DType::F64 => DType::F64,
-            DType::F32 | DType::BF16 | DType::F16 => DType::F32,
-            dtype => bail!("variable {name} is {dtype:?}, no float"),
+            _ => DType::F32,
         };
-        let zeros = Tensor::zeros(variable.shape(), wide, variable.device())?;
+        let zeros = Tensor::zeros(var.shape(), dtype, var.device())?;
         Ok(Self {
-            weight: match variable.dtype() == wide {
+            master: match var.dtype() == dtype {
                 true => None,
-                false => Some(variable.as_detached_tensor().to_dtype(wide)?),
+                false => Some(var.detach().to_dtype(dtype)?),
             },
-            first: zeros.clone(),
-            second: zeros,
+            first_moment: zeros.clone(),
+            second_moment: zeros,
+            steps: 0,
             name,
-            variable,
+            var,
         })
     }
 
-    fn step(&mut self, gradient: &Tensor, steps: usize, config: &ParamsAdamW) -> Result<()> {
-        let gradient = gradient.to_dtype(self.first.dtype())?;
-        let (beta1, beta2) = (config.beta1, config.beta2);
-        self.first = ((&self.first * beta1)? + (&gradient * (1. - beta1))?)?;
-        self.second = ((&self.second * beta2)? + (gradient.sqr()? * (1. - beta2))?)?;
-        let steps = steps as i32;
-        let first = (&self.first / (1. - beta1.powi(steps)))?;
-        let second = (&self.second / (1. - beta2.powi(steps)))?;
-        let change = ((first / (second.sqrt()? + config.eps)?)? * config.lr)?;
-        let before = match &self.weight {
-            Some(weight) => weight.clone(),
-            None => self.variable.as_detached_tensor(),
+    fn step(&mut self, gradient: &Tensor, params: &ParamsAdamW) -> Result<()> {
+        let &ParamsAdamW {
+            lr,
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+        } = params;
+        let gradient = gradient.detach().to_dtype(self.first_moment.dtype())?;
+        let steps = self.steps + 1;
+        let first = ((&self.first_moment * beta1)? + (&gradient * (1. - beta1))?)?;
+        let second = ((&self.second_moment * beta2)? + (gradient.sqr()? * (1. - beta2))?)?;
+        let first_scale = 1. / (1. - beta1.powf(steps.into()));
+        let second_scale = 1. / (1. - beta2.powf(steps.into()));
+        let size = ((&second * second_scale)?.sqrt()? + eps)?;
+        let update = ((&first * (lr * first_scale))? / size)?;
+        let weights = match &self.master {
+            Some(master) => master.clone(),
+            None => self.var.detach(),
         };
-        let after = ((before * (1. - config.lr * config.weight_decay))? - change)?;
-        self.variable.set(&after.to_dtype(self.variable.dtype())?)?;
-        if self.weight.is_some() {
-            self.weight = Some(after);
+        let weights = ((weights * (1. - lr * weight_decay))? - update)?;
+        self.var.set(&weights.to_dtype(self.var.dtype())?)?;
+        if let Some(master) = &mut self.master {
+            *master = weights;
         }
+        (self.first_moment, self.second_moment, self.steps) = (first, second, steps);
         Ok(())
-    }
-
-    /// What is saved, by name.
-    fn state(&mut self) -> Vec<(String, &mut Tensor)> {
-        let named = |what: &str| format!("{what}.{}", self.name);
-        let mut state = vec![
-            (named("first"), &mut self.first),
-            (named("second"), &mut self.second),
-        ];
-        state.extend(
-            self.weight
-                .as_mut()
-                .map(|weight| (format!("weight.{}", self.name), weight)),
-        );
-        state
     }
 }
 
-/// The name of the number of steps in a saved state.
-const STEPS: &str = "steps";
-
 impl AdamW {
-    /// For all variables of a map, by whose names the state is saved.
+    /// For the variables of a map, under their names there, which a saved state needs.
     ///
     /// # Errors
-    /// A variable that is no float.
-    pub fn of(vars: &VarMap, config: ParamsAdamW) -> Result<Self> {
-        let Ok(data) = vars.data().lock() else {
-            bail!("the VarMap's lock is poisoned")
+    /// A lock that another thread has poisoned; memory that runs out.
+    pub fn from_varmap(vars: &VarMap, params: ParamsAdamW) -> Result<Self> {
+        let named = match vars.data().lock() {
+            Ok(vars) => vars.clone(),
+            Err(_) => bail!("the VarMap's lock is poisoned"),
         };
-        let mut vars: Vec<(String, Var)> = data
-            .iter()
-            .map(|(name, var)| (name.clone(), var.clone()))
-            .collect();
-        drop(data);
-        vars.sort_by(|a, b| a.0.cmp(&b.0));
-        Self::named(vars, config)
+        let named: BTreeMap<String, Var> = named.into_iter().collect();
+        Self::named(named, params)
     }
 
-    fn named(vars: Vec<(String, Var)>, config: ParamsAdamW) -> Result<Self> {
-        let slots = vars.into_iter().map(|(name, var)| Slot::new(name, var));
-        Ok(Self {
-            slots: slots.collect::<Result<_>>()?,
-            steps: 0,
-            config,
-        })
+    fn named(vars: impl IntoIterator<Item = (String, Var)>, params: ParamsAdamW) -> Result<Self> {
+        let slots = vars
+            .into_iter()
+            .filter(|(_, var)| var.dtype().is_float())
+            .map(|(name, var)| Slot::new(name, var))
+            .collect::<Result<_>>()?;
+        Ok(Self { slots, params })
     }
 
-    /// Writes the state (not the variables in f32 and f64, which a checkpoint holds) to a safetensors file, which is
-    /// there as a whole or not at all.
+    /// The hyper-parameters.
+    pub fn params(&self) -> &ParamsAdamW {
+        &self.params
+    }
+
+    /// Saves moments, master weights and numbers of steps as safetensors, to go on as if nothing had
+    /// happened: with [`AdamW::load`], after loading the variables' own values. The file takes the
+    /// place of one before it once it is complete. The hyper-parameters are not in it.
     ///
     /// # Errors
-    /// Those of writing a file.
-    pub fn save(&mut self, path: impl AsRef<Path>) -> Result<()> {
-        let steps = Tensor::new(&[self.steps as i64], &Device::Cpu)?;
-        let mut tensors = HashMap::from([(STEPS.to_string(), steps)]);
-        for slot in &mut self.slots {
-            tensors.extend(
-                slot.state()
-                    .into_iter()
-                    .map(|(name, tensor)| (name, tensor.clone())),
-            );
+    /// A file that cannot be written.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let mut tensors = HashMap::new();
+        for slot in &self.slots {
+            let mut put = |part: &str, tensor: &Tensor| -> Result<()> {
+                let tensor = tensor.to_device(&Device::Cpu)?.contiguous()?;
+                tensors.insert(format!("{}.{part}", slot.name), tensor);
+                Ok(())
+            };
+            put("first_moment", &slot.first_moment)?;
+            put("second_moment", &slot.second_moment)?;
+            put("steps", &Tensor::new(slot.steps, &Device::Cpu)?)?;
+            if let Some(master) = &slot.master {
+                put("master", master)?;
+            }
         }
         let path = path.as_ref();
-        let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
-            bail!("{} is no path of a file", path.display())
-        };
-        let file = Pending::new(folder, &name.to_string_lossy());
-        candle_core::safetensors::save(&tensors, &file.temporary)?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let folder = path.parent().unwrap_or(Path::new(""));
+        let file = Pending::new(folder, &name);
+        safetensors::serialize_to_file(&tensors, None, &file.temporary)
+            .map_err(|e| Error::wrap(e).with_path(&file.temporary))?;
         file.commit()
     }
 
-    /// Reads what [`AdamW::save`] wrote, of the same variables: then training goes on as if it had not stopped.
+    /// Takes up a state that [`AdamW::save`] wrote. bf16 and f16 variables are set to their master
+    /// weights. An error leaves the optimizer and the variables as they were.
     ///
     /// # Errors
-    /// Those of reading a file; a tensor that is missing or has another shape.
+    /// A file that cannot be read, a variable that it lacks or has in another shape or dtype.
     pub fn load(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
-        let mut tensors = candle_core::safetensors::load(path, &Device::Cpu)?;
-        let mut take = |name: &str| match tensors.remove(name) {
-            Some(tensor) => Ok(tensor),
-            None => bail!("{} has no tensor {name}", path.display()),
-        };
-        self.steps = take(STEPS)?.to_vec1::<i64>()?[0] as usize;
-        for slot in &mut self.slots {
-            for (name, tensor) in slot.state() {
-                let saved = take(&name)?;
-                if saved.shape() != tensor.shape() || saved.dtype() != tensor.dtype() {
+        let tensors =
+            candle_core::safetensors::load(path, &Device::Cpu).map_err(|e| e.with_path(path))?;
+        let mut slots = Vec::with_capacity(self.slots.len());
+        for slot in &self.slots {
+            let get = |part: &str| match tensors.get(&format!("{}.{part}", slot.name)) {
+                Some(tensor) => Ok(tensor),
+                None => bail!("{}: no tensor {}.{part}", path.display(), slot.name),
+            };
+            let read = |part: &str, like: &Tensor| -> Result<Tensor> {
+                let tensor = get(part)?;
+                if tensor.shape() != like.shape() || tensor.dtype() != like.dtype() {
                     bail!(
-                        "{}: {name} is {:?} {:?}, expected {:?} {:?}",
+                        "{}: {}.{part} is {:?} {:?}, expected {:?} {:?}",
                         path.display(),
-                        saved.dtype(),
-                        saved.shape(),
+                        slot.name,
                         tensor.dtype(),
-                        tensor.shape()
+                        tensor.dims(),
+                        like.dtype(),
+                        like.dims()
                     )
                 }
-                *tensor = saved.to_device(tensor.device())?;
+                tensor.to_device(like.device())
+            };
+            slots.push(Slot {
+                name: slot.name.clone(),
+                var: slot.var.clone(),
+                master: match &slot.master {
+                    Some(master) => Some(read("master", master)?),
+                    None => None,
+                },
+                first_moment: read("first_moment", &slot.first_moment)?,
+                second_moment: read("second_moment", &slot.second_moment)?,
+                steps: get("steps")?.to_scalar()?,
+            });
+        }
+        for slot in &slots {
+            if let Some(master) = &slot.master {
+                slot.var.set(&master.to_dtype(slot.var.dtype())?)?;
             }
         }
+        self.slots = slots;
         Ok(())
     }
 }
@@ -205,27 +220,27 @@ impl AdamW {
 impl Optimizer for AdamW {
     type Config = ParamsAdamW;
 
-    /// The state of these variables is saved by their place in the list.
-    fn new(vars: Vec<Var>, config: ParamsAdamW) -> Result<Self> {
+    /// The variables are named by their places, 0, 1, .., in a saved state; `VarMap::all_vars` has
+    /// another order in every run, so that [`AdamW::from_varmap`] is what a map needs.
+    fn new(vars: Vec<Var>, params: ParamsAdamW) -> Result<Self> {
         let named = vars.into_iter().enumerate();
-        Self::named(named.map(|(i, var)| (i.to_string(), var)).collect(), config)
+        Self::named(named.map(|(i, var)| (i.to_string(), var)), params)
     }
 
     fn step(&mut self, gradients: &GradStore) -> Result<()> {
-        self.steps += 1;
         for slot in &mut self.slots {
-            if let Some(gradient) = gradients.get(&slot.variable) {
-                slot.step(gradient, self.steps, &self.config)?;
+            if let Some(gradient) = gradients.get(&slot.var) {
+                slot.step(gradient, &self.params)?;
             }
         }
         Ok(())
     }
 
     fn learning_rate(&self) -> f64 {
-        self.config.lr
+        self.params.lr
     }
 
     fn set_learning_rate(&mut self, lr: f64) {
-        self.config.lr = lr;
+        self.params.lr = lr;
     }
 }
