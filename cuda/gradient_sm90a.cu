@@ -7,7 +7,8 @@
 //
 // `probabilities`: the same before lse is known, for gradients formed in the forward. It writes exp(z - reference),
 // times the slope, where the reference of a row is a logit of its own; the factor exp(reference - lse) of a row is
-// left to what reads G, and the target's entry, here 0, to what follows. The sums and maxima from which lse and the filter follow are written on the way.
+// left to what reads G, and the target's entry, here 0, to what follows. The sums and maxima from which lse and the
+// filter follow are written on the way.
 #include "logits_sm90a.cuh"
 
 using namespace hopper;

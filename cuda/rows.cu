@@ -528,7 +528,8 @@ struct ScaleParams {
 };
 
 // With the upstream gradients g of a row's loss (through the reduced loss or not) and h of its lse, the gradient of
-// its logits is (g + h) softmax(z) - g onehot(y), and g has a share more in the softmax where there is a z-loss. The largest of these goes into `scale` and out of the rows, so
+// its logits is (g + h) softmax(z) - g onehot(y), and g has a share more in the softmax where there is a z-loss.
+// The largest of these goes into `scale` and out of the rows, so
 // that no product of half-precision numbers underflows for a mean over many.
 extern "C" __global__ void __launch_bounds__(ONE_BLOCK) upstream_scales(const ScaleParams p) {
   const uint32_t count = *p.count;

@@ -1,6 +1,7 @@
 //! A head sharded over ranks, compared with the whole.
 //!
-//! `cargo run --release --example vocab_parallel` has four threads of the CPU as ranks;
+//! `cargo run --release --example vocab_parallel` has four threads of the CPU as ranks, and its peaks are those of all
+//! of them together;
 //! `--features nccl --example vocab_parallel -- --nccl --ranks 2` a process and a GPU for each.
 
 #[path = "common/mod.rs"]
@@ -45,7 +46,7 @@ struct Args {
     /// Does not compute the whole head
     #[arg(long)]
     no_check: bool,
-    /// This rank leaves before the last step: the others must find out
+    /// This rank, of 0 to RANKS - 1, leaves before the last step: the others must find out
     #[arg(long)]
     kill_rank: Option<usize>,
 }
@@ -56,7 +57,18 @@ const MEETING: &str = "VOCAB_PARALLEL_MEETING";
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    ensure!(args.shape.len() == 3, "--shape takes N,D,V");
+    ensure!(
+        args.shape.len() == 3 && args.shape.iter().all(|&size| size > 0),
+        "--shape takes N,D,V, none of them 0, got {:?}",
+        args.shape
+    );
+    if let Some(rank) = args.kill_rank {
+        ensure!(
+            rank < args.ranks,
+            "--kill-rank {rank} is not one of {} ranks",
+            args.ranks
+        );
+    }
     if !args.nccl {
         return threads(&args);
     }
@@ -203,7 +215,8 @@ impl Inputs {
         ])
     }
 
-    /// A step, the median of its milliseconds, and its peak over the inputs in MiB.
+    /// A step, the median of its milliseconds, and its peak over the inputs in MiB: on the CPU that of
+    /// all ranks' threads together.
     fn measure(&self, args: &Args, options: &Options, device: &Device) -> Result<(Step, f64, f64)> {
         let meter = Meter::new(device)?;
         let mut result = self.step(options)?;

@@ -78,7 +78,7 @@ pub fn z_loss(lse: &Tensor, targets: &Tensor, options: &Options) -> Result<Tenso
 /// The perplexity, `exp(mean nll)` over the positions that count: a scalar, 1 when none does.
 ///
 /// `loss` is [`Output::loss`](crate::Output::loss) under any reduction, `targets` and `options` those
-/// of the loss.
+/// of the loss, which must be without [`Options::z_loss`]: that part is no log-probability.
 ///
 /// ```
 /// # use candle_core::{DType, Device, Tensor};
@@ -119,7 +119,8 @@ pub fn perplexity(loss: &Tensor, targets: &Tensor, options: &Options) -> Result<
 /// The log-probability of each sequence, `-sum_t nll_t`: from `nll` of shape `(.., T)` one of shape
 /// `(..)`.
 ///
-/// `nll` is [`Output::loss`](crate::Output::loss) under [`Reduction::None`], so positions whose target
+/// `nll` is [`Output::loss`](crate::Output::loss) under [`Reduction::None`], without
+/// [`Options::z_loss`], so positions whose target
 /// is the `ignore_index` (a prompt, padding) add nothing. `mask`, u8 of the same shape, keeps only
 /// positions where it is not 0.
 ///

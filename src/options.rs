@@ -127,7 +127,8 @@ pub enum Strategy {
     /// that is one number (reduction mean or sum): 3 products. A forward whose loss is never
     /// differentiated pays for gradients nobody reads; detach its inputs. Where it cannot be done
     /// (reduction none, a workspace too small for a block of rows with all classes, Candle tensor
-    /// operations, CUDA kernels other than those for bf16 on compute capability 9.0), this is `Recompute`.
+    /// operations, CUDA kernels other than those for bf16 on compute capability 9.0, a shard of the classes),
+    /// this is `Recompute`.
     /// For any other upstream gradient (of lse; on the CPU, for f16 a loss scale) or a second backward the
     /// gradients are computed anew: 6 products, so choose `Recompute` there. [`Options::z_loss`] is no such
     /// case.

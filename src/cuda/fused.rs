@@ -3,7 +3,8 @@
 //! For a chunk of rows at a time the kernel `probabilities` leaves `exp(z - reference)` of every class in the
 //! workspace, the reference of a row being its target's logit. Once lse is known, the row lacks one factor and the
 //! target's entry; the factor goes into dE's rows and, for dC, into a copy of E's, and the targets' part is added in
-//! f32 before either is rounded. The gradients are those of the loss itself; the backward multiplies them by the upstream gradient.
+//! f32 before either is rounded. The gradients are those of the loss itself; the backward multiplies them by the
+//! upstream gradient.
 //!
 //! Should lse be so far from a reference that its row leaves the range of bf16, the device does the chunk again, as
 //! the backward would; otherwise the launches that would do so find no rows.
@@ -22,6 +23,9 @@ use std::sync::{Arc, Mutex};
 
 /// Bytes of the workspace unless the user says otherwise.
 const WORKSPACE: usize = 3 << 29;
+/// The bits of the table of kept tiles, as in `common.cuh`.
+const KEEP_FOR_EMBEDDINGS: u32 = 1;
+const KEEP_FOR_CLASSIFIER: u32 = 2;
 /// Rows of a chunk below which `Auto` computes the logits twice instead.
 const LEAST_ROWS: usize = 1024;
 /// Columns of a block that sums the targets' part of dC.
@@ -155,7 +159,7 @@ pub(super) fn forward(
             count: rows.count.address,
             keep: address,
             class_tiles: class_tiles as u32,
-            bits: bit(thresholds[0], 1) | bit(thresholds[1], 2),
+            bits: bit(thresholds[0], KEEP_FOR_EMBEDDINGS) | bit(thresholds[1], KEEP_FOR_CLASSIFIER),
         };
         let grid = (all_rows / TILE, 1);
         gpu.launch(&per_block("keep_targets", grid, TILE as u32), &params)?;
