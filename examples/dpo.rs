@@ -1,6 +1,6 @@
 //! Direct preference optimisation of a small decoder.
 //!
-//! `cargo run --release --features models --example dpo`
+//! `cargo run --release --example dpo`
 //!
 //! The world's answers count up or down from the prompt's last token. The model is first trained on both alike; then
 //! it learns from pairs alone that counting up is preferred, measured from a copy of itself.
