@@ -6,8 +6,7 @@
 
 #[path = "common/mod.rs"]
 mod common;
-#[allow(dead_code)] // all of it is used by `bench`
-#[path = "bench/meter.rs"]
+#[path = "common/meter.rs"]
 mod meter;
 
 use anyhow::{bail, ensure, Context, Result};

@@ -57,8 +57,8 @@ pub fn backward(loss: &Tensor) -> Result<GradStore> {
 }
 
 /// Hands a gradient to Candle, or to [`backward`] where that runs and the argument is a `Var`.
-pub(crate) fn deliver(argument: Option<&Tensor>, grad: Option<Tensor>) -> Option<Tensor> {
-    let (argument, grad) = (argument?, grad?);
+pub(crate) fn deliver(argument: &Tensor, grad: Option<Tensor>) -> Option<Tensor> {
+    let grad = grad?;
     COLLECTED.with(|c| match c.borrow_mut().as_mut() {
         Some(collected) if argument.is_variable() => {
             collected.push((argument.clone(), grad));

@@ -41,6 +41,7 @@ mod loss;
 #[cfg(feature = "models")]
 pub mod models;
 mod native;
+mod node;
 pub mod objectives;
 mod op;
 mod options;

@@ -4,14 +4,11 @@
 //! of the result, where `loss` is the reduced loss. [`CutCrossEntropy`] makes that vector a node of the
 //! user's graph, so that one backward sees every upstream gradient at once.
 
-use crate::backward::deliver;
 use crate::native;
+use crate::node::{attach, Node};
 use crate::problem::{Detached, Matrices, Problem};
 use crate::{Implementation, VocabParallel};
-use candle_core::{
-    bail, CpuStorage, CudaStorage, CustomOp2, CustomOp3, Layout, MetalStorage, Result, Shape,
-    Storage, Tensor,
-};
+use candle_core::{bail, Result, Tensor};
 use std::sync::{Arc, Mutex};
 
 /// Which gradients are asked for.
@@ -121,16 +118,13 @@ pub(crate) fn apply(problem: &Problem) -> Result<Applied> {
         if !wanted.any() {
             return Ok(value);
         }
-        let (embeddings, classifier) = (&problem.embeddings, &problem.classifier);
+        let mut arguments = vec![&problem.embeddings, &problem.classifier];
+        arguments.extend(&problem.bias);
         let op = CutCrossEntropy {
-            value,
             backward,
             vocab_parallel: problem.settings.vocab_parallel.clone(),
         };
-        match &problem.bias {
-            None => embeddings.apply_op2(classifier, op),
-            Some(bias) => embeddings.apply_op3(classifier, bias, op),
-        }
+        attach(value, &arguments, op)
     };
     let n = problem.positions.len();
     let loss = match loss {
@@ -184,61 +178,18 @@ fn no_kernels(problem: &Problem) -> Result<Option<String>> {
     )))
 }
 
-/// The node of the graph: its forward is already computed.
+/// The node of the graph.
 struct CutCrossEntropy {
-    value: Tensor,
     backward: Box<dyn Backward>,
     vocab_parallel: Option<VocabParallel>,
 }
 
-impl CutCrossEntropy {
+impl Node for CutCrossEntropy {
     const NAME: &'static str = "cut-cross-entropy";
 
-    fn storage(&self) -> Result<(Storage, Shape)> {
-        let (storage, layout) = self.value.storage_and_layout();
-        Ok((storage.try_clone(layout)?, layout.shape().clone()))
-    }
-
-    fn cpu(&self) -> Result<(CpuStorage, Shape)> {
-        match self.storage()? {
-            (Storage::Cpu(storage), shape) => Ok((storage, shape)),
-            (other, _) => bail!(
-                "{}: inputs on the CPU, result on {:?}",
-                Self::NAME,
-                other.device().location()
-            ),
-        }
-    }
-
-    fn cuda(&self) -> Result<(CudaStorage, Shape)> {
-        match self.storage()? {
-            (Storage::Cuda(storage), shape) => Ok((storage, shape)),
-            (other, _) => bail!(
-                "{}: inputs on CUDA, result on {:?}",
-                Self::NAME,
-                other.device().location()
-            ),
-        }
-    }
-
-    fn metal(&self) -> Result<(MetalStorage, Shape)> {
-        match self.storage()? {
-            (Storage::Metal(storage), shape) => Ok((storage, shape)),
-            (other, _) => bail!(
-                "{}: inputs on Metal, result on {:?}",
-                Self::NAME,
-                other.device().location()
-            ),
-        }
-    }
-
-    fn backward(
-        &self,
-        embeddings: &Tensor,
-        classifier: &Tensor,
-        bias: Option<&Tensor>,
-        upstream: &Tensor,
-    ) -> Result<Gradients> {
+    fn backward(&self, arguments: &[&Tensor], upstream: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        let (embeddings, classifier) = (arguments[0], arguments[1]);
+        let bias = arguments.get(2).copied();
         let wanted = Wanted {
             embeddings: embeddings.track_op(),
             classifier: classifier.track_op(),
@@ -253,111 +204,6 @@ impl CutCrossEntropy {
             (Some(shard), Some(here)) => Some(shard.embeddings_gradient(here, embeddings.dtype())?),
             (_, gradient) => gradient,
         };
-        Ok(Gradients {
-            embeddings: deliver(Some(embeddings), of_embeddings),
-            classifier: deliver(Some(classifier), gradients.classifier),
-            bias: deliver(bias, gradients.bias),
-        })
-    }
-}
-
-impl CustomOp2 for CutCrossEntropy {
-    fn name(&self) -> &'static str {
-        Self::NAME
-    }
-
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.cpu()
-    }
-
-    fn cuda_fwd(
-        &self,
-        _: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        self.cuda()
-    }
-
-    fn metal_fwd(
-        &self,
-        _: &MetalStorage,
-        _: &Layout,
-        _: &MetalStorage,
-        _: &Layout,
-    ) -> Result<(MetalStorage, Shape)> {
-        self.metal()
-    }
-
-    fn bwd(
-        &self,
-        embeddings: &Tensor,
-        classifier: &Tensor,
-        _res: &Tensor,
-        upstream: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let g = self.backward(embeddings, classifier, None, upstream)?;
-        Ok((g.embeddings, g.classifier))
-    }
-}
-
-impl CustomOp3 for CutCrossEntropy {
-    fn name(&self) -> &'static str {
-        Self::NAME
-    }
-
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.cpu()
-    }
-
-    fn cuda_fwd(
-        &self,
-        _: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        self.cuda()
-    }
-
-    fn metal_fwd(
-        &self,
-        _: &MetalStorage,
-        _: &Layout,
-        _: &MetalStorage,
-        _: &Layout,
-        _: &MetalStorage,
-        _: &Layout,
-    ) -> Result<(MetalStorage, Shape)> {
-        self.metal()
-    }
-
-    fn bwd(
-        &self,
-        embeddings: &Tensor,
-        classifier: &Tensor,
-        bias: &Tensor,
-        _res: &Tensor,
-        upstream: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let g = self.backward(embeddings, classifier, Some(bias), upstream)?;
-        Ok((g.embeddings, g.classifier, g.bias))
+        Ok(vec![of_embeddings, gradients.classifier, gradients.bias])
     }
 }

@@ -1,10 +1,13 @@
-//! The memory of a forward and backward on the CPU, counted by the allocator: a binary of its own, and
-//! one test, so that nothing else allocates.
+//! The memory of a forward and backward on the CPU, counted by the allocator: a binary of its own, and one test at a
+//! time, so that nothing else allocates.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_cut_cross_entropy::models::{CausalLm, Config, Decoder};
 use candle_cut_cross_entropy::{backward, linear_cross_entropy, Filter, Options, Strategy};
+use candle_nn::{VarBuilder, VarMap};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 
 /// The system's allocator, with the bytes in use and the most there were.
 struct Counting;
@@ -47,8 +50,12 @@ static ALLOCATOR: Counting = Counting;
 
 const MIB: usize = 1 << 20;
 
+/// Held by the test that counts.
+static COUNTING: Mutex<()> = Mutex::new(());
+
 #[test]
 fn forward_and_backward_stay_within_the_workspace() -> Result<()> {
+    let _alone = COUNTING.lock().unwrap_or_else(PoisonError::into_inner);
     let (hidden, vocab) = (128, 32000);
     let device = &Device::Cpu;
     let mut too_much = Vec::new();
@@ -102,5 +109,39 @@ fn forward_and_backward_stay_within_the_workspace() -> Result<()> {
         }
     }
     assert!(too_much.is_empty(), "{}", too_much.join("\n"));
+    Ok(())
+}
+
+#[test]
+fn checkpointed_layers_keep_their_inputs_only() -> Result<()> {
+    let _alone = COUNTING.lock().unwrap_or_else(PoisonError::into_inner);
+    let (layers, batch, time, hidden) = (8, 4, 64, 64);
+    let config = Config::from_json(&format!(
+        r#"{{"model_type": "llama", "vocab_size": 64, "hidden_size": {hidden}, "intermediate_size": 256,
+            "num_hidden_layers": {layers}, "num_attention_heads": 4}}"#
+    ))?;
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    let mut decoder = Decoder::new(config, vb)?;
+    let ids = Tensor::zeros((batch, time), DType::U32, &Device::Cpu)?;
+    let mut kept = |checkpointing| -> Result<usize> {
+        decoder.set_gradient_checkpointing(checkpointing);
+        let before = IN_USE.load(Relaxed);
+        let loss = decoder.loss(&ids, &ids, &Options::default())?.loss;
+        let kept = IN_USE.load(Relaxed) - before;
+        backward(&loss)?;
+        Ok(kept)
+    };
+    let (all, inputs) = (kept(false)?, kept(true)?);
+    let input = batch * time * hidden * 4;
+    // Inputs, the states around them, and the loss's own gradients; of all that, a layer alone keeps ten times as much.
+    assert!(
+        inputs < (layers + 8) * input,
+        "{inputs} bytes, an input has {input}"
+    );
+    assert!(
+        all > 10 * layers * input,
+        "{all} bytes, an input has {input}"
+    );
     Ok(())
 }

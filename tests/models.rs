@@ -828,7 +828,7 @@ mod against_candle_transformers {
         let vb = weights(decoder.tensors());
         let config = config("qwen3", json!({"rope_theta": 1000.0}))?;
         let decoder = Decoder::new(Config::from_json(&config.to_string())?, vb.clone())?;
-        let head = decoder.head_weight().clone();
+        let head = decoder.head_weight()?;
         let model = qwen3::Model::new(&read(&config, json!({})), vb.clone())?;
         let model = WithHead::new(model, head);
         // Twice, so that a cache of the first would show.

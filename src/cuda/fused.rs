@@ -30,8 +30,6 @@ const KEEP_FOR_CLASSIFIER: u32 = 2;
 const LEAST_ROWS: usize = 1024;
 /// Columns of a block that sums the targets' part of dC.
 const TARGET_COLUMNS: usize = 1024;
-/// Rows whose products take as long as reading and writing dC once.
-const ROWS_A_CHUNK: f64 = 375.;
 
 /// How many rows go through at a time, and how many classes of them through a launch of the products.
 #[derive(Debug, Clone, Copy)]
@@ -88,7 +86,7 @@ fn best_chunk(hidden: usize, all_rows: usize, most: usize, clusters: usize) -> u
         let chunks = all_rows.div_ceil(chunk);
         let rounds = (chunk / TILE * strips).div_ceil(clusters.max(1));
         let embeddings = (rounds * clusters * TILE) as f64 / strips as f64;
-        chunks as f64 * (embeddings + ROWS_A_CHUNK)
+        chunks as f64 * (embeddings + hopper::ROWS_A_CHUNK as f64)
     };
     let chunks = (TILE..=most.min(all_rows)).step_by(TILE);
     chunks
@@ -444,10 +442,7 @@ impl Chunk<'_> {
         results: impl Fn(Range) -> Range,
     ) -> Result<()> {
         let Operands { vocab, kind, .. } = self.operands;
-        let keep = match self.filter {
-            None => 0,
-            Some((_, keep)) => keep + (first_row / TILE * self.operands.class_tiles()) as u64,
-        };
+        let keep = self.filter.map_or(0, |(_, keep)| keep);
         for first_class in (0..vocab).step_by(self.plan.range) {
             let part = results(Range {
                 first_class,

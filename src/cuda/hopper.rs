@@ -19,8 +19,14 @@ const FORWARD_BYTES: usize = 207_872;
 const GRADIENT_BYTES: usize = 207_872;
 const PRODUCT_BYTES: usize = 230_400;
 
-/// Classes of a range that a backward must have room for to be worth these kernels.
-pub(super) const LEAST_RANGE: usize = 2048;
+/// Classes of a range that a backward must have room for to be worth these kernels ...
+const LEAST_RANGE: usize = 2048;
+/// ... and chunks of rows it is cut into at most: dC is rounded once in each.
+const MOST_CHUNKS: usize = 8;
+/// Rows whose products take as long as reading and writing dC once.
+pub(super) const ROWS_A_CHUNK: usize = 375;
+/// What a launch costs, in steps of 128 x 192 products: 10 microseconds.
+const LAUNCH: usize = 1200;
 
 /// Classes of a tile of the forward, and rows of a cluster's panel.
 const FORWARD_CLASSES: usize = 192;
@@ -55,6 +61,53 @@ pub(super) fn longest_range(all_rows: usize, multiprocessors: usize) -> usize {
         .min(WORDS / rows * 32)
         .min(WORDS / rows.div_ceil(32));
     tiles.min(TILES) * TILE
+}
+
+/// Rows of a chunk and classes of a range of a backward: of what fits the workspace, where a row of a chunk takes
+/// `row_bytes` beside its classes, the pair that leaves the fewest clusters idle and goes through its sums least often.
+/// `None` where nothing fits.
+pub(super) fn chunk_and_range(
+    operands: Operands,
+    all_rows: usize,
+    multiprocessors: usize,
+    row_bytes: usize,
+    workspace: usize,
+) -> Option<(usize, usize)> {
+    const COLUMNS: usize = 2 * TILE;
+    let (hidden, vocab, size) = (operands.hidden, operands.vocab, operands.kind.size);
+    let clusters = (multiprocessors / 2).max(1);
+    let strips = hidden.div_ceil(STRIP);
+    let rounds = |outputs: usize| outputs.div_ceil(clusters);
+    // Steps of 128 x 192 products that a block goes through for a chunk and a range.
+    let steps = |rows: usize, range: usize| {
+        let tiles = rounds(rows.div_ceil(PANEL) * range / TILE) * hidden * 2 / 3;
+        let embeddings = rounds(rows / TILE * strips) * (range + 2 * ROWS_A_CHUNK);
+        let classifier = rounds(range / TILE * strips) * (rows + ROWS_A_CHUNK);
+        tiles + embeddings + classifier + 3 * LAUNCH
+    };
+    let panels = all_rows.div_ceil(PANEL);
+    let (least, step) = (panels.div_ceil(MOST_CHUNKS), panels.div_ceil(64));
+    let mut best = None;
+    for rows in (least..=panels).step_by(step).chain([panels]) {
+        let rows = (rows * PANEL).min(all_rows);
+        let left = workspace.saturating_sub(rows * row_bytes);
+        let most = (left / (rows * size)).min(longest_range(rows, multiprocessors));
+        let most = most / COLUMNS * COLUMNS;
+        if most < LEAST_RANGE.min(vocab.next_multiple_of(COLUMNS)) {
+            continue;
+        }
+        let fewest = vocab.div_ceil(most);
+        for ranges in fewest..=fewest + fewest / 2 {
+            let range = vocab.div_ceil(ranges).next_multiple_of(COLUMNS);
+            let (whole, rest) = (all_rows / rows, all_rows % rows);
+            let of_rest = if rest > 0 { steps(rest, range) } else { 0 };
+            let cost = ranges * (whole * steps(rows, range) + of_rest);
+            if best.is_none_or(|(least, _)| cost < least) {
+                best = Some((cost, (rows, range)));
+            }
+        }
+    }
+    best.map(|(_, plan)| plan)
 }
 
 /// The group of rows and the splits of the classes that leave the fewest clusters idle at the end of a launch.
@@ -228,7 +281,7 @@ pub(super) fn tiles(
         row_log_sum: tiles.row_log_sum,
         p_scale: tiles.p_scale,
         target_scale: tiles.target_scale,
-        keep: tiles.keep,
+        keep: keep_from(operands, tiles.keep, tiles.first_row),
         gradient: tiles.gradient,
         sums: tiles.sums,
         maxima: tiles.maxima,
@@ -261,15 +314,18 @@ pub(super) fn backward(
     part: Range,
     gathered: &Buffer,
 ) -> Result<()> {
+    // Row arrays begin at the chunk's first row.
+    let offset = part.first_row as u64 * 4;
     let of_part = Tiles {
         count: saved.rows.count.address,
-        row_target: saved.rows.target.address,
-        row_max: saved.statistics.row_max.address,
-        row_log_sum: saved.statistics.row_log_sum.address,
-        p_scale: scales.p.address,
-        target_scale: scales.target.address,
+        row_target: saved.rows.target.address + offset,
+        row_max: saved.statistics.row_max.address + offset,
+        row_log_sum: saved.statistics.row_log_sum.address + offset,
+        p_scale: scales.p.address + offset,
+        target_scale: scales.target.address + offset,
         keep: part.keep,
         gradient: part.gradient,
+        first_row: part.first_row,
         rows: part.rows,
         first_class: part.first_class,
         range: part.classes.min(operands.vocab - part.first_class),
@@ -313,7 +369,7 @@ pub(super) fn products(
         };
         let params = HopperProductParams {
             count,
-            keep: part.keep,
+            keep: keep_from(operands, part.keep, part.first_row),
             scale,
             out,
             slots: part.slots,
@@ -346,6 +402,14 @@ pub(super) fn products(
         multiply(name, &embeddings, part.classifier_grad, part.rows, first)?;
     }
     Ok(())
+}
+
+/// The table of kept tiles from a row on; 0 where there is none.
+fn keep_from(operands: Operands, keep: u64, first_row: usize) -> u64 {
+    match keep {
+        0 => 0,
+        _ => keep + (first_row / TILE * operands.class_tiles()) as u64,
+    }
 }
 
 /// Clusters of two blocks that run at the same time.

@@ -172,7 +172,7 @@ struct Range {
     first_row: usize,
     rows: usize,
     gradient: u64,
-    /// `(row tiles, class tiles)`, from the first row on; 0 where every tile is kept.
+    /// `(row tiles, class tiles)` of all rows; 0 where every tile is kept.
     keep: u64,
     /// Sums of the gradient of the embeddings, 0 where not wanted.
     sums: u64,
@@ -660,9 +660,9 @@ struct Sweep {
 }
 
 impl Sweep {
-    /// One sweep, if what it holds of every row and the gradient of the logits for a range of classes fit the
-    /// workspace; otherwise, by the portable kernels, dE chunk of rows by chunk, then dC and db, which computes
-    /// the logits once more.
+    /// On Hopper chunk of rows by chunk, as few as leave room for ranges of classes. By the portable kernels one
+    /// sweep, if the sums of dE leave as much room again for the gradient of the logits of a range; otherwise dE chunk
+    /// of rows by chunk, then dC and db, which computes the logits once more.
     fn plan(
         path: Path,
         multiprocessors: usize,
@@ -673,58 +673,56 @@ impl Sweep {
     ) -> Vec<Self> {
         let all_rows = n.next_multiple_of(TILE);
         let (hidden, vocab, size) = (operands.hidden, operands.vocab, operands.kind.size);
-        // Sums of dE in f32 and, on Hopper, the gathered embeddings.
-        let sums = |rows: usize| match results.embeddings {
+        // A row of the sums of dE, in f32.
+        let sum_bytes = match results.embeddings {
             0 => 0,
-            _ => rows * hidden * 4,
+            _ => hidden * 4,
         };
-        let held = |path: Path| match path {
-            Path::Portable => sums(all_rows),
-            Path::Hopper => sums(all_rows) + all_rows * hidden * size,
-        };
-        let workspace = workspace.unwrap_or(match path {
-            Path::Portable => portable::WORKSPACE.max(2 * held(path)),
-            Path::Hopper => hopper::WORKSPACE.max(2 * held(path)),
-        });
+        if path == Path::Hopper {
+            // And of the gathered embeddings.
+            let row_bytes = sum_bytes + hidden * size;
+            let workspace = workspace.unwrap_or(hopper::WORKSPACE.max(2 * all_rows * row_bytes));
+            let plan =
+                hopper::chunk_and_range(operands, all_rows, multiprocessors, row_bytes, workspace);
+            if let Some((chunk, range)) = plan {
+                let sweep = |first_row: usize| Self {
+                    path,
+                    first_row,
+                    rows: chunk.min(all_rows - first_row),
+                    range,
+                    results,
+                };
+                return (0..all_rows).step_by(chunk).map(sweep).collect();
+            }
+        }
+        let path = Path::Portable;
+        let sums = |rows: usize| rows * sum_bytes;
+        let workspace = workspace.unwrap_or(portable::WORKSPACE.max(2 * sums(all_rows)));
         // Whole blocks, and ranges of about the same length.
         let columns = 2 * TILE;
-        let range = |bytes: usize, rows: usize, at_most: usize| {
-            let most = (bytes / (rows * size)).min(at_most) / columns * columns;
+        let range = |bytes: usize, rows: usize| {
+            let most = bytes / (rows * size) / columns * columns;
             let ranges = vocab.div_ceil(most.max(columns));
             vocab.div_ceil(ranges).next_multiple_of(columns)
         };
-        let paths = match path {
-            Path::Portable => &[Path::Portable][..],
-            Path::Hopper => &[Path::Hopper, Path::Portable],
-        };
-        for &path in paths {
-            let at_most = match path {
-                Path::Portable => usize::MAX,
-                Path::Hopper => hopper::longest_range(all_rows, multiprocessors),
-            };
-            let least = match path {
-                Path::Portable => held(path),
-                Path::Hopper => all_rows * hopper::LEAST_RANGE * size,
-            };
-            if held(path) + least <= workspace && at_most >= columns {
-                return vec![Self {
-                    path,
-                    first_row: 0,
-                    rows: all_rows,
-                    range: range(workspace - held(path), all_rows, at_most),
-                    results,
-                }];
-            }
+        if 2 * sums(all_rows) <= workspace {
+            return vec![Self {
+                path,
+                first_row: 0,
+                rows: all_rows,
+                range: range(workspace - sums(all_rows), all_rows),
+                results,
+            }];
         }
         let chunk = workspace / (hidden * 4 + 8 * columns * size);
         let chunk = (chunk / TILE * TILE).clamp(TILE, all_rows);
         let mut sweeps = Vec::new();
         if results.embeddings != 0 {
             sweeps.extend((0..all_rows).step_by(chunk).map(|first_row| Self {
-                path: Path::Portable,
+                path,
                 first_row,
                 rows: chunk.min(all_rows - first_row),
-                range: range(workspace.saturating_sub(sums(chunk)), chunk, usize::MAX),
+                range: range(workspace.saturating_sub(sums(chunk)), chunk),
                 results: Results {
                     classifier: 0,
                     bias: 0,
@@ -734,10 +732,10 @@ impl Sweep {
         }
         if results.classifier != 0 || results.bias != 0 {
             sweeps.push(Self {
-                path: Path::Portable,
+                path,
                 first_row: 0,
                 rows: all_rows,
-                range: range(workspace, all_rows, usize::MAX),
+                range: range(workspace, all_rows),
                 results: Results {
                     embeddings: 0,
                     ..results
@@ -811,7 +809,7 @@ impl Saved {
                     first_row: first_row as u32,
                     rows: rows as u32,
                     class_tiles,
-                    overwrite: 1,
+                    overwrite: u32::from(first_row == 0),
                     ..Default::default()
                 };
                 let grid = (range.div_ceil(32), 1);

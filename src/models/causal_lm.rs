@@ -1,7 +1,7 @@
 //! What the loss needs of a language model, and what follows from it.
 
 use crate::{LinearCrossEntropy, Options, Output};
-use candle_core::{bail, DType, Result, Tensor};
+use candle_core::{bail, DType, Device, Result, Tensor};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -17,7 +17,13 @@ pub trait CausalLm {
     fn hidden_states(&self, ids: &Tensor) -> Result<Tensor>;
 
     /// The head's weight, `(V, D)`.
-    fn head_weight(&self) -> &Tensor;
+    ///
+    /// # Errors
+    /// Memory that runs out where it has to be computed.
+    fn head_weight(&self) -> Result<Tensor>;
+
+    /// Where the model is.
+    fn device(&self) -> &Device;
 
     /// The soft cap of the logits.
     fn softcap(&self) -> Option<f64> {
@@ -25,10 +31,13 @@ pub trait CausalLm {
     }
 
     /// The head and its loss under these options, with a shift of 1 and the model's softcap.
-    fn head(&self, options: &Options) -> LinearCrossEntropy {
+    ///
+    /// # Errors
+    /// Those of [`head_weight`](CausalLm::head_weight).
+    fn head(&self, options: &Options) -> Result<LinearCrossEntropy> {
         let mut options = options.clone().shift(1);
         options.softcap = self.softcap();
-        LinearCrossEntropy::new(self.head_weight().clone(), None, options)
+        Ok(LinearCrossEntropy::new(self.head_weight()?, None, options))
     }
 
     /// The loss of predicting each label from the tokens before it.
@@ -41,7 +50,7 @@ pub trait CausalLm {
     /// Those of [`hidden_states`](CausalLm::hidden_states) and of
     /// [`linear_cross_entropy`](crate::linear_cross_entropy()).
     fn loss(&self, ids: &Tensor, labels: &Tensor, options: &Options) -> Result<Output> {
-        self.head(options)
+        self.head(options)?
             .forward(&self.hidden_states(ids)?, labels)
     }
 
@@ -51,7 +60,7 @@ pub trait CausalLm {
     /// # Errors
     /// Shapes, dtypes or devices that do not match.
     fn logits(&self, hidden_states: &Tensor) -> Result<Tensor> {
-        self.head(&Options::default()).logits(hidden_states)
+        self.head(&Options::default())?.logits(hidden_states)
     }
 
     /// The logits `(batch, V)` of the token after the last of `ids` `(batch, time)`.
@@ -115,7 +124,7 @@ pub fn generate(
     let mut rng = StdRng::seed_from_u64(sampling.seed);
     let mut tokens = prompt.to_vec();
     for _ in 0..sampling.max_new_tokens {
-        let ids = Tensor::new(tokens.as_slice(), model.head_weight().device())?.unsqueeze(0)?;
+        let ids = Tensor::new(tokens.as_slice(), model.device())?.unsqueeze(0)?;
         let logits = model.next_token_logits(&ids)?.squeeze(0)?;
         let logits: Vec<f64> = logits.to_dtype(DType::F64)?.to_vec1()?;
         let Some(token) = choose(&logits, sampling.temperature, &mut rng) else {

@@ -68,11 +68,14 @@ impl Decoder {
     /// Each file is written under another name, flushed to the disk, and then takes the place of the
     /// one before: an interruption at any point leaves every file as it was or as it is to be. A
     /// sharded checkpoint in the same folder is left alone; both loaders prefer `model.safetensors`.
-    /// The tokenizer's files are the caller's to copy.
+    /// The tokenizer's files are the caller's to copy. Adapters are merged into the weights.
     ///
     /// # Errors
     /// A folder or file that cannot be written.
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
+        if !self.adapters().is_empty() {
+            return self.merged()?.save(folder);
+        }
         let folder = folder.as_ref();
         fs::create_dir_all(folder).map_err(|e| Error::from(e).with_path(folder))?;
         let config = Pending::new(folder, CONFIG);

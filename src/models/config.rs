@@ -338,6 +338,14 @@ impl Config {
     pub fn json(&self) -> &str {
         &self.json
     }
+
+    /// The same with a head of its own.
+    pub(super) fn untied(&self) -> Result<Self> {
+        let mut value: Value = serde_json::from_str(&self.json).map_err(Error::wrap)?;
+        value["tie_word_embeddings"] = false.into();
+        let json = serde_json::to_string_pretty(&value).map_err(Error::wrap)?;
+        Self::from_json(&json)
+    }
 }
 
 /// Which layers see a window only.

@@ -1,10 +1,13 @@
 //! The decoder: embedding, layers, norm, head.
 
-use super::layers::{Layer, Loader, Norm, Positions};
+use super::checkpointing::{self, checkpoint};
+use super::layers::{Layer, Loaded, Loader, Norm, Positions};
+use super::lora::Adapter;
 use super::{CausalLm, Config};
 use candle_core::{bail, DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// A causal decoder of any [`Family`](super::Family), every operation of which has a backward.
 ///
@@ -48,7 +51,9 @@ pub struct Decoder {
     layers: Vec<Layer>,
     norm: Norm,
     head: Tensor,
-    tensors: BTreeMap<String, Tensor>,
+    head_adapter: Option<Adapter>,
+    loaded: Loaded,
+    gradient_checkpointing: bool,
     device: Device,
 }
 
@@ -59,8 +64,11 @@ impl Decoder {
     /// # Errors
     /// A tensor that is missing or has another shape: it is named.
     pub fn new(config: Config, vb: VarBuilder) -> Result<Self> {
-        let device = vb.device().clone();
-        let loader = Loader::new(vb, &config);
+        Self::build(Loader::new(vb, &config, None), config)
+    }
+
+    pub(super) fn build(loader: Loader, config: Config) -> Result<Self> {
+        let device = loader.device().clone();
         let shape = (config.vocab_size, config.hidden_size);
         let model = loader.pp("model");
         let embedding = model.pp("embed_tokens").matrix(shape, "weight")?;
@@ -68,19 +76,35 @@ impl Decoder {
             .map(|i| Layer::new(&config, model.pp("layers").pp(i)))
             .collect::<Result<_>>()?;
         let norm = Norm::new(config.hidden_size, &config, model.pp("norm"))?;
+        let of_head = loader.pp("lm_head");
         let head = match config.tie_word_embeddings {
             true => embedding.clone(),
-            false => loader.pp("lm_head").matrix(shape, "weight")?,
+            false => of_head.matrix(shape, "weight")?,
         };
+        let head_adapter = of_head.adapter(config.hidden_size, config.vocab_size)?;
         Ok(Self {
             config,
             embedding,
             layers,
             norm,
             head,
-            tensors: loader.loaded(),
+            head_adapter,
+            loaded: loader.loaded(),
+            gradient_checkpointing: false,
             device,
         })
+    }
+
+    /// Whether the layers keep nothing for the backward but their inputs, and compute the rest again: about a third
+    /// more time for activations of one layer instead of all. Off at first. The gradients are the same; a layer's
+    /// weights must be variables or untracked.
+    pub fn set_gradient_checkpointing(&mut self, on: bool) {
+        self.gradient_checkpointing = on;
+    }
+
+    /// Whether the layers compute again what the backward needs.
+    pub fn gradient_checkpointing(&self) -> bool {
+        self.gradient_checkpointing
     }
 
     /// The architecture.
@@ -89,8 +113,35 @@ impl Decoder {
     }
 
     /// The weights by their names in the checkpoint. A tied head is not among them.
+    /// Adapters are not in them.
     pub fn tensors(&self) -> &BTreeMap<String, Tensor> {
-        &self.tensors
+        &self.loaded.tensors
+    }
+
+    /// By the names of their modules.
+    pub(super) fn adapters(&self) -> &BTreeMap<String, Adapter> {
+        &self.loaded.adapters
+    }
+
+    /// The head's weight without its adapter.
+    pub(super) fn base_head(&self) -> &Tensor {
+        &self.head
+    }
+
+    /// What of a layer is trained.
+    fn variables(&self, layer: usize) -> Vec<Tensor> {
+        let prefix = format!("model.layers.{layer}.");
+        let weights = self.loaded.tensors.iter();
+        let weights = weights.map(|(name, weight)| (name, vec![weight]));
+        let adapters = self.loaded.adapters.iter();
+        let adapters = adapters.map(|(name, adapter)| (name, adapter.tensors().to_vec()));
+        weights
+            .chain(adapters)
+            .filter(|(name, _)| name.starts_with(&prefix))
+            .flat_map(|(_, tensors)| tensors)
+            .filter(|tensor| tensor.track_op())
+            .cloned()
+            .collect()
     }
 
     /// The dtype of the weights.
@@ -133,8 +184,8 @@ impl CausalLm for Decoder {
             None => rows,
         };
         // Layers of one kind share their mask and angles.
-        let mut kinds: Vec<(super::LayerConfig, Positions)> = Vec::new();
-        for (layer, kind) in self.layers.iter().zip(&self.config.layers) {
+        let mut kinds: Vec<(super::LayerConfig, Arc<Positions>)> = Vec::new();
+        for (i, (layer, kind)) in self.layers.iter().zip(&self.config.layers).enumerate() {
             let known = kinds.iter().position(|(other, _)| other == kind);
             let known = match known {
                 Some(known) => known,
@@ -146,22 +197,51 @@ impl CausalLm for Decoder {
                         angles: rope.angles(time, self.dtype(), &self.device)?,
                         mask: self.mask(time, kind.window)?,
                     };
-                    kinds.push((*kind, positions));
+                    kinds.push((*kind, Arc::new(positions)));
                     kinds.len() - 1
                 }
             };
-            x = layer.forward(&x, &kinds[known].1)?;
+            let positions = &kinds[known].1;
+            x = match self.gradient_checkpointing {
+                false => layer.forward(&x, positions)?,
+                true => {
+                    let layer = PlacedLayer {
+                        layer: layer.clone(),
+                        positions: positions.clone(),
+                    };
+                    checkpoint(layer, &x, self.variables(i))?
+                }
+            };
         }
         self.norm
             .forward(&x)?
             .reshape((batch, time, self.config.hidden_size))
     }
 
-    fn head_weight(&self) -> &Tensor {
-        &self.head
+    fn head_weight(&self) -> Result<Tensor> {
+        match &self.head_adapter {
+            None => Ok(self.head.clone()),
+            Some(adapter) => adapter.merged(&self.head),
+        }
+    }
+
+    fn device(&self) -> &Device {
+        &self.device
     }
 
     fn softcap(&self) -> Option<f64> {
         self.config.softcap
+    }
+}
+
+/// A layer at its positions.
+struct PlacedLayer {
+    layer: Layer,
+    positions: Arc<Positions>,
+}
+
+impl checkpointing::Layer for PlacedLayer {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.layer.forward(x, &self.positions)
     }
 }

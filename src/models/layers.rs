@@ -2,9 +2,10 @@
 //!
 //! Candle's fused softmax, norms and rotary embeddings have none, so none is used here.
 
+use super::lora::{product, Adapter, Adapters};
 use super::rope::Angles;
 use super::Config;
-use candle_core::{DType, Result, Shape, Tensor, D};
+use candle_core::{DType, Device, Result, Shape, Tensor, D};
 use candle_nn::{Activation, Init, Module, VarBuilder};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -15,16 +16,33 @@ use std::rc::Rc;
 pub(super) struct Loader<'a> {
     vb: VarBuilder<'a>,
     deviation: f64,
-    loaded: Rc<RefCell<BTreeMap<String, Tensor>>>,
+    adapters: Option<&'a Adapters<'a>>,
+    loaded: Rc<RefCell<Loaded>>,
+}
+
+/// What a loader has loaded: weights by their names, adapters by those of their modules.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Loaded {
+    pub tensors: BTreeMap<String, Tensor>,
+    pub adapters: BTreeMap<String, Adapter>,
 }
 
 impl<'a> Loader<'a> {
-    pub(super) fn new(vb: VarBuilder<'a>, config: &Config) -> Self {
+    pub(super) fn new(
+        vb: VarBuilder<'a>,
+        config: &Config,
+        adapters: Option<&'a Adapters<'a>>,
+    ) -> Self {
         Self {
             vb,
             deviation: config.initializer_range,
+            adapters,
             loaded: Rc::default(),
         }
+    }
+
+    pub(super) fn device(&self) -> &Device {
+        self.vb.device()
     }
 
     pub(super) fn pp(&self, name: impl ToString) -> Self {
@@ -53,11 +71,26 @@ impl<'a> Loader<'a> {
             prefix if prefix.is_empty() => name.to_owned(),
             prefix => format!("{prefix}.{name}"),
         };
-        self.loaded.borrow_mut().insert(full_name, tensor.clone());
+        let mut loaded = self.loaded.borrow_mut();
+        loaded.tensors.insert(full_name, tensor.clone());
         Ok(tensor)
     }
 
-    pub(super) fn loaded(&self) -> BTreeMap<String, Tensor> {
+    /// The adapter of this module, if it has one.
+    pub(super) fn adapter(&self, inputs: usize, outputs: usize) -> Result<Option<Adapter>> {
+        let Some(adapters) = self.adapters else {
+            return Ok(None);
+        };
+        let module = self.vb.prefix();
+        let adapter = adapters.get(&module, inputs, outputs)?;
+        if let Some(adapter) = &adapter {
+            let mut loaded = self.loaded.borrow_mut();
+            loaded.adapters.insert(module, adapter.clone());
+        }
+        Ok(adapter)
+    }
+
+    pub(super) fn loaded(&self) -> Loaded {
         self.loaded.borrow().clone()
     }
 }
@@ -103,11 +136,12 @@ impl Norm {
     }
 }
 
-/// `x W^T + b` for rows `x`.
+/// `x W^T + b` for rows `x`, plus what an adapter adds.
 #[derive(Debug, Clone)]
 struct Linear {
     weight: Tensor,
     bias: Option<Tensor>,
+    adapter: Option<Adapter>,
 }
 
 impl Linear {
@@ -118,11 +152,15 @@ impl Linear {
                 true => Some(loader.vector(outputs, "bias", 0.)?),
                 false => None,
             },
+            adapter: loader.adapter(inputs, outputs)?,
         })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = x.matmul(&self.weight.t()?)?;
+        let mut y = product(x, &self.weight)?;
+        if let Some(adapter) = &self.adapter {
+            y = (y + adapter.forward(x)?)?;
+        }
         match &self.bias {
             Some(bias) => y.broadcast_add(bias),
             None => Ok(y),

@@ -20,10 +20,12 @@
 mod adamw;
 mod causal_lm;
 mod checkpoint;
+mod checkpointing;
 mod config;
 mod decoder;
 mod gradients;
 mod layers;
+mod lora;
 mod rope;
 #[cfg(feature = "candle-transformers")]
 mod with_head;
@@ -33,6 +35,7 @@ pub use causal_lm::{generate, CausalLm, Sampling};
 pub use config::{Config, Family, LayerConfig};
 pub use decoder::Decoder;
 pub use gradients::{clip_gradients, Accumulator};
+pub use lora::Lora;
 pub use rope::Rope;
 #[cfg(feature = "candle-transformers")]
 pub use with_head::WithHead;

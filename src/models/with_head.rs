@@ -1,7 +1,7 @@
 //! The models of candle-transformers that show their hidden states.
 
 use super::CausalLm;
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 use candle_transformers::models::smol::smollm3;
 use candle_transformers::models::{qwen2, qwen3, qwen3_moe};
 
@@ -38,8 +38,12 @@ macro_rules! causal_lm {
                 self.model.clone().forward(ids, $($argument),*)
             }
 
-            fn head_weight(&self) -> &Tensor {
-                &self.head
+            fn head_weight(&self) -> Result<Tensor> {
+                Ok(self.head.clone())
+            }
+
+            fn device(&self) -> &Device {
+                self.head.device()
             }
         }
     )*};

@@ -62,17 +62,6 @@ impl Meter {
             Self::Cuda(pool) => pool.device_name(),
         }
     }
-
-    /// Bytes of host memory that are free, where that is known and matters.
-    pub fn available(&self) -> Option<usize> {
-        if !matches!(self, Self::Host) {
-            return None;
-        }
-        let info = std::fs::read_to_string("/proc/meminfo").ok()?;
-        let line = info.lines().find(|l| l.starts_with("MemAvailable:"))?;
-        let kib: usize = line.split_whitespace().nth(1)?.parse().ok()?;
-        Some(kib << 10)
-    }
 }
 
 #[cfg(feature = "cuda")]

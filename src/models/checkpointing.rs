@@ -1,0 +1,113 @@
+//! Gradient checkpointing: what a layer computes on the way is not kept but computed again.
+
+use crate::backward;
+use crate::node::{attach, Node};
+use candle_core::{bail, DType, Result, Tensor, Var};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// A function of a tensor and of variables that it owns.
+pub(super) trait Layer: Send + Sync + 'static {
+    fn forward(&self, x: &Tensor) -> Result<Tensor>;
+}
+
+/// `layer.forward(x)`, of which only `x` and the result are kept: the backward computes the rest again.
+///
+/// `variables` are those whose gradients are wanted. They must be `Var`s, and nothing else that is tracked may enter
+/// the layer.
+///
+/// A node of Candle's graph has at most three arguments. So the variables hang on a chain of nodes of one number
+/// each, two to a node, whose end is an argument beside `x`:
+///
+/// ```text
+/// v0 v1 -> chain 0 -> chain 1 -> checkpoint -> result
+///             v2 v3 ---^    x ---^
+/// ```
+///
+/// The backward reaches the checkpoint first, which forms all gradients; the chain then hands them out.
+pub(super) fn checkpoint(layer: impl Layer, x: &Tensor, variables: Vec<Tensor>) -> Result<Tensor> {
+    if let Some(other) = variables.iter().find(|v| !v.is_variable()) {
+        bail!(
+            "gradient checkpointing: a weight of shape {:?} is the result of an operation, not a variable",
+            other.dims()
+        )
+    }
+    let value = layer.forward(&x.detach())?.detach();
+    let formed = Arc::new(Mutex::new(vec![None; variables.len()]));
+    let mut chain: Option<Tensor> = None;
+    for (i, pair) in variables.chunks(2).enumerate() {
+        let link = Link {
+            first: 2 * i,
+            continues: chain.is_some(),
+            formed: formed.clone(),
+        };
+        let arguments: Vec<&Tensor> = chain.iter().chain(pair).collect();
+        let one_number = Tensor::zeros(1, DType::F32, x.device())?;
+        chain = Some(attach(one_number, &arguments, link)?);
+    }
+    let node = Checkpoint {
+        layer,
+        variables,
+        formed,
+    };
+    match (&chain, x.track_op()) {
+        (None, false) => Ok(value),
+        (None, true) => attach(value, &[x], node),
+        (Some(chain), _) => attach(value, &[x, chain], node),
+    }
+}
+
+/// The gradients of the variables, from when they are formed to when they are handed out.
+type Formed = Arc<Mutex<Vec<Option<Tensor>>>>;
+
+struct Checkpoint<L> {
+    layer: L,
+    variables: Vec<Tensor>,
+    formed: Formed,
+}
+
+impl<L: Layer> Node for Checkpoint<L> {
+    const NAME: &'static str = "checkpoint";
+
+    fn backward(&self, arguments: &[&Tensor], upstream: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        let x = Var::from_tensor(&arguments[0].detach())?;
+        let y = self.layer.forward(&x)?;
+        let mut gradients = backward(&(y * upstream)?.sum_all()?)?;
+        let mut formed = self.formed.lock().unwrap_or_else(PoisonError::into_inner);
+        for (variable, formed) in self.variables.iter().zip(formed.iter_mut()) {
+            *formed = gradients.remove(variable);
+        }
+        let of_x = match arguments[0].track_op() {
+            true => gradients.remove(&x),
+            false => None,
+        };
+        let mut all = vec![of_x];
+        for chain in &arguments[1..] {
+            all.push(Some(chain.zeros_like()?));
+        }
+        Ok(all)
+    }
+}
+
+/// Two variables, or one, and the chain before them.
+struct Link {
+    first: usize,
+    continues: bool,
+    formed: Formed,
+}
+
+impl Node for Link {
+    const NAME: &'static str = "checkpoint-variables";
+
+    fn backward(&self, arguments: &[&Tensor], upstream: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        let mut formed = self.formed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut gradients = Vec::with_capacity(arguments.len());
+        let mut variables = arguments.len();
+        if self.continues {
+            gradients.push(Some(upstream.zeros_like()?));
+            variables -= 1;
+        }
+        let end = self.first + variables;
+        gradients.extend(formed[self.first..end].iter_mut().map(Option::take));
+        Ok(gradients)
+    }
+}

@@ -1,0 +1,330 @@
+//! Low-rank adapters (LoRA): small trainable matrices beside frozen weights.
+
+use super::checkpoint::Pending;
+use super::layers::Loader;
+use super::{CausalLm, Config, Decoder};
+use crate::node::{attach, Node};
+use candle_core::{bail, Device, Error, Result, Tensor};
+use candle_nn::{Init, VarBuilder, VarMap};
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+/// The module names of every projection of any family.
+const PROJECTIONS: [&str; 9] = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "gate_up_proj",
+    "down_proj",
+];
+const HEAD: &str = "lm_head";
+
+/// Which matrices of a decoder get a low-rank adapter: instead of `W` `(out, in)`, which is frozen,
+///
+/// ```text
+/// W + (alpha / rank) B A,   A (rank, in), B (out, rank)
+/// ```
+///
+/// with only `A` and `B` trained. `B` begins as 0, so that a new adapter changes nothing. There is no
+/// dropout.
+///
+/// ```
+/// # use candle_core::{DType, Device, Tensor};
+/// # use candle_cut_cross_entropy::models::{CausalLm, Config, Decoder, Lora};
+/// # use candle_cut_cross_entropy::{backward, Options};
+/// # use candle_nn::{VarBuilder, VarMap};
+/// # fn main() -> candle_core::Result<()> {
+/// # let config = Config::from_json(
+/// #     r#"{
+/// #         "model_type": "llama", "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64,
+/// #         "num_hidden_layers": 2, "num_attention_heads": 4
+/// #     }"#,
+/// # )?;
+/// # let weights = VarMap::new();
+/// # let base = Decoder::new(config, VarBuilder::from_varmap(&weights, DType::F32, &Device::Cpu))?;
+/// let vars = VarMap::new(); // the adapters, to hand to an optimizer
+/// let decoder = base.with_lora(&Lora { rank: 4, ..Lora::default() }, &vars)?;
+/// # let ids = Tensor::new(&[[1u32, 5, 7, 9]], &Device::Cpu)?;
+/// let gradients = backward(&decoder.loss(&ids, &ids, &Options::default())?.loss)?;
+/// assert_eq!(vars.all_vars().len(), 2 * 7 * 2); // layers, projections, A and B
+/// assert!(vars.all_vars().iter().all(|var| gradients.get(var).is_some()));
+/// # Ok(())
+/// # }
+/// ```
+///
+/// Source: Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*,
+/// [arXiv 2106.09685](https://arxiv.org/abs/2106.09685); names as in Hugging Face peft.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Lora {
+    /// Rows of `A`; at least 1.
+    pub rank: usize,
+    /// The product `B A` is scaled by `alpha / rank`.
+    pub alpha: f64,
+    /// The last names of the modules with an adapter, such as `q_proj`. `lm_head` is the head: its
+    /// adapter costs two matrices of the head's size while it trains, and of a tied matrix it changes
+    /// the head only.
+    pub targets: Vec<String>,
+}
+
+impl Default for Lora {
+    /// Rank 8, alpha 16, every projection of attention and MLP, not the head.
+    fn default() -> Self {
+        Self {
+            rank: 8,
+            alpha: 16.,
+            targets: PROJECTIONS.map(str::to_owned).to_vec(),
+        }
+    }
+}
+
+impl Lora {
+    /// With an adapter of the head as well.
+    pub fn with_head(mut self) -> Self {
+        self.targets.push(HEAD.to_owned());
+        self
+    }
+}
+
+/// An adapter of one matrix.
+#[derive(Debug, Clone)]
+pub(super) struct Adapter {
+    a: Tensor,
+    b: Tensor,
+    scale: f64,
+}
+
+impl Adapter {
+    /// What it adds to `x W^T`.
+    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        x.matmul(&self.a.t()?)?.matmul(&self.b.t()?)? * self.scale
+    }
+
+    /// The matrix with the adapter in it.
+    pub(super) fn merged(&self, weight: &Tensor) -> Result<Tensor> {
+        let product = self.b.detach().matmul(&self.a.detach())?;
+        let merged = (weight.detach() + (product * self.scale)?)?;
+        attach(merged, &[&self.a, &self.b], Merge(self.scale))
+    }
+
+    pub(super) fn tensors(&self) -> [&Tensor; 2] {
+        [&self.a, &self.b]
+    }
+}
+
+/// Makes adapters.
+pub(super) struct Adapters<'a> {
+    lora: &'a Lora,
+    vb: VarBuilder<'a>,
+}
+
+impl Adapters<'_> {
+    /// That of a module of this name, if it is to have one.
+    pub(super) fn get(
+        &self,
+        module: &str,
+        inputs: usize,
+        outputs: usize,
+    ) -> Result<Option<Adapter>> {
+        let Lora {
+            rank,
+            alpha,
+            targets,
+        } = self.lora;
+        let name = module.rsplit('.').next().unwrap_or(module);
+        if !targets.iter().any(|target| target == name) {
+            return Ok(None);
+        }
+        let vb = self.vb.pp(saved_name(module));
+        let bound = 1. / (inputs as f64).sqrt();
+        let init = Init::Uniform {
+            lo: -bound,
+            up: bound,
+        };
+        Ok(Some(Adapter {
+            a: vb.get_with_hints((*rank, inputs), "lora_A.weight", init)?,
+            b: vb.get_with_hints((outputs, *rank), "lora_B.weight", Init::Const(0.))?,
+            scale: alpha / *rank as f64,
+        }))
+    }
+}
+
+/// The name of a module in peft's files.
+fn saved_name(module: &str) -> String {
+    format!("base_model.model.{module}")
+}
+
+impl Decoder {
+    /// This decoder with its weights frozen and adapters beside some of them, which are put into `vars`
+    /// under peft's names (`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`, ..): what
+    /// [`Decoder::save_adapters`] saved is taken up by `vars.load(".../adapter_model.safetensors")`.
+    ///
+    /// The weights are shared, not copied. [`Decoder::save`] saves them with the adapters merged.
+    ///
+    /// # Errors
+    /// A rank of 0, a target that no module has, a decoder that has adapters already.
+    pub fn with_lora(&self, lora: &Lora, vars: &VarMap) -> Result<Self> {
+        if lora.rank == 0 {
+            bail!("the rank of an adapter must be at least 1")
+        }
+        if !self.adapters().is_empty() {
+            bail!("the decoder has adapters already: save or merge it first")
+        }
+        let frozen: BTreeMap<&String, Tensor> = self
+            .tensors()
+            .iter()
+            .map(|(name, tensor)| (name, tensor.detach()))
+            .collect();
+        let adapters = Adapters {
+            lora,
+            vb: VarBuilder::from_varmap(vars, self.dtype(), self.device()),
+        };
+        let decoder = self.rebuilt(self.config().clone(), frozen, Some(&adapters))?;
+        let has = |target: &String| {
+            let modules = decoder.adapters().keys();
+            modules
+                .into_iter()
+                .any(|module| module.rsplit('.').next() == Some(target))
+        };
+        // The default names the projections of every family.
+        let unknown = |target: &&String| !has(target) && !PROJECTIONS.contains(&target.as_str());
+        if let Some(target) = lora.targets.iter().find(unknown) {
+            bail!("no module of the model is named {target:?}, which is to have an adapter")
+        }
+        if decoder.adapters().is_empty() {
+            bail!("no module of the model is to have an adapter")
+        }
+        Ok(decoder)
+    }
+
+    /// The decoder with its adapters in the weights, a full copy of those that change. An adapter of a
+    /// tied head unties it.
+    ///
+    /// # Errors
+    /// Memory that runs out.
+    pub fn merged(&self) -> Result<Self> {
+        let mut config = self.config().clone();
+        let mut tensors: BTreeMap<String, Tensor> = self
+            .tensors()
+            .iter()
+            .map(|(name, tensor)| (name.clone(), tensor.detach()))
+            .collect();
+        for (module, adapter) in self.adapters() {
+            let weight = match (module.as_str(), config.tie_word_embeddings) {
+                (HEAD, true) => self.base_head(),
+                _ => &self.tensors()[&format!("{module}.weight")],
+            };
+            let merged = adapter.merged(weight)?.detach();
+            tensors.insert(format!("{module}.weight"), merged);
+            if module == HEAD {
+                config = config.untied()?;
+            }
+        }
+        self.rebuilt(config, tensors, None)
+    }
+
+    /// Saves the adapters alone, as peft does: `adapter_config.json` and `adapter_model.safetensors`.
+    /// Each file takes the place of one before it once it is complete.
+    ///
+    /// # Errors
+    /// A decoder without adapters; a folder or file that cannot be written.
+    pub fn save_adapters(&self, folder: impl AsRef<Path>) -> Result<()> {
+        let folder = folder.as_ref();
+        let Some(first) = self.adapters().values().next() else {
+            bail!("the decoder has no adapters to save")
+        };
+        fs::create_dir_all(folder).map_err(|e| Error::from(e).with_path(folder))?;
+        let rank = first.a.dim(0)?;
+        let mut names: Vec<_> = self
+            .adapters()
+            .keys()
+            .filter_map(|module| module.rsplit('.').next())
+            .collect();
+        names.sort_unstable();
+        names.dedup();
+        let config = json!({
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": rank,
+            "lora_alpha": first.scale * rank as f64,
+            "target_modules": names,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": false,
+            "inference_mode": true,
+        });
+        let file = Pending::new(folder, "adapter_config.json");
+        let text = serde_json::to_string_pretty(&config).map_err(Error::wrap)?;
+        fs::write(&file.temporary, text).map_err(|e| Error::from(e).with_path(&file.temporary))?;
+        let mut tensors = BTreeMap::new();
+        for (module, adapter) in self.adapters() {
+            for (part, tensor) in ["lora_A", "lora_B"].iter().zip(adapter.tensors()) {
+                let tensor = tensor.to_device(&Device::Cpu)?.contiguous()?;
+                tensors.insert(format!("{}.{part}.weight", saved_name(module)), tensor);
+            }
+        }
+        let weights = Pending::new(folder, "adapter_model.safetensors");
+        safetensors::serialize_to_file(&tensors, None, &weights.temporary)
+            .map_err(|e| Error::wrap(e).with_path(&weights.temporary))?;
+        file.commit()?;
+        weights.commit()
+    }
+
+    /// Another decoder of these tensors.
+    fn rebuilt<N: AsRef<str>>(
+        &self,
+        config: Config,
+        tensors: BTreeMap<N, Tensor>,
+        adapters: Option<&Adapters>,
+    ) -> Result<Self> {
+        let tensors = tensors
+            .into_iter()
+            .map(|(name, tensor)| (name.as_ref().to_owned(), tensor))
+            .collect();
+        let vb = VarBuilder::from_tensors(tensors, self.dtype(), self.device());
+        let mut decoder = Self::build(Loader::new(vb, &config, adapters), config)?;
+        decoder.set_gradient_checkpointing(self.gradient_checkpointing());
+        Ok(decoder)
+    }
+}
+
+/// `x W^T` for rows `x`. Where `W` is not tracked, its gradient is not computed: Candle's product would
+/// compute and drop it.
+pub(super) fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    if weight.track_op() || !x.track_op() {
+        return x.matmul(&weight.t()?);
+    }
+    let y = x.detach().matmul(&weight.t()?)?;
+    attach(y, &[x], Frozen(weight.clone()))
+}
+
+/// `W + scale B A` of `A` and `B`. Candle's sum would form a gradient of `W` too.
+struct Merge(f64);
+
+impl Node for Merge {
+    const NAME: &'static str = "merged-adapter";
+
+    fn backward(&self, arguments: &[&Tensor], upstream: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        let upstream = upstream.detach();
+        let (a, b) = (arguments[0].detach(), arguments[1].detach());
+        let of_a = (b.t()?.matmul(&upstream)? * self.0)?;
+        let of_b = (upstream.matmul(&a.t()?)? * self.0)?;
+        Ok(vec![Some(of_a), Some(of_b)])
+    }
+}
+
+/// A product with a matrix that does not change.
+struct Frozen(Tensor);
+
+impl Node for Frozen {
+    const NAME: &'static str = "frozen-linear";
+
+    fn backward(&self, _: &[&Tensor], upstream: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        Ok(vec![Some(upstream.matmul(&self.0)?)])
+    }
+}

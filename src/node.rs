@@ -1,0 +1,215 @@
+//! Nodes of Candle's graph whose value is computed before they become part of it.
+
+use crate::backward::deliver;
+use candle_core::{
+    bail, CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, MetalStorage, Result,
+    Shape, Storage, Tensor,
+};
+use std::sync::Mutex;
+
+/// What a node does in a backward.
+pub(crate) trait Node: Send + Sync + 'static {
+    const NAME: &'static str;
+
+    /// The gradients of the arguments, in their order, shapes and dtypes, `None` for one that is not tracked. Called as
+    /// often as the user differentiates the graph.
+    fn backward(&self, arguments: &[&Tensor], upstream: &Tensor) -> Result<Vec<Option<Tensor>>>;
+}
+
+/// `value` as the result of a node with these arguments, of which there are one to three.
+pub(crate) fn attach(value: Tensor, arguments: &[&Tensor], node: impl Node) -> Result<Tensor> {
+    let name = name(&node);
+    let computed = Computed {
+        value: Mutex::new(Some(value)),
+        node,
+    };
+    match arguments {
+        [a] => a.apply_op1(computed),
+        [a, b] => a.apply_op2(b, computed),
+        [a, b, c] => a.apply_op3(b, c, computed),
+        _ => bail!("{name}: a node of {} arguments", arguments.len()),
+    }
+}
+
+fn name<N: Node>(_: &N) -> &'static str {
+    N::NAME
+}
+
+struct Computed<N> {
+    /// Until the node has its copy.
+    value: Mutex<Option<Tensor>>,
+    node: N,
+}
+
+impl<N: Node> Computed<N> {
+    fn storage(&self) -> Result<(Storage, Shape)> {
+        let value = self.value.lock().unwrap_or_else(|e| e.into_inner()).take();
+        let Some(value) = value else {
+            bail!("{}: computed twice", N::NAME)
+        };
+        let (storage, layout) = value.storage_and_layout();
+        Ok((storage.try_clone(layout)?, layout.shape().clone()))
+    }
+
+    fn cpu(&self) -> Result<(CpuStorage, Shape)> {
+        match self.storage()? {
+            (Storage::Cpu(storage), shape) => Ok((storage, shape)),
+            (other, _) => self.elsewhere("the CPU", &other),
+        }
+    }
+
+    fn cuda(&self) -> Result<(CudaStorage, Shape)> {
+        match self.storage()? {
+            (Storage::Cuda(storage), shape) => Ok((storage, shape)),
+            (other, _) => self.elsewhere("CUDA", &other),
+        }
+    }
+
+    fn metal(&self) -> Result<(MetalStorage, Shape)> {
+        match self.storage()? {
+            (Storage::Metal(storage), shape) => Ok((storage, shape)),
+            (other, _) => self.elsewhere("Metal", &other),
+        }
+    }
+
+    fn elsewhere<T>(&self, inputs: &str, value: &Storage) -> Result<T> {
+        bail!(
+            "{}: inputs on {inputs}, result on {:?}",
+            N::NAME,
+            value.device().location()
+        )
+    }
+
+    fn gradients<const COUNT: usize>(
+        &self,
+        arguments: [&Tensor; COUNT],
+        upstream: &Tensor,
+    ) -> Result<[Option<Tensor>; COUNT]> {
+        let mut gradients = self.node.backward(&arguments, upstream)?.into_iter();
+        Ok(arguments.map(|argument| deliver(argument, gradients.next().flatten())))
+    }
+}
+
+impl<N: Node> CustomOp1 for Computed<N> {
+    fn name(&self) -> &'static str {
+        N::NAME
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.cpu()
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.cuda()
+    }
+
+    fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
+        self.metal()
+    }
+
+    fn bwd(&self, a: &Tensor, _res: &Tensor, upstream: &Tensor) -> Result<Option<Tensor>> {
+        let [a] = self.gradients([a], upstream)?;
+        Ok(a)
+    }
+}
+
+impl<N: Node> CustomOp2 for Computed<N> {
+    fn name(&self) -> &'static str {
+        N::NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.cpu()
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.cuda()
+    }
+
+    fn metal_fwd(
+        &self,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        self.metal()
+    }
+
+    fn bwd(
+        &self,
+        a: &Tensor,
+        b: &Tensor,
+        _res: &Tensor,
+        upstream: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let [a, b] = self.gradients([a, b], upstream)?;
+        Ok((a, b))
+    }
+}
+
+impl<N: Node> CustomOp3 for Computed<N> {
+    fn name(&self) -> &'static str {
+        N::NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.cpu()
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.cuda()
+    }
+
+    fn metal_fwd(
+        &self,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        self.metal()
+    }
+
+    fn bwd(
+        &self,
+        a: &Tensor,
+        b: &Tensor,
+        c: &Tensor,
+        _res: &Tensor,
+        upstream: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [a, b, c] = self.gradients([a, b, c], upstream)?;
+        Ok((a, b, c))
+    }
+}
