@@ -48,9 +48,15 @@ impl Checkpoint {
     pub fn check_run(&self, run: &Map<String, Value>) -> Result<()> {
         for (name, now) in run {
             let before = self.state.run.get(name).unwrap_or(&Value::Null);
+            let say = |value: &Value| match value {
+                Value::Null => "not given".to_owned(),
+                value => value.to_string(),
+            };
             ensure!(
                 before == now,
-                "--{name} is {now}, in {} it was {before}: --resume takes the same arguments",
+                "--{name} is {}, but {} in {}: --resume needs the same arguments",
+                say(now),
+                say(before),
                 self.folder.display()
             );
         }

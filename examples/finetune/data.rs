@@ -161,7 +161,7 @@ impl Record {
         length: usize,
         cut: &mut usize,
     ) -> Result<Sequence> {
-        ensure!(!self.text.is_empty(), "nothing to learn, the text is empty");
+        ensure!(!self.text.is_empty(), "nothing to learn: the text is empty");
         let mut ids = Vec::new();
         if !self.prompt.is_empty() {
             ids = encoder.encode(&self.prompt, true)?;
@@ -170,15 +170,18 @@ impl Record {
         // What begins a text begins the prompt, if there is one.
         ids.extend(encoder.encode(&self.text, self.prompt.is_empty())?);
         ids.extend(end);
+        ensure!(
+            ignored < length,
+            "nothing to learn: the prompt has {ignored} tokens, --length is {length}"
+        );
+        ensure!(
+            ids.len() > 1,
+            "nothing to learn: the text is a single token"
+        );
         if ids.len() > length {
             *cut += 1;
             ids.truncate(length);
         }
-        ensure!(
-            ids.len() > ignored.max(1),
-            "nothing to learn: {} tokens, {ignored} of them the prompt, cut to --length {length}",
-            ids.len().max(ignored)
-        );
         Ok(Sequence { ids, ignored })
     }
 }
