@@ -11,13 +11,17 @@ use rand_distr::{Distribution, Normal};
 /// that Candle draws on the CPU cannot be seeded.
 pub fn new_decoder(config: &serde_json::Value, seed: u64) -> Result<(Decoder, VarMap)> {
     let config = Config::from_json(&config.to_string())?;
-    let normal = Normal::new(0., config.initializer_range as f32)?;
+    let deviation = config.initializer_range as f32;
+    // What a layer adds to the hidden state is smaller the more layers add to it, as in GPT-2.
+    let deep = deviation / (2. * config.layers.len() as f32).sqrt();
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
     let decoder = Decoder::new(config, vb)?;
     let mut rng = StdRng::seed_from_u64(seed);
     let named = vars.data().lock().expect("no panic before");
     for (name, tensor) in decoder.tensors().iter().filter(|(_, t)| t.rank() == 2) {
+        let adds = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
+        let normal = Normal::new(0., if adds { deep } else { deviation })?;
         let values: Vec<f32> = (0..tensor.elem_count())
             .map(|_| normal.sample(&mut rng))
             .collect();

@@ -261,12 +261,13 @@ fn main() -> Result<()> {
     let config = model.config();
     let encoder = Encoder::load(&base, config)?;
     let end = config.eos_token_ids.first().copied();
-    ensure!(
-        end.is_none_or(|end| (end as usize) < config.vocab_size),
-        "{}: eos_token_id {end:?} is beyond the vocab_size {}",
-        base.join("config.json").display(),
-        config.vocab_size
-    );
+    if let Some(end) = end.filter(|&end| end as usize >= config.vocab_size) {
+        bail!(
+            "{}: eos_token_id {end} is beyond the vocab_size {}",
+            base.join("config.json").display(),
+            config.vocab_size
+        )
+    }
     let (sequences, cut) = data.sequences(&encoder, end, run.length)?;
     let fingerprint = data::fingerprint(&sequences);
     let (train, validation) = data.hold_out(sequences, run.validation, run.seed)?;
