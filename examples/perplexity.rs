@@ -4,8 +4,6 @@
 //! windows that overlap, so that every token but the first is predicted once, from at least
 //! `--length` less `--stride` tokens before it where the text has them.
 
-#[path = "common/frozen.rs"]
-mod frozen;
 #[path = "common/tokens.rs"]
 mod tokens;
 
@@ -90,7 +88,7 @@ fn main() -> Result<()> {
     };
 
     let model = Decoder::load(&checkpoint, &VarMap::new(), dtype, &device)?;
-    let model = frozen::frozen(&model)?;
+    let model = model.frozen()?;
     let encoder = Encoder::load(&checkpoint, model.config())?;
     let tokens = encoder
         .encode(&text, true)

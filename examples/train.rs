@@ -7,8 +7,6 @@
 mod common;
 #[path = "common/corpus.rs"]
 mod corpus;
-#[path = "common/frozen.rs"]
-mod frozen;
 #[path = "common/plot.rs"]
 mod plot;
 #[path = "common/training.rs"]
@@ -122,11 +120,11 @@ fn main() -> Result<()> {
         "num_attention_heads": args.heads,
         "tie_word_embeddings": true,
     });
-    let (model, vars) = training::new_decoder(&config, args.seed)?;
+    let (model, vars) = training::new_decoder(&config.to_string(), args.seed)?;
     let count: usize = model.tensors().values().map(Tensor::elem_count).sum();
     println!("{:.1} million parameters, {args:?}", count as f64 / 1e6);
     let head = Head::new(&args, &model);
-    let frozen = frozen::frozen(&model)?;
+    let frozen = model.frozen()?;
     let frozen_head = Head::new(&args, &frozen);
     let mut optimizer = AdamW::from_varmap(
         &vars,

@@ -9,8 +9,8 @@ use rand_distr::{Distribution, Normal};
 
 /// A decoder with new weights in f32 on the CPU, and its variables. The seed determines them; those
 /// that Candle draws on the CPU cannot be seeded.
-pub fn new_decoder(config: &serde_json::Value, seed: u64) -> Result<(Decoder, VarMap)> {
-    let config = Config::from_json(&config.to_string())?;
+pub fn new_decoder(config: &str, seed: u64) -> Result<(Decoder, VarMap)> {
+    let config = Config::from_json(config)?;
     let deviation = config.initializer_range as f32;
     // What a layer adds to the hidden state is smaller the more layers add to it, as in GPT-2.
     let deep = deviation / (2. * config.layers.len() as f32).sqrt();

@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 const STATE: &str = "state.json";
+const ADAPTERS: &str = "adapter_model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const PREFIX: &str = "step-";
 
@@ -63,6 +64,11 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// The file of the adapters, where only those were trained.
+    pub fn adapters(&self) -> PathBuf {
+        self.folder.join(ADAPTERS)
+    }
+
     /// Takes the optimizer's state, once the weights are loaded.
     pub fn load_optimizer(&self, optimizer: &mut AdamW) -> Result<()> {
         Ok(optimizer.load(self.folder.join(OPTIMIZER))?)
@@ -71,12 +77,23 @@ impl Checkpoint {
 
 /// Writes a checkpoint, then removes those before it. It has its name once it is complete and on the
 /// disk, so that an interruption at any point leaves a complete one.
-pub fn save(output: &Path, state: &State, model: &Decoder, optimizer: &AdamW) -> Result<()> {
+///
+/// Where adapters are trained, they are all of the model that is written.
+pub fn save(
+    output: &Path,
+    state: &State,
+    model: &Decoder,
+    adapters: bool,
+    optimizer: &AdamW,
+) -> Result<()> {
     let name = format!("{PREFIX}{}", state.step);
     let temporary = output.join(format!(".{name}"));
     remove(&temporary)?;
     // These two flush what they write.
-    model.save(&temporary)?;
+    match adapters {
+        true => model.save_adapters(&temporary)?,
+        false => model.save(&temporary)?,
+    }
     optimizer.save(temporary.join(OPTIMIZER))?;
     let path = temporary.join(STATE);
     let write = || -> std::io::Result<()> {

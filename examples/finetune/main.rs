@@ -7,11 +7,14 @@
 //! same bits as without the interruption.
 
 mod checkpoints;
+#[path = "../common/mod.rs"]
+mod common;
 #[path = "../common/corpus.rs"]
 mod corpus;
 mod data;
-#[path = "../common/frozen.rs"]
-mod frozen;
+#[allow(dead_code)] // all of it is used by `bench`
+#[path = "../common/meter.rs"]
+mod meter;
 #[path = "../common/plot.rs"]
 mod plot;
 #[path = "../common/tokens.rs"]
@@ -20,9 +23,9 @@ mod tokens;
 mod training;
 
 use anyhow::{bail, ensure, Context, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 use candle_cut_cross_entropy::models::{
-    clip_gradients, generate, Accumulator, AdamW, CausalLm, Decoder, Sampling,
+    clip_gradients, generate, Accumulator, AdamW, CausalLm, Decoder, Lora, Sampling,
 };
 use candle_cut_cross_entropy::{backward, Options, Preset, Reduction};
 use candle_nn::{Optimizer, ParamsAdamW, VarMap};
@@ -30,6 +33,7 @@ use checkpoints::{Checkpoint, State};
 use clap::{Parser, ValueEnum};
 use data::Data;
 use indicatif::{ProgressBar, ProgressStyle};
+use rand::{rngs::StdRng, Rng, SeedableRng};
 use serde::Serialize;
 use serde_json::{json, Map, Value};
 use std::collections::BTreeMap;
@@ -58,8 +62,8 @@ struct Args {
 #[derive(clap::Args, Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Run {
-    /// The folder with config.json, safetensors and tokenizer.json [default: a small one with random
-    /// weights, made in the output folder]
+    /// The folder with config.json, safetensors and tokenizer.json; without safetensors random weights are
+    /// trained from the start [default: a small one with random weights, made in the output folder]
     #[arg(long)]
     checkpoint: Option<PathBuf>,
     /// What to learn from [default: the sources and documents of this crate]
@@ -101,10 +105,17 @@ struct Run {
     /// The most tokens of a sequence
     #[arg(long, default_value_t = 128)]
     length: usize,
-    /// The highest, after a warm-up and before a cosine down to a tenth [default: 1e-5; 2e-3 without
-    /// --checkpoint]
+    /// The highest, after a warm-up and before a cosine down to a tenth [default: 1e-5; 2e-4 with --lora;
+    /// 2e-3 without --checkpoint]
     #[arg(long)]
     learning_rate: Option<f64>,
+    /// Train adapters of this rank on all projections and nothing else; they go into the output folder
+    /// (adapter), and merged into the model
+    #[arg(long)]
+    lora: Option<usize>,
+    /// Compute the layers again in the backward: less memory, about a third more time
+    #[arg(long)]
+    gradient_checkpointing: bool,
     /// The largest norm of all gradients together
     #[arg(long, default_value_t = 1.)]
     clip: f64,
@@ -155,6 +166,7 @@ const TOKENIZER_FILES: [&str; 9] = [
     "generation_config.json",
 ];
 const NEW_TOKENS: usize = 48;
+const MIB: f64 = (1 << 20) as f64;
 
 impl Run {
     fn check(&self) -> Result<()> {
@@ -186,9 +198,10 @@ impl Run {
     }
 
     fn learning_rate(&self) -> f64 {
-        let default = match self.checkpoint {
-            Some(_) => 1e-5,
-            None => 2e-3,
+        let default = match (&self.checkpoint, self.lora) {
+            (None, _) => 2e-3,
+            (Some(_), Some(_)) => 2e-4,
+            (Some(_), None) => 1e-5,
         };
         self.learning_rate.unwrap_or(default)
     }
@@ -246,18 +259,23 @@ fn main() -> Result<()> {
     if saved.is_none() {
         checkpoints::clear(&output, None)?;
     }
+    let initial = output.join("initial");
     let base = match &run.checkpoint {
-        Some(folder) => folder.clone(),
-        None => output.join("initial"),
+        Some(folder) if has_weights(folder) => folder.clone(),
+        _ => initial,
     };
-    if run.checkpoint.is_none() && saved.is_none() {
-        new_checkpoint(&base, &data.texts(), &run)?;
+    if saved.is_none() {
+        match &run.checkpoint {
+            None => new_checkpoint(&base, &data.texts(), &run)?,
+            Some(folder) if base != *folder => random_checkpoint(&base, folder, run.seed)?,
+            Some(_) => {}
+        }
     }
 
-    let vars = VarMap::new();
-    let weights = saved.as_ref().map_or(&base, |saved| &saved.folder);
-    let model = Decoder::load(weights, &vars, run.dtype(), &device)?;
-    let frozen = frozen::frozen(&model)?;
+    let meter = meter::Meter::new(&device)?;
+    meter.start()?;
+    let (model, vars) = load(&run, &base, saved.as_ref(), &device)?;
+    let frozen = model.frozen()?;
     let config = model.config();
     let encoder = Encoder::load(&base, config)?;
     let end = config.eos_token_ids.first().copied();
@@ -302,25 +320,16 @@ fn main() -> Result<()> {
         },
     };
     let before = state.validation[0].1.exp();
+    let count: usize = model.tensors().values().map(Tensor::elem_count).sum();
+    let trained: usize = vars.all_vars().iter().map(|var| var.elem_count()).sum();
     println!(
-        "{:.1} million parameters, validation perplexity before {before:.2}",
-        model
-            .tensors()
-            .values()
-            .map(Tensor::elem_count)
-            .sum::<usize>() as f64
-            / 1e6
+        "{:.1} million parameters, {:.1} million of them trained, validation perplexity before {before:.2}",
+        count as f64 / 1e6,
+        trained as f64 / 1e6
     );
 
-    // The order of a map differs from run to run, and with it the rounding of the norm.
-    let by_name: BTreeMap<_, _> = vars
-        .data()
-        .lock()
-        .expect("no panic before")
-        .clone()
-        .into_iter()
-        .collect();
-    let variables: Vec<_> = by_name.into_values().collect();
+    // Their order decides the rounding of the norm.
+    let variables: Vec<_> = by_name(&vars).into_values().collect();
     let mut accumulator = Accumulator::new(variables.clone());
     let bar = ProgressBar::new(run.steps as u64).with_style(ProgressStyle::with_template(
         "{bar:40} {pos}/{len} steps, {elapsed} of about {duration}, {msg}",
@@ -374,19 +383,18 @@ fn main() -> Result<()> {
             });
         }
         if state.step % save_every == 0 || last {
-            checkpoints::save(&output, &state, &model, &optimizer)?;
+            checkpoints::save(&output, &state, &model, run.lora.is_some(), &optimizer)?;
         }
     }
     bar.finish_and_clear();
 
+    let peak = meter.peak()?;
     let folder = output.join("model");
     model.save(&folder)?;
-    for name in TOKENIZER_FILES {
-        if base.join(name).is_file() {
-            std::fs::copy(base.join(name), folder.join(name))
-                .with_context(|| format!("copying {name} to {}", folder.display()))?;
-        }
+    if run.lora.is_some() {
+        model.save_adapters(output.join("adapter"))?;
     }
+    copy_tokenizer(&base, &folder)?;
     let picture = output.join("loss.svg");
     plot::draw(&picture, &state.train, &state.validation)
         .with_context(|| format!("drawing {}", picture.display()))?;
@@ -397,6 +405,11 @@ fn main() -> Result<()> {
         picture.display()
     );
     println!(
+        "peak memory {:.0} MiB, {:.0} tokens/s",
+        peak as f64 / MIB,
+        tokens as f64 / time.as_secs_f64()
+    );
+    println!(
         "train loss {:.6} -> {:.6}, validation perplexity {before:.2} -> {:.2}",
         state.train[0].1,
         state.train[run.steps - 1].1,
@@ -405,9 +418,58 @@ fn main() -> Result<()> {
     Ok(())
 }
 
+/// The decoder, at the start of the run or where it was saved, and what of it is trained.
+fn load(
+    run: &Run,
+    base: &Path,
+    saved: Option<&Checkpoint>,
+    device: &Device,
+) -> Result<(Decoder, VarMap)> {
+    let mut vars = VarMap::new();
+    let weights = match (saved, run.lora) {
+        (Some(saved), None) => &saved.folder,
+        _ => base,
+    };
+    let mut model = Decoder::load(weights, &vars, run.dtype(), device)?;
+    if let Some(rank) = run.lora {
+        vars = VarMap::new();
+        let lora = Lora {
+            rank,
+            ..Lora::default()
+        };
+        model = model.with_lora(&lora, &vars)?;
+        match saved {
+            Some(saved) => vars.load(saved.adapters())?,
+            None => seed_adapters(&vars, run.seed)?,
+        }
+    }
+    model.set_gradient_checkpointing(run.gradient_checkpointing);
+    Ok((model, vars))
+}
+
+/// Gives new adapters values that follow from the seed: those that Candle draws on the CPU do not.
+fn seed_adapters(vars: &VarMap, seed: u64) -> Result<()> {
+    let mut rng = StdRng::seed_from_u64(seed);
+    for (name, var) in by_name(vars) {
+        if name.ends_with("lora_A.weight") {
+            let bound = 1. / (var.dim(1)? as f32).sqrt();
+            let values = (0..var.elem_count()).map(|_| rng.random_range(-bound..bound));
+            let values = Tensor::from_iter(values, &Device::Cpu)?.reshape(var.shape())?;
+            var.set(&values.to_dtype(var.dtype())?.to_device(var.device())?)?;
+        }
+    }
+    Ok(())
+}
+
+/// The variables in the order of their names: that of the map differs from run to run.
+fn by_name(vars: &VarMap) -> BTreeMap<String, Var> {
+    let vars = vars.data().lock().expect("no panic before");
+    vars.clone().into_iter().collect()
+}
+
 /// The sum of the losses of all positions that count.
 fn summed_loss(model: &Decoder, loss: Loss, sequences: &[&Sequence]) -> Result<Tensor> {
-    let (ids, labels) = tokens::batch(sequences, model.head_weight().device())?;
+    let (ids, labels) = tokens::batch(sequences, model.device())?;
     let preset = match loss {
         Loss::Cce => Preset::Cce,
         Loss::CceKahanFullC => Preset::CceKahanFullC,
@@ -496,11 +558,38 @@ fn new_checkpoint(folder: &Path, texts: &[&str], run: &Run) -> Result<()> {
         "tie_word_embeddings": true,
         "eos_token_id": tokenizer.token_to_id(END),
     });
-    let (decoder, _) = training::new_decoder(&config, run.seed)?;
+    let (decoder, _) = training::new_decoder(&config.to_string(), run.seed)?;
     decoder.save(folder)?;
     let path = folder.join("tokenizer.json");
     tokenizer
         .save(&path, false)
         .map_err(anyhow::Error::from_boxed)
         .with_context(|| format!("writing {}", path.display()))
+}
+
+fn has_weights(folder: &Path) -> bool {
+    ["model.safetensors", "model.safetensors.index.json"]
+        .iter()
+        .any(|name| folder.join(name).is_file())
+}
+
+/// Makes a checkpoint of another's config and tokenizer with random weights.
+fn random_checkpoint(folder: &Path, other: &Path, seed: u64) -> Result<()> {
+    let path = other.join("config.json");
+    let config =
+        std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+    let (decoder, _) = training::new_decoder(&config, seed)?;
+    decoder.save(folder)?;
+    copy_tokenizer(other, folder)
+}
+
+/// Copies the tokenizer's files that there are.
+fn copy_tokenizer(from: &Path, to: &Path) -> Result<()> {
+    for name in TOKENIZER_FILES {
+        if from.join(name).is_file() {
+            std::fs::copy(from.join(name), to.join(name))
+                .with_context(|| format!("copying {name} to {}", to.display()))?;
+        }
+    }
+    Ok(())
 }

@@ -64,7 +64,7 @@ impl Decoder {
     /// # Errors
     /// A tensor that is missing or has another shape: it is named.
     pub fn new(config: Config, vb: VarBuilder) -> Result<Self> {
-        Self::build(Loader::new(vb, &config, None), config)
+        Self::build(Loader::new(vb, &config, &|_, _, _| Ok(None)), config)
     }
 
     pub(super) fn build(loader: Loader, config: Config) -> Result<Self> {

@@ -16,7 +16,7 @@ use std::rc::Rc;
 pub(super) struct Loader<'a> {
     vb: VarBuilder<'a>,
     deviation: f64,
-    adapters: Option<&'a Adapters<'a>>,
+    adapters: &'a Adapters<'a>,
     loaded: Rc<RefCell<Loaded>>,
 }
 
@@ -28,11 +28,7 @@ pub(super) struct Loaded {
 }
 
 impl<'a> Loader<'a> {
-    pub(super) fn new(
-        vb: VarBuilder<'a>,
-        config: &Config,
-        adapters: Option<&'a Adapters<'a>>,
-    ) -> Self {
+    pub(super) fn new(vb: VarBuilder<'a>, config: &Config, adapters: &'a Adapters<'a>) -> Self {
         Self {
             vb,
             deviation: config.initializer_range,
@@ -78,11 +74,8 @@ impl<'a> Loader<'a> {
 
     /// The adapter of this module, if it has one.
     pub(super) fn adapter(&self, inputs: usize, outputs: usize) -> Result<Option<Adapter>> {
-        let Some(adapters) = self.adapters else {
-            return Ok(None);
-        };
         let module = self.vb.prefix();
-        let adapter = adapters.get(&module, inputs, outputs)?;
+        let adapter = (self.adapters)(&module, inputs, outputs)?;
         if let Some(adapter) = &adapter {
             let mut loaded = self.loaded.borrow_mut();
             loaded.adapters.insert(module, adapter.clone());

@@ -7,7 +7,7 @@ use crate::node::{attach, Node};
 use candle_core::{bail, Device, Error, Result, Tensor};
 use candle_nn::{Init, VarBuilder, VarMap};
 use serde_json::json;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::Path;
 
@@ -89,6 +89,35 @@ impl Lora {
         self.targets.push(HEAD.to_owned());
         self
     }
+
+    /// The adapter of a module, if it is to have one.
+    fn adapter(
+        &self,
+        vb: &VarBuilder,
+        module: &str,
+        inputs: usize,
+        outputs: usize,
+    ) -> Result<Option<Adapter>> {
+        let &Self { rank, alpha, .. } = self;
+        if !self
+            .targets
+            .iter()
+            .any(|target| target == last_name(module))
+        {
+            return Ok(None);
+        }
+        let vb = vb.pp(saved_name(module));
+        let bound = 1. / (inputs as f64).sqrt();
+        let init = Init::Uniform {
+            lo: -bound,
+            up: bound,
+        };
+        Ok(Some(Adapter {
+            a: vb.get_with_hints((rank, inputs), "lora_A.weight", init)?,
+            b: vb.get_with_hints((outputs, rank), "lora_B.weight", Init::Const(0.))?,
+            scale: alpha / rank as f64,
+        }))
+    }
 }
 
 /// An adapter of one matrix.
@@ -115,48 +144,26 @@ impl Adapter {
     pub(super) fn tensors(&self) -> [&Tensor; 2] {
         [&self.a, &self.b]
     }
-}
 
-/// Makes adapters.
-pub(super) struct Adapters<'a> {
-    lora: &'a Lora,
-    vb: VarBuilder<'a>,
-}
-
-impl Adapters<'_> {
-    /// That of a module of this name, if it is to have one.
-    pub(super) fn get(
-        &self,
-        module: &str,
-        inputs: usize,
-        outputs: usize,
-    ) -> Result<Option<Adapter>> {
-        let Lora {
-            rank,
-            alpha,
-            targets,
-        } = self.lora;
-        let name = module.rsplit('.').next().unwrap_or(module);
-        if !targets.iter().any(|target| target == name) {
-            return Ok(None);
+    fn detached(&self) -> Self {
+        Self {
+            a: self.a.detach(),
+            b: self.b.detach(),
+            scale: self.scale,
         }
-        let vb = self.vb.pp(saved_name(module));
-        let bound = 1. / (inputs as f64).sqrt();
-        let init = Init::Uniform {
-            lo: -bound,
-            up: bound,
-        };
-        Ok(Some(Adapter {
-            a: vb.get_with_hints((*rank, inputs), "lora_A.weight", init)?,
-            b: vb.get_with_hints((outputs, *rank), "lora_B.weight", Init::Const(0.))?,
-            scale: alpha / *rank as f64,
-        }))
     }
 }
+
+/// Gives the adapter of a module, by its name and its numbers of inputs and outputs.
+pub(super) type Adapters<'a> = dyn Fn(&str, usize, usize) -> Result<Option<Adapter>> + 'a;
 
 /// The name of a module in peft's files.
 fn saved_name(module: &str) -> String {
     format!("base_model.model.{module}")
+}
+
+fn last_name(module: &str) -> &str {
+    module.rsplit('.').next().unwrap_or(module)
 }
 
 impl Decoder {
@@ -175,24 +182,17 @@ impl Decoder {
         if !self.adapters().is_empty() {
             bail!("the decoder has adapters already: save or merge it first")
         }
-        let frozen: BTreeMap<&String, Tensor> = self
-            .tensors()
-            .iter()
-            .map(|(name, tensor)| (name, tensor.detach()))
-            .collect();
-        let adapters = Adapters {
-            lora,
-            vb: VarBuilder::from_varmap(vars, self.dtype(), self.device()),
-        };
-        let decoder = self.rebuilt(self.config().clone(), frozen, Some(&adapters))?;
-        let has = |target: &String| {
-            let modules = decoder.adapters().keys();
-            modules
-                .into_iter()
-                .any(|module| module.rsplit('.').next() == Some(target))
-        };
+        let vb = VarBuilder::from_varmap(vars, self.dtype(), self.device());
+        let decoder = self.rebuilt(
+            self.config().clone(),
+            self.detached(),
+            &|module, inputs, outputs| lora.adapter(&vb, module, inputs, outputs),
+        )?;
         // The default names the projections of every family.
-        let unknown = |target: &&String| !has(target) && !PROJECTIONS.contains(&target.as_str());
+        let unknown = |target: &&String| {
+            let mut modules = decoder.adapters().keys();
+            !PROJECTIONS.contains(&target.as_str()) && !modules.any(|m| last_name(m) == *target)
+        };
         if let Some(target) = lora.targets.iter().find(unknown) {
             bail!("no module of the model is named {target:?}, which is to have an adapter")
         }
@@ -202,6 +202,14 @@ impl Decoder {
         Ok(decoder)
     }
 
+    /// The same weights and adapters, in the same memory, outside the graph: to evaluate with, as nothing
+    /// is kept for a backward. A step of an optimizer changes them here too.
+    pub fn frozen(&self) -> Result<Self> {
+        self.rebuilt(self.config().clone(), self.detached(), &|module, _, _| {
+            Ok(self.adapters().get(module).map(Adapter::detached))
+        })
+    }
+
     /// The decoder with its adapters in the weights, a full copy of those that change. An adapter of a
     /// tied head unties it.
     ///
@@ -209,11 +217,7 @@ impl Decoder {
     /// Memory that runs out.
     pub fn merged(&self) -> Result<Self> {
         let mut config = self.config().clone();
-        let mut tensors: BTreeMap<String, Tensor> = self
-            .tensors()
-            .iter()
-            .map(|(name, tensor)| (name.clone(), tensor.detach()))
-            .collect();
+        let mut tensors = self.detached();
         for (module, adapter) in self.adapters() {
             let weight = match (module.as_str(), config.tie_word_embeddings) {
                 (HEAD, true) => self.base_head(),
@@ -225,7 +229,7 @@ impl Decoder {
                 config = config.untied()?;
             }
         }
-        self.rebuilt(config, tensors, None)
+        self.rebuilt(config, tensors, &|_, _, _| Ok(None))
     }
 
     /// Saves the adapters alone, as peft does: `adapter_config.json` and `adapter_model.safetensors`.
@@ -243,7 +247,7 @@ impl Decoder {
         let mut names: Vec<_> = self
             .adapters()
             .keys()
-            .filter_map(|module| module.rsplit('.').next())
+            .map(|module| last_name(module))
             .collect();
         names.sort_unstable();
         names.dedup();
@@ -275,17 +279,20 @@ impl Decoder {
         weights.commit()
     }
 
+    fn detached(&self) -> HashMap<String, Tensor> {
+        let tensors = self.tensors().iter();
+        tensors
+            .map(|(name, tensor)| (name.clone(), tensor.detach()))
+            .collect()
+    }
+
     /// Another decoder of these tensors.
-    fn rebuilt<N: AsRef<str>>(
+    fn rebuilt(
         &self,
         config: Config,
-        tensors: BTreeMap<N, Tensor>,
-        adapters: Option<&Adapters>,
+        tensors: HashMap<String, Tensor>,
+        adapters: &Adapters,
     ) -> Result<Self> {
-        let tensors = tensors
-            .into_iter()
-            .map(|(name, tensor)| (name.as_ref().to_owned(), tensor))
-            .collect();
         let vb = VarBuilder::from_tensors(tensors, self.dtype(), self.device());
         let mut decoder = Self::build(Loader::new(vb, &config, adapters), config)?;
         decoder.set_gradient_checkpointing(self.gradient_checkpointing());
