@@ -123,9 +123,9 @@ fn main() -> Result<()> {
     let (model, vars) = training::new_decoder(&config.to_string(), args.seed)?;
     let count: usize = model.tensors().values().map(Tensor::elem_count).sum();
     println!("{:.1} million parameters, {args:?}", count as f64 / 1e6);
-    let head = Head::new(&args, &model);
+    let head = Head::new(&args, &model)?;
     let frozen = model.frozen()?;
-    let frozen_head = Head::new(&args, &frozen);
+    let frozen_head = Head::new(&args, &frozen)?;
     let mut optimizer = AdamW::from_varmap(
         &vars,
         ParamsAdamW {
@@ -218,17 +218,17 @@ struct Head {
 }
 
 impl Head {
-    fn new(args: &Args, model: &Decoder) -> Self {
+    fn new(args: &Args, model: &Decoder) -> Result<Self> {
         let preset = match args.loss {
             Loss::Cce | Loss::Baseline => Preset::Cce,
             Loss::CceExact => Preset::CceExact,
             Loss::Native => Preset::Native,
         };
         let options = Options::preset(preset).workspace(args.workspace << 20);
-        Self {
-            layer: model.head(&options),
+        Ok(Self {
+            layer: model.head(&options)?,
             stored_logits: args.loss == Loss::Baseline,
-        }
+        })
     }
 
     /// The mean loss of predicting each token from those before it.
