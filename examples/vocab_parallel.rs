@@ -6,6 +6,7 @@
 
 #[path = "common/mod.rs"]
 mod common;
+#[allow(dead_code)] // all of it is used by `bench`
 #[path = "common/meter.rs"]
 mod meter;
 

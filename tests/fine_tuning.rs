@@ -319,6 +319,25 @@ fn training_adapters_learns_and_leaves_the_weights() -> Result<()> {
 }
 
 #[test]
+fn a_frozen_decoder_is_the_same_outside_the_graph() -> Result<()> {
+    let (base, weights) = load("gemma2", DType::F32)?;
+    let (decoder, vars) = adapted(&base)?;
+    for (decoder, vars) in [(&base, weights), (&decoder, vars)] {
+        let frozen = decoder.frozen()?;
+        for _ in 0..2 {
+            let of_frozen = loss(&frozen)?;
+            assert!(!of_frozen.track_op());
+            assert_same("loss", &of_frozen, &loss(decoder)?);
+            // Another step changes both.
+            for var in vars.all_vars() {
+                var.set(&(var.as_tensor() * 1.01)?)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn saved_adapters_are_taken_up() -> Result<()> {
     let (base, _weights) = load("phi3", DType::F32)?;
     let (decoder, _vars) = adapted(&base)?;

@@ -4,6 +4,11 @@
 //! Gemma 1 to 3. A [`Config`] read from `config.json` says how they differ. It is a [`CausalLm`]:
 //! [`loss`](CausalLm::loss) never stores logits, [`generate`] shows what was learnt.
 //!
+//! For less memory: [`Lora`] trains adapters instead of weights,
+//! [`set_gradient_checkpointing`](Decoder::set_gradient_checkpointing) computes activations again,
+//! [`Accumulator`] adds up small batches. [`AdamW`] has f32 weights beside bf16 variables,
+//! [`Decoder::frozen`] evaluates.
+//!
 //! # The models of candle-transformers
 //!
 //! They are written for inference: fused norms, softmax and rotary embeddings without a backward cut
