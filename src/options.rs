@@ -39,6 +39,10 @@ pub enum Reduction {
 /// lse `p`, and one of them is never small. (Its tile is kept; [`Strategy::Fused`] on CUDA computes it
 /// apart.)
 ///
+/// Skipping changes little where predictions are sharp. Where much of the probability is in small entries,
+/// as in a model that is trained from random weights, it slows learning down: turn it off there
+/// ([`Preset::CceExact`]).
+///
 /// ```
 /// use candle_cut_cross_entropy::{Filter, Options};
 ///

@@ -128,6 +128,7 @@ struct Run {
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
 enum Loss {
     Cce,
     CceKahanFullC,
@@ -137,12 +138,14 @@ enum Loss {
 }
 
 #[derive(Clone, Copy, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
 enum Type {
     F32,
     Bf16,
 }
 
 #[derive(Clone, Copy, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
 enum On {
     Cpu,
     Cuda,

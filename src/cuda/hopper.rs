@@ -86,7 +86,7 @@ pub(super) fn chunk_and_range(
         tiles + embeddings + classifier + 3 * LAUNCH
     };
     let panels = all_rows.div_ceil(PANEL);
-    let (least, step) = (panels.div_ceil(MOST_CHUNKS), panels.div_ceil(64));
+    let (least, step) = (panels.div_ceil(MOST_CHUNKS), panels.div_ceil(64).max(1));
     let mut best = None;
     for rows in (least..=panels).step_by(step).chain([panels]) {
         let rows = (rows * PANEL).min(all_rows);

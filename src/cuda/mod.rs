@@ -660,9 +660,9 @@ struct Sweep {
 }
 
 impl Sweep {
-    /// On Hopper chunk of rows by chunk, as few as leave room for ranges of classes. By the portable kernels one
-    /// sweep, if the sums of dE leave as much room again for the gradient of the logits of a range; otherwise dE chunk
-    /// of rows by chunk, then dC and db, which computes the logits once more.
+    /// On Hopper chunk of rows by chunk. By the portable kernels, where those have no room, one sweep if the sums of dE
+    /// leave as much again for the gradient of the logits of a range; otherwise dE chunk of rows by chunk, then dC and
+    /// db, which computes the logits once more.
     fn plan(
         path: Path,
         multiprocessors: usize,
