@@ -204,6 +204,9 @@ impl Decoder {
 
     /// The same weights and adapters, in the same memory, outside the graph: to evaluate with, as nothing
     /// is kept for a backward. A step of an optimizer changes them here too.
+    ///
+    /// # Errors
+    /// None that making this decoder did not meet.
     pub fn frozen(&self) -> Result<Self> {
         self.rebuilt(self.config().clone(), self.detached(), &|module, _, _| {
             Ok(self.adapters().get(module).map(Adapter::detached))

@@ -1,5 +1,5 @@
 """Writes models/: small checkpoints by Hugging Face transformers and what it computes with them, for
-tests/models.rs.
+tests/models.
 
     pip install torch transformers --extra-index-url https://download.pytorch.org/whl/cpu
     python tests/golden/models.py

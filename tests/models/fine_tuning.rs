@@ -1,36 +1,15 @@
 //! Gradient checkpointing and low-rank adapters.
 
+use crate::{error, exact, load, load_as, values, Scratch, CASES};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_cut_cross_entropy::backward;
 use candle_cut_cross_entropy::models::{AdamW, CausalLm, Config, Decoder, Lora};
-use candle_cut_cross_entropy::{backward, Options, Preset};
 use candle_nn::{Optimizer, ParamsAdamW, VarBuilder, VarMap};
 use serde_json::Value;
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
 
-const CASES: [&str; 10] = [
-    "llama",
-    "llama3",
-    "mistral",
-    "phi3",
-    "phi3_long",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "gemma3",
-];
 const RANK: usize = 3;
-
-fn load(case: &str, dtype: DType) -> Result<(Decoder, VarMap)> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/golden/models")
-        .join(case);
-    let vars = VarMap::new();
-    let decoder = Decoder::load(folder, &vars, dtype, &Device::Cpu)?;
-    Ok((decoder, vars))
-}
 
 fn tokens() -> Result<Tensor> {
     Tensor::new(
@@ -41,13 +20,7 @@ fn tokens() -> Result<Tensor> {
 
 fn loss(decoder: &Decoder) -> Result<Tensor> {
     let ids = tokens()?;
-    Ok(decoder
-        .loss(&ids, &ids, &Options::preset(Preset::CceExact))?
-        .loss)
-}
-
-fn values(tensor: &Tensor) -> Result<Vec<f64>> {
-    tensor.flatten_all()?.to_dtype(DType::F64)?.to_vec1()
+    Ok(decoder.loss(&ids, &ids, &exact())?.loss)
 }
 
 #[track_caller]
@@ -62,7 +35,7 @@ fn assert_same(what: &str, got: &Tensor, want: &Tensor) {
 
 /// The relative distance of two tensors.
 #[track_caller]
-fn assert_close(what: &str, got: &Tensor, want: &Tensor, tolerance: f64) {
+fn assert_near(what: &str, got: &Tensor, want: &Tensor, tolerance: f64) {
     let read = || -> Result<(Vec<f64>, Vec<f64>)> { Ok((values(got)?, values(want)?)) };
     let (got, want) = read().unwrap_or_else(|e| panic!("{what}: {e}"));
     assert_eq!(got.len(), want.len(), "{what}");
@@ -75,14 +48,6 @@ fn assert_close(what: &str, got: &Tensor, want: &Tensor, tolerance: f64) {
         "{what}: off by {:e}",
         distance / size
     );
-}
-
-#[track_caller]
-fn error<T>(result: Result<T>) -> String {
-    match result {
-        Ok(_) => panic!("expected an error"),
-        Err(e) => e.to_string(),
-    }
 }
 
 fn gradient(gradients: &GradStore, tensor: &Tensor, what: &str) -> Tensor {
@@ -108,27 +73,13 @@ fn adapted(base: &Decoder) -> Result<(Decoder, VarMap)> {
     Ok((decoder, vars))
 }
 
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(name: &str) -> Self {
-        Self(std::env::temp_dir().join(format!("cce-fine-tuning-{}-{name}", std::process::id())))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
 // Gradient checkpointing
 
 #[test]
 fn checkpointing_changes_no_bit() -> Result<()> {
     for case in CASES {
         for dtype in [DType::F32, DType::BF16] {
-            let (mut decoder, _vars) = load(case, dtype)?;
+            let (mut decoder, _vars) = load_as(case, dtype)?;
             let want_loss = loss(&decoder)?;
             let (want, candles) = (backward(&want_loss)?, want_loss.backward()?);
             decoder.set_gradient_checkpointing(true);
@@ -153,7 +104,7 @@ fn checkpointing_changes_no_bit() -> Result<()> {
 
 #[test]
 fn checkpointing_with_frozen_weights_gives_the_others_gradients() -> Result<()> {
-    let (base, _vars) = load("llama", DType::F32)?;
+    let (base, _vars) = load("llama")?;
     // Everything below the second layer is frozen, or nothing but the first layer's output projection is trained.
     for trained in ["model.layers.1.", "model.layers.0.self_attn.o_proj", "none"] {
         let tensors: HashMap<String, Tensor> = base
@@ -192,7 +143,7 @@ fn checkpointing_with_frozen_weights_gives_the_others_gradients() -> Result<()> 
 
 #[test]
 fn checkpointing_needs_variables() -> Result<()> {
-    let (base, _vars) = load("qwen3", DType::F32)?;
+    let (base, _vars) = load("qwen3")?;
     let tensors = base
         .tensors()
         .iter()
@@ -211,7 +162,7 @@ fn checkpointing_needs_variables() -> Result<()> {
 #[test]
 fn a_new_adapter_changes_nothing() -> Result<()> {
     for case in CASES {
-        let (base, _weights) = load(case, DType::F32)?;
+        let (base, _weights) = load(case)?;
         let vars = VarMap::new();
         let decoder = base.with_lora(&Lora::default().with_head(), &vars)?;
         assert_same(case, &loss(&decoder)?, &loss(&base)?);
@@ -235,7 +186,7 @@ fn a_new_adapter_changes_nothing() -> Result<()> {
 #[test]
 fn adapters_are_what_their_formula_says() -> Result<()> {
     for case in CASES {
-        let (base, _weights) = load(case, DType::F32)?;
+        let (base, _weights) = load(case)?;
         let (mut decoder, vars) = adapted(&base)?;
         let named = vars.data().lock().unwrap().clone();
         let mut tensors: HashMap<String, Tensor> = HashMap::new();
@@ -267,11 +218,11 @@ fn adapters_are_what_their_formula_says() -> Result<()> {
         for checkpointing in [false, true] {
             decoder.set_gradient_checkpointing(checkpointing);
             let got = loss(&decoder)?;
-            assert_close(case, &got, &want, 1e-5);
+            assert_near(case, &got, &want, 1e-5);
             let of_got = backward(&got)?;
             for (name, var) in &named {
                 let want = gradient(&of_want, var, name);
-                assert_close(
+                assert_near(
                     &format!("{case} {name}"),
                     &gradient(&of_got, var, name),
                     &want,
@@ -280,7 +231,7 @@ fn adapters_are_what_their_formula_says() -> Result<()> {
             }
         }
         // Merged, and saved.
-        assert_close(case, &loss(&decoder.merged()?)?, &want, 1e-5);
+        assert_near(case, &loss(&decoder.merged()?)?, &want, 1e-5);
         let folder = Scratch::new(case);
         decoder.save(&folder.0)?;
         let saved = Decoder::load(&folder.0, &VarMap::new(), DType::F32, &Device::Cpu)?;
@@ -293,7 +244,7 @@ fn adapters_are_what_their_formula_says() -> Result<()> {
 #[test]
 fn training_adapters_learns_and_leaves_the_weights() -> Result<()> {
     for dtype in [DType::F32, DType::BF16] {
-        let (base, _weights) = load("gemma2", dtype)?;
+        let (base, _weights) = load_as("gemma2", dtype)?;
         let before = base.tensors()["model.layers.0.mlp.up_proj.weight"].copy()?;
         let vars = VarMap::new();
         let mut decoder = base.with_lora(&Lora::default(), &vars)?;
@@ -320,7 +271,7 @@ fn training_adapters_learns_and_leaves_the_weights() -> Result<()> {
 
 #[test]
 fn a_frozen_decoder_is_the_same_outside_the_graph() -> Result<()> {
-    let (base, weights) = load("gemma2", DType::F32)?;
+    let (base, weights) = load("gemma2")?;
     let (decoder, vars) = adapted(&base)?;
     for (decoder, vars) in [(&base, weights), (&decoder, vars)] {
         let frozen = decoder.frozen()?;
@@ -339,7 +290,7 @@ fn a_frozen_decoder_is_the_same_outside_the_graph() -> Result<()> {
 
 #[test]
 fn saved_adapters_are_taken_up() -> Result<()> {
-    let (base, _weights) = load("phi3", DType::F32)?;
+    let (base, _weights) = load("phi3")?;
     let (decoder, _vars) = adapted(&base)?;
     let folder = Scratch::new("adapters");
     decoder.save_adapters(&folder.0)?;
@@ -365,7 +316,7 @@ fn saved_adapters_are_taken_up() -> Result<()> {
 
 #[test]
 fn adapters_that_cannot_be_are_named() -> Result<()> {
-    let (base, _weights) = load("llama", DType::F32)?;
+    let (base, _weights) = load("llama")?;
     let vars = VarMap::new();
     let with = |lora: Lora| error(base.with_lora(&lora, &vars));
     let of_rank_zero = with(Lora {
@@ -410,6 +361,6 @@ fn a_copy_checkpoints_on_its_own() -> Result<()> {
     let (both, one) = (backward(&both)?, backward(&loss(&decoder)?)?);
     let var: &Var = &vars.all_vars()[0];
     let twice = (gradient(&one, var, "one") * 2.)?;
-    assert_close("sum", &gradient(&both, var, "both"), &twice, 1e-6);
+    assert_near("sum", &gradient(&both, var, "both"), &twice, 1e-6);
     Ok(())
 }

@@ -1,6 +1,9 @@
 //! The decoder against Hugging Face transformers (golden files by tests/golden/models.py) and
 //! candle-transformers, its gradients, configs and checkpoints.
 
+mod adamw;
+mod fine_tuning;
+
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_cut_cross_entropy::models::{
@@ -33,8 +36,12 @@ fn folder(case: &str) -> PathBuf {
 }
 
 fn load(case: &str) -> Result<(Decoder, VarMap)> {
+    load_as(case, DType::F32)
+}
+
+fn load_as(case: &str, dtype: DType) -> Result<(Decoder, VarMap)> {
     let vars = VarMap::new();
-    let decoder = Decoder::load(folder(case), &vars, DType::F32, &Device::Cpu)?;
+    let decoder = Decoder::load(folder(case), &vars, dtype, &Device::Cpu)?;
     Ok((decoder, vars))
 }
 
