@@ -113,7 +113,7 @@ struct Run {
     /// (adapter), and merged into the model
     #[arg(long)]
     lora: Option<usize>,
-    /// Compute the layers again in the backward: less memory, about a third more time
+    /// Compute the layers again in the backward: less memory, about a quarter more time
     #[arg(long)]
     gradient_checkpointing: bool,
     /// The largest norm of all gradients together

@@ -95,7 +95,7 @@ impl Decoder {
         })
     }
 
-    /// Whether the layers keep nothing for the backward but their inputs, and compute the rest again: about a third
+    /// Whether the layers keep nothing for the backward but their inputs, and compute the rest again: about a quarter
     /// more time for activations of one layer instead of all. Off at first. The gradients are the same; a layer's
     /// weights must be variables or untracked.
     pub fn set_gradient_checkpointing(&mut self, on: bool) {
