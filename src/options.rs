@@ -31,53 +31,61 @@ pub enum Reduction {
     None,
 }
 
-/// Which tiles of the gradient of the logits are too small to matter.
+/// Which tiles of the gradient of the logits are computed entry by entry. The others are averaged.
 ///
-/// A tile is a block of positions by a block of classes. One whose every
-/// `|softmax(z) - onehot(y)|` is below the threshold is skipped in the backward. The entry of a
-/// position's own target is never skipped: the gradient of its loss is `p - 1` there and that of its
-/// lse `p`, and one of them is never small. (Its tile is kept; [`Strategy::Fused`] on CUDA computes it
-/// apart.)
+/// A tile is a block of rows (positions that count) by a block of classes. Let `p = softmax(z)`. A tile in which
+/// some `p_ij`, targets apart, reaches the threshold is computed entry by entry. In any other the gradient has
+/// `M_it w_tj` in the place of `p_ij`, where
 ///
-/// Skipping changes little where predictions are sharp. Where much of the probability is in small entries,
-/// as in a model that is trained from random weights, it slows learning down: turn it off there
-/// ([`Preset::CceExact`]).
+/// - `M_it = sum_j p_ij` is the row's own probability in the tile, without its target's, and
+/// - `w_tj = softmax_j(C_j . e_t + b_j)` over the tile's classes (logits capped where there is a softcap), with
+///   `e_t = sum_i M_it E_i / sum_i M_it`, the mean row that sees the tile.
+///
+/// The entry of a row's target is always exact. So every row of the gradient still sums to zero, as
+/// `softmax - onehot` does, and training goes as with the exact gradient. Dropping such tiles instead, as
+/// the reference implementation does, loses a push that always has the same direction: see [`Filter::Drop`].
 ///
 /// ```
 /// use candle_cut_cross_entropy::{Filter, Options};
 ///
-/// // Exact gradients of the head; those of the embeddings without what is below 1e-6.
+/// // Exact gradients of the head; those of the embeddings averaged where every probability is below 1e-3.
 /// let options = Options::default()
 ///     .filter_classifier(Filter::Off)
-///     .filter_embeddings(Filter::Threshold(1e-6));
+///     .filter_embeddings(Filter::Threshold(1e-3));
 /// # let _ = options;
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 #[non_exhaustive]
 pub enum Filter {
-    /// Every tile counts: the exact gradient.
+    /// Every tile is computed entry by entry: the exact gradient.
     Off,
-    /// The machine epsilon of the inputs' dtype, divided by 32: 2^-12 for bf16, 2^-15 for f16,
-    /// 2^-28 for f32, 2^-57 for f64.
+    /// [`Filter::Threshold`] with a threshold for the inputs' dtype: 2^-10 for bf16 and f16, 2^-28 for f32 and
+    /// 2^-57 for f64, where it is as good as exact.
     #[default]
     Auto,
-    /// A threshold of your own, in `[0, 1)`.
+    /// A threshold of your own, in `[0, 1)`. 0 is the exact gradient.
     Threshold(f64),
+    /// Tiles whose every `|softmax(z) - onehot(y)|` is below the threshold, in `[0, 1)`, are left out, as in the
+    /// reference implementation, whose threshold is the machine epsilon of the dtype divided by 32 (2^-12 for
+    /// bf16). For comparison only: what is left out always pushes classes down, and a model that trains without
+    /// it ends 20% above the perplexity of exact gradients, or diverges.
+    Drop(f64),
 }
 
 impl Filter {
-    /// The threshold for inputs of this dtype; `None` where nothing is to be skipped.
+    /// The threshold for inputs of this dtype; `None` where every tile is computed.
     pub(crate) fn threshold(self, dtype: DType) -> Result<Option<f64>> {
         Ok(match self {
             Filter::Off => None,
             Filter::Auto => Some(match dtype {
-                DType::BF16 => 2f64.powi(-12),
-                DType::F16 => 2f64.powi(-15),
+                DType::BF16 | DType::F16 => 2f64.powi(-10),
                 DType::F32 => 2f64.powi(-28),
                 _ => 2f64.powi(-57),
             }),
-            Filter::Threshold(eps) if (0. ..1.).contains(&eps) => Some(eps),
-            Filter::Threshold(eps) => bail!("filter threshold must be in [0, 1), got {eps}"),
+            Filter::Threshold(eps) | Filter::Drop(eps) if (0. ..1.).contains(&eps) => Some(eps),
+            Filter::Threshold(eps) | Filter::Drop(eps) => {
+                bail!("filter threshold must be in [0, 1), got {eps}")
+            }
         })
     }
 }
@@ -332,7 +340,8 @@ impl Options {
         self
     }
 
-    /// The filter of both gradients. Default: [`Filter::Auto`].
+    /// The filter of both gradients. Default: [`Filter::Auto`]. Where the gradients have filters of their own,
+    /// [`Filter::Drop`] goes together with itself and [`Filter::Off`] only.
     pub fn filter(self, filter: Filter) -> Self {
         self.filter_embeddings(filter).filter_classifier(filter)
     }

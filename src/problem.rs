@@ -13,6 +13,8 @@ pub(crate) struct Settings {
     pub z_loss: f64,
     pub filter_embeddings: Option<f64>,
     pub filter_classifier: Option<f64>,
+    /// What the filter does not keep is dropped, not averaged.
+    pub drop_filtered: bool,
     pub implementation: Implementation,
     pub strategy: Strategy,
     pub workspace: Option<usize>,
@@ -231,6 +233,7 @@ impl Problem {
                 z_loss: options.z_loss,
                 filter_embeddings: threshold(options.filter_embeddings)?,
                 filter_classifier: threshold(options.filter_classifier)?,
+                drop_filtered: drops(options)?,
                 implementation: options.implementation,
                 // Gradients cannot be formed before lse is known, over the classes of all ranks.
                 strategy: match options.vocab_parallel {
@@ -347,5 +350,18 @@ pub(crate) fn pick_positions(lead: &[usize], shift: usize) -> Result<(Positions,
         _ => bail!(
             "shift must be less than the last dimension of targets, got shift {shift} for {lead:?}"
         ),
+    }
+}
+
+/// Whether the filters drop what they do not keep.
+fn drops(options: &Options) -> Result<bool> {
+    match [options.filter_embeddings, options.filter_classifier] {
+        [Filter::Drop(_), Filter::Drop(_) | Filter::Off] | [Filter::Off, Filter::Drop(_)] => {
+            Ok(true)
+        }
+        [a @ Filter::Drop(_), b] | [b, a @ Filter::Drop(_)] => bail!(
+            "filters of the two gradients must both drop or both average, got {a:?} and {b:?}"
+        ),
+        _ => Ok(false),
     }
 }
