@@ -5,8 +5,9 @@ use std::process::Command;
 use std::{env, fs};
 
 /// Sources and the virtual architecture each is compiled for.
-const KERNELS: [(&str, &str); 7] = [
+const KERNELS: [(&str, &str); 8] = [
     ("rows", "compute_80"),
+    ("filter", "compute_80"),
     ("forward_sm80", "compute_80"),
     ("gradient_sm80", "compute_80"),
     ("products_sm80", "compute_80"),

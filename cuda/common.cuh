@@ -53,5 +53,38 @@ struct MaxSum {
   }
 };
 
-// A logit as bf16, rounded towards +inf: the filter may only err on the side of keeping a tile.
-__device__ __forceinline__ __nv_bfloat16 round_up(float x) { return __float2bfloat16_ru(x); }
+// What the filter wants to know of a row's logits in a tile of classes, its target's left out: the largest logit, and
+// the sum of exp(z - largest), each term by the softcap's derivative. Two bf16 numbers for half-precision inputs; there
+// the largest is rounded towards +inf, for the filter may only err on the side of keeping a tile.
+template <typename T> struct TileStatistics {
+  uint32_t packed;
+
+  static __device__ __forceinline__ TileStatistics pack(float max, float sum) {
+    const __nv_bfloat16 largest = __float2bfloat16_ru(max);
+    const float rescaled = sum * fast_exp(max - __bfloat162float(largest));
+    const uint32_t high = __bfloat16_as_ushort(__float2bfloat16_rn(rescaled));
+    return {high << 16 | __bfloat16_as_ushort(largest)};
+  }
+  __device__ __forceinline__ float2 unpack() const {
+    return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
+  }
+};
+template <> struct TileStatistics<float> {
+  float max, sum;
+
+  static __device__ __forceinline__ TileStatistics pack(float max, float sum) { return {max, sum}; }
+  __device__ __forceinline__ float2 unpack() const { return make_float2(max, sum); }
+};
+
+// Reduces over a block of THREADS threads, in a fixed order; every thread gets the result.
+template <int THREADS, typename N, class Combine> __device__ N block_reduce(N value, Combine combine) {
+  __shared__ N parts[32];
+  static_assert(THREADS == 1024, "a warp of parts");
+  for (int i = 16; i; i >>= 1) value = combine(value, __shfl_xor_sync(0xffffffff, value, i));
+  __syncthreads();
+  if ((threadIdx.x & 31) == 0) parts[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = parts[threadIdx.x & 31];
+  for (int i = 16; i; i >>= 1) value = combine(value, __shfl_xor_sync(0xffffffff, value, i));
+  return value;
+}

@@ -1,5 +1,5 @@
 // Forward: logits tile by tile, of which only a running (max, sum) per row, the target's logit and, for the
-// gradient filter, the row maximum of every tile of classes leave the chip.
+// gradient filter, what every row has in every tile of classes leave the chip.
 //
 // A block owns 128 rows and one split of the classes, and walks the split's tiles as one long product, so that
 // the loads of a tile run during the epilogue of the one before. Splits are fixed by the launch: same bits every run.
@@ -14,7 +14,7 @@ struct ForwardParams {
   const uint32_t *count;          // rows there are
   float2 *partials;               // (splits, group_rows): running maximum, sum of exp(z - maximum)
   float *target_logit;            // (rows)
-  __nv_bfloat16 *maxima;          // (class tiles, group_rows), rounded up; or null
+  void *statistics;               // (class tiles, group_rows) TileStatistics<T>, or null
   int64_t hidden, vocab;
   uint32_t first_row, group_rows;  // the rows of this launch; group_rows is a multiple of 128
   uint32_t splits;
@@ -25,7 +25,7 @@ struct ForwardParams {
 template <typename T, int BN> struct ForwardShared {
   using Loop = Pipeline<T, BN, K_MAJOR, K_MAJOR>;
   uint8_t stages[Loop::BYTES];
-  float row_max[4][BM];  // of a warp's columns, for the filter
+  TileStatistics<T> statistics[4][BM];  // of a warp's columns, for the filter
   int32_t target[BM];
 };
 
@@ -70,49 +70,83 @@ template <typename T, int BN, bool ALIGNED> struct Forward {
     }
   }
 
-  // The target of this row lies in this warp's columns: the thread that holds its logit writes it out.
-  __device__ __forceinline__ void take_target(const float (*z)[4], int half, int offset, uint32_t row) const {
+  // The target of this row lies in this warp's columns: the thread that holds its logit writes it out and takes it out
+  // of the tile. Returns it there, 0 in other threads.
+  __device__ __forceinline__ float take_target(float (*z)[4], int half, int offset, uint32_t row) const {
+    float logit = 0.f;
 #pragma unroll
     for (int n = 0; n < NB; n++) {
 #pragma unroll
       for (int j = 0; j < 2; j++)
-        if (n * 8 + (at.lane & 3) * 2 + j == offset) p.target_logit[row] = z[n][half * 2 + j];
+        if (n * 8 + (at.lane & 3) * 2 + j == offset) {
+          p.target_logit[row] = logit = z[n][half * 2 + j];
+          z[n][half * 2 + j] = MASKED;
+        }
     }
+    return logit;
   }
 
-  __device__ __forceinline__ void reduce_rows(const Accumulators<BN> &z, int64_t column0, uint32_t row0) {
+  // sum of exp(z - max) times the softcap's derivative.
+  __device__ __forceinline__ float mass(const float (*z)[4], int half, float max) const {
+    const float inverse_softcap = 1.f / p.softcap;
+    float sum = 0.f;
+#pragma unroll
+    for (int n = 0; n < NB; n++) {
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        const float logit = z[n][half * 2 + j], part = logit * inverse_softcap;
+        sum += fast_exp(logit - max) * fmaxf(1.f - part * part, 0.f);
+      }
+    }
+    return sum;
+  }
+
+  __device__ __forceinline__ void reduce_rows(Accumulators<BN> &z, int64_t column0, uint32_t row0) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       const int m = i >> 1, half = i & 1;
       const int row = at.row(m, half);
+      const int64_t offset = shared.target[row] - (column0 + at.warp_n * WARP_COLUMNS);
+      const bool target_here = offset >= 0 && offset < WARP_COLUMNS;
+      float target = target_here ? take_target(z.acc[m], half, (int)offset, row0 + row) : 0.f;
       float max = MASKED;
 #pragma unroll
       for (int n = 0; n < NB; n++) max = fmaxf(max, fmaxf(z.acc[m][n][half * 2], z.acc[m][n][half * 2 + 1]));
-      const int64_t offset = shared.target[row] - (column0 + at.warp_n * WARP_COLUMNS);
-      if (offset >= 0 && offset < WARP_COLUMNS) take_target(z.acc[m], half, (int)offset, row0 + row);
       max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, 1));
       max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, 2));
       float sum = 0.f;
 #pragma unroll
       for (int n = 0; n < NB; n++)
         sum += fast_exp(z.acc[m][n][half * 2] - max) + fast_exp(z.acc[m][n][half * 2 + 1] - max);
-      sum += __shfl_xor_sync(0xffffffff, sum, 1);
-      sum += __shfl_xor_sync(0xffffffff, sum, 2);
-      if ((at.lane & 3) == i / 2) running[i & 1].merge(max, sum);
-      if (p.maxima && (at.lane & 3) == 0) shared.row_max[at.warp_n][row] = max;
+      float mass = p.statistics && p.softcap > 0.f ? this->mass(z.acc[m], half, max) : sum;
+#pragma unroll
+      for (int lanes = 1; lanes < 4; lanes *= 2) {
+        sum += __shfl_xor_sync(0xffffffff, sum, lanes);
+        mass += __shfl_xor_sync(0xffffffff, mass, lanes);
+        target += __shfl_xor_sync(0xffffffff, target, lanes);
+      }
+      if ((at.lane & 3) == i / 2) {
+        running[i & 1].merge(max, sum);
+        if (target_here) running[i & 1].merge(target, 1.f);
+      }
+      if (p.statistics && (at.lane & 3) == 0) shared.statistics[at.warp_n][row] = TileStatistics<T>::pack(max, mass);
     }
   }
 
-  // One number per row and 128 classes.
-  __device__ __forceinline__ void write_maxima(int64_t column0, uint32_t row_in_group) const {
+  // What a row has in 128 classes.
+  __device__ __forceinline__ void write_statistics(int64_t column0, uint32_t row_in_group) const {
     __syncthreads();
     constexpr int WARPS_PER_TILE = TILE / WARP_COLUMNS;
     const int row = threadIdx.x % BM, part = threadIdx.x / BM;
     if (part < BN / TILE && column0 + part * TILE < p.vocab) {
-      float max = MASKED;
+      MaxSum all;
 #pragma unroll
-      for (int w = 0; w < WARPS_PER_TILE; w++) max = fmaxf(max, shared.row_max[part * WARPS_PER_TILE + w][row]);
-      p.maxima[(column0 / TILE + part) * p.group_rows + row_in_group + row] = round_up(max);
+      for (int w = 0; w < WARPS_PER_TILE; w++) {
+        const float2 of_warp = shared.statistics[part * WARPS_PER_TILE + w][row].unpack();
+        all.merge(of_warp.x, of_warp.y);
+      }
+      auto *to = (TileStatistics<T> *)p.statistics + (column0 / TILE + part) * p.group_rows + row_in_group;
+      to[row] = TileStatistics<T>::pack(all.max, all.sum);
     }
   }
 
@@ -166,7 +200,7 @@ template <typename T, int BN, bool ALIGNED> struct Forward {
           if (++k < k_blocks) return;
           finish_logits(z, tile * BN);
           reduce_rows(z, tile * BN, row0);
-          if (p.maxima) write_maxima(tile * BN, row_in_group);
+          if (p.statistics) write_statistics(tile * BN, row_in_group);
           z.clear();
           k = 0, tile++;
         });

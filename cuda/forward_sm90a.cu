@@ -1,6 +1,6 @@
 // Forward of the loss on Hopper: Z = E C^T tile by tile, and of each tile only what the loss needs leaves the
 // registers: the running (max, sum exp) of every row, the logit of its target and, for the gradient filter, the
-// largest logit per row and 128 classes. Bias, softcap and the mask of the last classes are applied on the way.
+// largest logit and the sum of exponentials per row and 128 classes. Bias, softcap and the mask of the last classes are applied on the way.
 // N x V logits would be 4 GB and a second pass over memory; this way the epilogue hides behind the products.
 #include "logits_sm90a.cuh"
 
@@ -11,8 +11,8 @@ constexpr int BLOCKS = 2;                 // of a cluster: different rows, the s
 constexpr int PANEL = BLOCKS * TILE_M;    // rows of a work item
 constexpr int STAGES = 5;
 constexpr uint32_t PACE_K = 8 * BLOCK_K;  // depth between two looks at how far the other blocks are
-constexpr int MAXIMA = 128;               // classes per row maximum, as the backward's tiles are wide
-constexpr int UNIT = 64;                  // two units to a maximum, three to a tile
+constexpr int KEEP = 128;                 // classes of a tile of the filter, as the backward's tiles are wide
+constexpr int UNIT = 64;                  // two units to such a tile, three to one of the forward
 
 // Everything but the two matrices; mirrored on the host. Rows are those of the group the embeddings' map covers,
 // whose boxes are 64 high; those of the classifier's map are 96 high, half a tile.
@@ -23,7 +23,7 @@ struct ForwardParams {
   float2* partials;           // [splits][rows] (max, sum exp(z - max)); (-inf, 0) if every logit is -inf
   float* target_logit;        // [rows] written where the target is a class
   uint32_t* pace;             // [1] zero, or null: keeps blocks that share operands together; a hint
-  uint16_t* maxima;           // [ceil(classes / 128)][rows] bf16, rounded up, without the target; or null
+  uint32_t* statistics;       // [ceil(classes / 128)][rows] as pack_statistics; or null
   uint32_t first_row;         // compacted row that row 0 of the group is
   uint32_t rows;              // rows of the group at most, and the leading dimension of the outputs
   uint32_t classes;
@@ -103,9 +103,9 @@ __device__ void produce(ForwardPlan& plan, const TensorMap* embeddings, const Te
 }
 
 // What a thread carries from tile to tile: for each of its four rows the (max, sum) over its own columns, and
-// the maximum over the 64 classes at the end of an even tile, whose other half comes with the odd one.
+// the maximum and the sum over the 64 classes at the end of an even tile, whose other half comes with the odd one.
 struct RowState {
-  float max[4], sum[4], carry[4];
+  float max[4], sum[4], carry[4], carry_sum[4];
   int target[4];
 };
 
@@ -125,7 +125,7 @@ __device__ __forceinline__ float rescale(float max, float base) {
 }
 
 // The few threads that hold a target's logit: keep it, count it, and take it out of the tile, so that the
-// maxima are over the other classes.
+// statistics are over the other classes.
 __device__ __forceinline__ void take_target(float (&z)[2][TILE_N / 2], RowState& state, int s, int column,
                                             float* target_logit) {
   float logit = 0.0f;
@@ -139,7 +139,9 @@ __device__ __forceinline__ void take_target(float (&z)[2][TILE_N / 2], RowState&
   }
   *target_logit = logit;
   const float top = fmaxf(state.max[s], logit), base = finite_base2(top);
-  state.sum[s] = state.sum[s] * rescale(state.max[s], base) + term(logit, base);
+  const float to_base = rescale(state.max[s], base);
+  state.sum[s] = state.sum[s] * to_base + term(logit, base);
+  state.carry_sum[s] *= to_base;
   state.max[s] = top;
 }
 
@@ -154,7 +156,21 @@ __device__ __forceinline__ float lanes_max(float x) {
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-template <typename T>
+// What four lanes hold of a row in a tile of the filter, each the largest logit and the sum of terms relative to its own
+// base, as one number: the largest rounded up to bf16 (low), the sum relative to exp of that (high). A sum that is lost
+// because its base is far above is too small to matter.
+__device__ __forceinline__ uint32_t pack_statistics(float max, float sum, float base) {
+  const uint32_t largest = bf16_up(lanes_max(max));
+  const float to = finite_base2(__uint_as_float(largest << 16));
+  sum *= exp2_fast(fminf(base - to, 126.0f));
+  sum += __shfl_xor_sync(~0u, sum, 1);
+  sum += __shfl_xor_sync(~0u, sum, 2);
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(sum), "f"(0.0f));
+  return packed | largest;
+}
+
+template <typename T, bool STATISTICS>
 __device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& p) {
   ForwardItems items(p);
   Drainer ring(plan.ring);
@@ -172,7 +188,7 @@ __device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& 
     RowState state;
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
-      state.max[s] = -INFINITY, state.sum[s] = 0.0f, state.carry[s] = -INFINITY;
+      state.max[s] = -INFINITY, state.sum[s] = 0.0f, state.carry[s] = -INFINITY, state.carry_sum[s] = 0.0f;
       state.target[s] = row_of(first_row, s) < items.rows ? p.row_target[row_of(first_row, s)] : -1;
     }
 
@@ -207,13 +223,14 @@ __device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& 
       }
       __syncwarp();
 
-      // Maxima of the block of classes that ends within the tile, and of the one after: of the four lanes that
+      // Statistics of the block of classes that ends within the tile, and of the one after: of the four lanes that
       // share four rows, each comes to write one.
-      float ready = 0.0f, next = 0.0f;
+      uint32_t ready = 0, next = 0;
       const bool even_tile = tile % 2 == 0;
+      const bool weigh = STATISTICS && p.softcap > 0.0f;
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
-        float unit[TILE_N / UNIT];
+        float unit[TILE_N / UNIT], mass[TILE_N / UNIT];
 #pragma unroll
         for (int u = 0; u < TILE_N / UNIT; ++u) {
           unit[u] = -INFINITY;
@@ -222,29 +239,50 @@ __device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& 
             unit[u] = fmaxf(unit[u], z[s / 2][(u * UNIT / 8 + i / 2) * 4 + 2 * (s % 2) + i % 2]);
         }
         const float top = fmaxf(fmaxf(state.max[s], unit[0]), fmaxf(unit[1], unit[2]));
-        const float base = finite_base2(top);
-        float even = state.sum[s] * rescale(state.max[s], base), odd = 0.0f;
+        const float base = finite_base2(top), to_base = rescale(state.max[s], base);
+        float sum = state.sum[s] * to_base;
 #pragma unroll
-        for (int j = 0; j < TILE_N / 8; ++j) {
-          even += term(z[s / 2][4 * j + 2 * (s % 2)], base);
-          odd += term(z[s / 2][4 * j + 2 * (s % 2) + 1], base);
+        for (int u = 0; u < TILE_N / UNIT; ++u) {
+          float even = 0.0f, odd = 0.0f;
+#pragma unroll
+          for (int i = 0; i < UNIT / 8; ++i) {
+            even += term(z[s / 2][(u * UNIT / 8 + i) * 4 + 2 * (s % 2)], base);
+            odd += term(z[s / 2][(u * UNIT / 8 + i) * 4 + 2 * (s % 2) + 1], base);
+          }
+          mass[u] = even + odd;
+          sum += mass[u];
         }
-        state.max[s] = top, state.sum[s] = even + odd;
-        if (p.maxima) {
+        state.max[s] = top, state.sum[s] = sum;
+        if (weigh) {
+          const float inverse_cap = 1.0f / p.softcap;
+#pragma unroll
+          for (int u = 0; u < TILE_N / UNIT; ++u) {
+            mass[u] = 0.0f;
+#pragma unroll
+            for (int i = 0; i < UNIT / 4; ++i) {
+              const float logit = z[s / 2][(u * UNIT / 8 + i / 2) * 4 + 2 * (s % 2) + i % 2], part = logit * inverse_cap;
+              mass[u] = fmaf(term(logit, base), fmaxf(fmaf(-part, part, 1.0f), 0.0f), mass[u]);
+            }
+          }
+        }
+        if constexpr (STATISTICS) {
           const float first = even_tile ? fmaxf(unit[0], unit[1]) : fmaxf(state.carry[s], unit[0]);
           const float second = even_tile ? unit[2] : fmaxf(unit[1], unit[2]);
-          state.carry[s] = second;
-          const float first_max = lanes_max(first), second_max = lanes_max(second);
-          if (thread % 4 == s) ready = first_max, next = second_max;
+          const float first_sum = even_tile ? mass[0] + mass[1] : fmaf(state.carry_sum[s], to_base, mass[0]);
+          const float second_sum = even_tile ? mass[2] : mass[1] + mass[2];
+          state.carry[s] = second, state.carry_sum[s] = second_sum;
+          const uint32_t of_first = pack_statistics(first, first_sum, base);
+          const uint32_t of_second = pack_statistics(second, second_sum, base);
+          if (thread % 4 == s) ready = of_first, next = of_second;
         }
       }
       const uint32_t write_row = row_of(first_row, thread % 4);
-      if (p.maxima && write_row < items.rows) {
-        const uint32_t block = first_class / MAXIMA;
-        uint16_t* to = p.maxima + static_cast<size_t>(block) * p.rows + write_row;
-        *to = bf16_up(ready);
+      if (STATISTICS && write_row < items.rows) {
+        const uint32_t block = first_class / KEEP;
+        uint32_t* to = p.statistics + static_cast<size_t>(block) * p.rows + write_row;
+        *to = ready;
         // An odd tile ends a second block; after the last tile there is no other half to wait for.
-        if ((!even_tile || tile + 1 == items.tiles) && (block + 1) * MAXIMA < p.classes) to[p.rows] = bf16_up(next);
+        if ((!even_tile || tile + 1 == items.tiles) && (block + 1) * KEEP < p.classes) to[p.rows] = next;
       }
     }
 
@@ -267,7 +305,7 @@ __device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& 
   }
 }
 
-template <typename T>
+template <typename T, bool STATISTICS>
 __device__ __forceinline__ void forward(const TensorMap* embeddings, const TensorMap* classifier,
                                         const ForwardParams& p) {
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -283,21 +321,23 @@ __device__ __forceinline__ void forward(const TensorMap* embeddings, const Tenso
     if (threadIdx.x == 0) produce(plan, embeddings, classifier, p);
   } else {
     grow_registers<CONSUMER_REGISTERS>();
-    consume<T>(plan, uniform(threadIdx.x / GROUP - 1), p);
+    consume<T, STATISTICS>(plan, uniform(threadIdx.x / GROUP - 1), p);
   }
   __syncwarp();
   plan.ring.sync();
 }
 
-#define FORWARD(NAME, T)                                                                                        \
+#define FORWARD(NAME, T, STATISTICS)                                                                            \
   extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THREADS, 1)                       \
       NAME(const __grid_constant__ TensorMap embeddings, const __grid_constant__ TensorMap classifier,          \
            const __grid_constant__ ForwardParams params) {                                                      \
-    forward<T>(&embeddings, &classifier, params);                                                               \
+    forward<T, STATISTICS>(&embeddings, &classifier, params);                                                   \
   }
 
-FORWARD(forward_sm90a_bf16, __nv_bfloat16)
-FORWARD(forward_sm90a_f16, __half)
+FORWARD(forward_sm90a_bf16, __nv_bfloat16, false)
+FORWARD(forward_sm90a_f16, __half, false)
+FORWARD(forward_statistics_sm90a_bf16, __nv_bfloat16, true)
+FORWARD(forward_statistics_sm90a_f16, __half, true)
 
 static_assert(sizeof(ForwardPlan) == 207872, "the host asks for as much shared memory");
 static_assert(sizeof(ForwardParams) == 88, "the host mirrors it");

@@ -32,8 +32,9 @@ struct GradientParams {
   const float* target_scale;    // [rows] factor of the one-hot, or null: 1
   const uint8_t* keep;          // [row tiles][keep_stride] 0: skip the tile; null: compute all
   void* gradient;               // [rows][gradient_stride] T; column 0 is first_class
-  float* sums;                  // of probabilities, out: [class tiles][rows] sum of exp(z - reference)
-  uint16_t* maxima;             // of probabilities, out: [class tiles][rows] the largest but the target's, bf16, or null
+  float* sums;                  // of probabilities, out: [class tiles][rows] sum of exp(z - reference), targets left out
+  float* maxima;                // of probabilities, out: [class tiles][rows] the largest of them, or null
+  float* masses;                // of probabilities, out: [class tiles][rows] sum of them times the slope, or null
   float* target_logit;          // of probabilities, out: [rows] where the target is a class
   uint32_t first_row;           // compacted row that row 0 of all these is
   uint32_t rows;                // at most
@@ -223,7 +224,7 @@ __device__ __forceinline__ void write_probabilities(float (&z)[2][TILE_N / 2], c
   for (int s = 0; s < 4; ++s) {
     const uint32_t row = first_row + s / 2 * 64 + s % 2 * 8;
     const bool counts = row < rows;
-    float base = 0.0f, even = 0.0f, odd = 0.0f, largest = 0.0f;
+    float base = 0.0f, even = 0.0f, odd = 0.0f, largest = 0.0f, mass = 0.0f;
     int target = -1;
     if (counts) {
       base = p.row_max[row];
@@ -242,12 +243,13 @@ __device__ __forceinline__ void write_probabilities(float (&z)[2][TILE_N / 2], c
           const float logit = z[s / 2][4 * (first + i) + 2 * (s % 2) + e];
           g[e] = exp2_fast((logit - base) * LOG2E);
           if (!counts || first_class + column + lane_column >= p.classes) g[e] = 0.0f;
-          (e == 0 ? even : odd) += g[e];
           if (target == column) p.target_logit[row] = logit, g[e] = 0.0f;
+          (e == 0 ? even : odd) += g[e];
           largest = fmaxf(largest, g[e]);
           if (capped) {
             const float part = logit * inverse_cap;
             g[e] *= fmaf(-part, part, 1.0f);
+            mass += g[e];
           }
         }
         word[i] = pack<T>(g[0], g[1]);
@@ -263,7 +265,12 @@ __device__ __forceinline__ void write_probabilities(float (&z)[2][TILE_N / 2], c
     const size_t at = static_cast<size_t>(class_tile) * p.rows + row;
     if (threadIdx.x % 4 == 0 && counts) {
       p.sums[at] = sum;
-      if (p.maxima) p.maxima[at] = bf16_up(largest);
+      if (p.maxima) p.maxima[at] = largest;
+    }
+    if (p.masses) {
+      mass += __shfl_xor_sync(~0u, mass, 1);
+      mass += __shfl_xor_sync(~0u, mass, 2);
+      if (threadIdx.x % 4 == 0 && counts) p.masses[at] = mass;
     }
   }
 }
@@ -337,4 +344,4 @@ GRADIENT(gradient_sm90a_f16, __half, false)
 GRADIENT(probabilities_sm90a_bf16, __nv_bfloat16, true)
 
 static_assert(sizeof(GradientPlan) == 207872, "the host asks for as much shared memory");
-static_assert(sizeof(GradientParams) == 136, "the host mirrors it");
+static_assert(sizeof(GradientParams) == 144, "the host mirrors it");

@@ -15,6 +15,8 @@ __device__ __forceinline__ void stage_bias(float (&to)[N], const T* bias, int gr
   named_wait(BIAS + group, GROUP);
 }
 
+constexpr float LARGE_CAP = 64.0f;
+
 // Adds the bias (null: none) and applies the softcap (<= 0: none).
 template <int R>
 __device__ __forceinline__ void finish_logits(float (&z)[2][R], const float* bias, float softcap) {
@@ -29,13 +31,24 @@ __device__ __forceinline__ void finish_logits(float (&z)[2][R], const float* bia
   }
   if (softcap > 0.0f) {
     // cap tanh(z / cap) = cap - 2 cap / (1 + exp(2 z / cap)): one ex2, one rcp, to 1e-7 of the cap; exact at
-    // +-infinity.
+    // +-infinity. That is too much of a small logit under a large cap, where tanh is its series.
     const float rate = 2.0f * LOG2E / softcap, twice = -2.0f * softcap;
+    const bool large = softcap > LARGE_CAP;
+    const float inverse_cap = 1.0f / softcap;
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
-      for (int i = 0; i < R; ++i)
-        z[half][i] = fmaf(twice, reciprocal(1.0f + exp2_fast(z[half][i] * rate)), softcap);
+      for (int i = 0; i < R; ++i) {
+        float& logit = z[half][i];
+        const float by_exp = fmaf(twice, reciprocal(1.0f + exp2_fast(logit * rate)), softcap);
+        if (large) {
+          const float part = logit * inverse_cap, s = part * part;
+          const float by_series = logit * fmaf(s, fmaf(s, fmaf(s, -17.0f / 315, 2.0f / 15), -1.0f / 3), 1.0f);
+          logit = s < 0.04f ? by_series : by_exp;
+        } else {
+          logit = by_exp;
+        }
+      }
   }
 }
 

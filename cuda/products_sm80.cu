@@ -20,6 +20,13 @@ struct ProductParams {
   uint32_t class_tiles;
   uint32_t accumulate;            // dE: add to the result
   uint32_t aligned;
+  // dC, what tiles that are not kept leave in each class (see filter.cu), before `scale`; or null: nothing.
+  const float *shares;            // (vocab)
+  const void *mass_rows;          // (class tiles, hidden): shared out among the tile's classes
+  const uint32_t *list;           // (vocab) 1 + the place in the sorted rows of the first whose target it is, or 0
+  const uint32_t *sorted_row;     // (rows)
+  const int32_t *sorted_target;   // (rows)
+  const float *entry;             // (rows) of the row's target
 };
 
 template <typename T, int BN, Major A_MAJOR> struct ProductShared {
@@ -106,6 +113,32 @@ template <typename T, int BN, bool ALIGNED> __device__ __forceinline__ void embe
   }
 }
 
+// dC of tiles that are not kept: the classes' shares of the masses, and the entries of targets.
+template <typename T, int BN> __device__ __forceinline__ void add_averages(Accumulators<BN> &sum, const ProductParams &p, const Place &at, int64_t class0, int64_t column0, uint32_t count) {
+  const T *masses = (const T *)p.mass_rows + class0 / TILE * p.hidden, *e = (const T *)p.operand;
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const int64_t row = class0 + at.row(i >> 1, i & 1);
+    if (row >= p.vocab) continue;
+    const auto add = [&](float factor, const T *from) {
+#pragma unroll
+      for (int n = 0; n < Accumulators<BN>::BLOCKS_N; n++) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          const int64_t column = column0 + at.template column<BN>(n) + j;
+          if (column < p.hidden) sum.acc[i >> 1][n][(i & 1) * 2 + j] += factor * to_float(from[column]);
+        }
+      }
+    };
+    add(p.shares[row], masses);
+    for (uint32_t k = p.list[row]; k && k <= count && p.sorted_target[k - 1] == row; k++) {
+      const uint32_t of = p.sorted_row[k - 1];
+      const float entry = p.entry[of];
+      if (entry != 0.f) add(entry, e + p.row_embedding[of] * p.hidden);
+    }
+  }
+}
+
 // dC[class, column] = scale * sum over kept tiles of G[row, class] E[row, column]
 template <typename T, int BN, bool ALIGNED> __device__ __forceinline__ void classifier_product(const ProductParams &p, ProductShared<T, BN, MN_MAJOR> &shared) {
   using Loop = typename ProductShared<T, BN, MN_MAJOR>::Loop;
@@ -153,8 +186,9 @@ template <typename T, int BN, bool ALIGNED> __device__ __forceinline__ void clas
   }
 
   const Place at;
+  if (p.shares) add_averages<T, BN>(sum, p, at, class0, column0, count);
   T *result = (T *)p.result;
-  const float scale = *p.scale;
+  const float scale = p.scale ? *p.scale : 1.f;
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     const int64_t row = class0 + at.row(i >> 1, i & 1);

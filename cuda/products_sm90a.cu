@@ -27,6 +27,14 @@ struct ProductParams {
   void* out;                 // dE: [rows][depth] f32. dC: [classes][depth] T, all classes of C
   const uint32_t* slots;     // dC: [classes] 1 + the row of target_rows to add, 0 for none; or null: none at all
   const float* target_rows;  // [slots][depth]
+  // dC, what tiles that are not kept leave in each class (see filter.cu), before `scale`; or null: nothing.
+  const float* shares;           // [classes]
+  const void* mass_rows;         // [class tiles][depth] T: shared out among the tile's classes
+  const uint32_t* list;          // [classes] 1 + the place in the sorted rows of the first whose target it is, or 0
+  const uint32_t* sorted_row;    // [rows]
+  const int32_t* sorted_target;  // [rows]
+  const float* entry;            // [rows] of the row's target
+  const void* embeddings;        // [rows][depth] T
   uint32_t first_row;        // compacted row that row 0 of the gradient is
   uint32_t rows;             // at most
   uint32_t classes;          // all classes
@@ -169,16 +177,47 @@ __device__ __forceinline__ const float* target_row(const ProductParams& p, uint3
   return slot ? p.target_rows + static_cast<size_t>(slot - 1) * p.depth : nullptr;
 }
 
+// The rows whose target a class is and whose entry of the gradient lies in no kept tile.
+struct TargetList {
+  uint32_t at, row;
+  float entry;
+
+  // False: there is no other.
+  __device__ __forceinline__ bool find(const ProductParams& p, uint32_t rows, uint32_t target, uint32_t from) {
+    for (at = from; at < rows && p.sorted_target[at] == static_cast<int32_t>(target); ++at) {
+      row = p.sorted_row[at], entry = p.entry[row];
+      if (entry != 0.0f) return true;
+    }
+    at = rows, entry = 0.0f;
+    return false;
+  }
+};
+
 // dC: scaled and rounded; by the first chunk of rows, which may be the only one, to its place, by others after
 // adding what they find there.
-template <typename T, int R>
-__device__ __forceinline__ void write_classes(const float (&product)[2][R], const ProductParams& p,
-                                              uint32_t first_class, uint32_t first_column, uint32_t end_column) {
+template <typename T, bool AVERAGED, int R>
+__device__ __forceinline__ void write_classes(const float (&product)[2][R], const ProductParams& p, uint32_t rows,
+                                              uint32_t tile, uint32_t first_class, uint32_t first_column,
+                                              uint32_t end_column) {
   const float scale = p.scale ? *p.scale : 1.0f;
   const uint32_t lane_column = first_column + 8 * (threadIdx.x % 4);
+  const auto pair = [&](const void* matrix, uint32_t row, uint32_t column) {
+    return unpack<T>(*reinterpret_cast<const uint32_t*>(static_cast<const T*>(matrix) +
+                                                        static_cast<size_t>(row) * p.depth + column));
+  };
   uint32_t slot[4];
+  float share[4];
+  TargetList targets[4];
 #pragma unroll
-  for (int s = 0; s < 4; ++s) slot[s] = target_slot(p, first_class + s / 2 * 64 + s % 2 * 8);
+  for (int s = 0; s < 4; ++s) {
+    const uint32_t row = first_class + s / 2 * 64 + s % 2 * 8;
+    slot[s] = target_slot(p, row);
+    if constexpr (AVERAGED) {
+      share[s] = row < p.classes ? p.shares[row] : 0.0f;
+      const uint32_t listed = p.list && row < p.classes ? p.list[row] : 0;
+      targets[s].find(p, rows, row, listed ? listed - 1 : rows);
+    }
+  }
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
     const uint32_t row = first_class + s / 2 * 64 + s % 2 * 8;
@@ -202,33 +241,25 @@ __device__ __forceinline__ void write_classes(const float (&product)[2][R], cons
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int j = 4 * (first + i) + 2 * (s % 2);
-        float2 was = unpack<T>(before[i]);
+        float2 was = unpack<T>(before[i]), sum = make_float2(product[s / 2][j], product[s / 2][j + 1]);
         const uint32_t column = first_column + 8 * (first + i) + threadIdx.x % 4 * 2;
         if (more && column < end_column) {
           const float2 target = *reinterpret_cast<const float2*>(more + column);
           was.x += target.x, was.y += target.y;
         }
-        word[i] = pack<T>(fmaf(scale, product[s / 2][j], was.x), fmaf(scale, product[s / 2][j + 1], was.y));
+        if (AVERAGED && column < end_column) {
+          const float2 masses = pair(p.mass_rows, tile, column);
+          sum.x = fmaf(share[s], masses.x, sum.x), sum.y = fmaf(share[s], masses.y, sum.y);
+          for (TargetList target = targets[s]; target.entry != 0.0f; target.find(p, rows, row, target.at + 1)) {
+            const float2 e = pair(p.embeddings, target.row, column);
+            sum.x = fmaf(target.entry, e.x, sum.x), sum.y = fmaf(target.entry, e.y, sum.y);
+          }
+        }
+        word[i] = pack<T>(fmaf(scale, sum.x, was.x), fmaf(scale, sum.y, was.y));
       }
       const uint4 chunk = collect_chunk(word[0], word[1], word[2], word[3]);
       if (inside) *reinterpret_cast<uint4*>(to + 8 * first) = chunk;
     }
-  }
-}
-
-// dC where nothing was kept: the targets' rows alone.
-template <typename T>
-__device__ void write_targets(const ProductParams& p, uint32_t first_row, uint32_t first_column,
-                              uint32_t end_column) {
-  const uint32_t columns = (end_column - min(first_column, end_column)) / 2;
-  for (uint32_t i = threadIdx.x % GROUP; i < KEEP * columns; i += GROUP) {
-    const uint32_t row = first_row + i / columns, column = first_column + i % columns * 2;
-    const float* more = target_row(p, target_slot(p, row));
-    if (row >= p.classes || (!p.overwrite && !more)) continue;
-    auto* to = reinterpret_cast<uint32_t*>(static_cast<T*>(p.out) + static_cast<size_t>(row) * p.depth + column);
-    const float2 was = p.overwrite ? make_float2(0.0f, 0.0f) : unpack<T>(*to);
-    const float2 target = more ? *reinterpret_cast<const float2*>(more + column) : make_float2(0.0f, 0.0f);
-    *to = pack<T>(was.x + target.x, was.y + target.y);
   }
 }
 
@@ -246,7 +277,7 @@ __device__ void write_zeros(const ProductParams& p, uint32_t end_row, uint32_t f
   }
 }
 
-template <typename T, bool CLASSIFIER>
+template <typename T, bool CLASSIFIER, bool AVERAGED>
 __device__ void consume(ProductPlan& plan, uint32_t group, const ProductParams& p) {
   ProductTiles<CLASSIFIER> tiles(p);
   Drainer ring(plan.ring);
@@ -267,13 +298,10 @@ __device__ void consume(ProductPlan& plan, uint32_t group, const ProductParams& 
       if (n + 1 < tiles.share) give_turn(1 - group);
     };
     if (n > 0) take_turn(group);
-    if (blocks == 0) {
+    if (blocks == 0 && !AVERAGED && !(CLASSIFIER && p.slots)) {
       hand_over();
       if constexpr (CLASSIFIER) {
-        if (p.slots)
-          write_targets<T>(p, p.first_class + tile * KEEP, column, end_column);
-        else if (p.overwrite)
-          write_zeros<T>(p, p.classes, p.first_class + tile * KEEP, column, end_column);
+        if (p.overwrite) write_zeros<T>(p, p.classes, p.first_class + tile * KEEP, column, end_column);
       } else if (p.overwrite) {
         write_zeros<float>(p, tiles.rows, tile * KEEP, column, end_column);
       }
@@ -281,10 +309,12 @@ __device__ void consume(ProductPlan& plan, uint32_t group, const ProductParams& 
     }
     auto write = [&](auto& product) {
       const uint32_t row = tile * KEEP + thread_row;
-      if constexpr (CLASSIFIER)
-        write_classes<T>(product, p, p.first_class + row, column, end_column);
-      else
+      if constexpr (CLASSIFIER) {
+        const uint32_t class_tile = p.first_class / KEEP + tile;
+        write_classes<T, AVERAGED>(product, p, tiles.rows, class_tile, p.first_class + row, column, end_column);
+      } else {
         add_rows(product, p, tiles.rows, row, column, end_column);
+      }
     };
     if (narrow) {
       float product[2][NARROW / 2];
@@ -298,7 +328,7 @@ __device__ void consume(ProductPlan& plan, uint32_t group, const ProductParams& 
   }
 }
 
-template <typename T, bool CLASSIFIER>
+template <typename T, bool CLASSIFIER, bool AVERAGED>
 __device__ __forceinline__ void product(const TensorMap* gradient, const TensorMap* other, const ProductParams& p) {
   extern __shared__ __align__(1024) uint8_t shared[];
   auto& plan = *reinterpret_cast<ProductPlan*>(shared);
@@ -314,7 +344,7 @@ __device__ __forceinline__ void product(const TensorMap* gradient, const TensorM
     if (threadIdx.x == 0) produce<CLASSIFIER>(plan, gradient, other, p);
   } else {
     grow_registers<CONSUMER_REGISTERS>();
-    consume<T, CLASSIFIER>(plan, uniform(threadIdx.x / GROUP - 1), p);
+    consume<T, CLASSIFIER, AVERAGED>(plan, uniform(threadIdx.x / GROUP - 1), p);
   }
   __syncwarp();
   plan.ring.sync();
@@ -322,17 +352,19 @@ __device__ __forceinline__ void product(const TensorMap* gradient, const TensorM
 
 // `other` is the classifier for dE, the compacted embeddings for dC; rows of embeddings past the count, up to the
 // next multiple of 128, must be finite: they meet zeros of G.
-#define PRODUCT(NAME, T, CLASSIFIER)                                                                  \
+#define PRODUCT(NAME, T, CLASSIFIER, AVERAGED)                                                        \
   extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)            \
       NAME(const __grid_constant__ TensorMap gradient, const __grid_constant__ TensorMap other,       \
            const __grid_constant__ ProductParams params) {                                            \
-    product<T, CLASSIFIER>(&gradient, &other, params);                                                \
+    product<T, CLASSIFIER, AVERAGED>(&gradient, &other, params);                                      \
   }
 
-PRODUCT(embeddings_gradient_sm90a_bf16, __nv_bfloat16, false)
-PRODUCT(embeddings_gradient_sm90a_f16, __half, false)
-PRODUCT(classifier_gradient_sm90a_bf16, __nv_bfloat16, true)
-PRODUCT(classifier_gradient_sm90a_f16, __half, true)
+PRODUCT(embeddings_gradient_sm90a_bf16, __nv_bfloat16, false, false)
+PRODUCT(embeddings_gradient_sm90a_f16, __half, false, false)
+PRODUCT(classifier_gradient_sm90a_bf16, __nv_bfloat16, true, false)
+PRODUCT(classifier_gradient_sm90a_f16, __half, true, false)
+PRODUCT(averaged_classifier_gradient_sm90a_bf16, __nv_bfloat16, true, true)
+PRODUCT(averaged_classifier_gradient_sm90a_f16, __half, true, true)
 
 static_assert(sizeof(ProductPlan) == 230400, "the host asks for as much shared memory");
-static_assert(sizeof(ProductParams) == 88, "the host mirrors it");
+static_assert(sizeof(ProductParams) == 144, "the host mirrors it");

@@ -5,18 +5,6 @@
 constexpr int ONE_BLOCK = 1024;
 constexpr uint32_t NONE = 0xffffffff;
 
-// Sum over a block of ONE_BLOCK threads, in a fixed order; every thread gets it.
-template <typename N, class Combine> __device__ N block_reduce(N value, Combine combine) {
-  __shared__ N parts[32];
-  for (int i = 16; i; i >>= 1) value = combine(value, __shfl_xor_sync(0xffffffff, value, i));
-  __syncthreads();
-  if ((threadIdx.x & 31) == 0) parts[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = parts[threadIdx.x & 31];
-  for (int i = 16; i; i >>= 1) value = combine(value, __shfl_xor_sync(0xffffffff, value, i));
-  return value;
-}
-
 // ---------------------------------------------------------------- rows that count
 
 struct PickParams {
@@ -62,7 +50,7 @@ template <typename Target> __device__ void pick_rows(const PickParams &p) {
     __syncthreads();
     if (start + ONE_BLOCK < start) break;  // the last block of 2^32 positions
   }
-  first_bad = block_reduce(first_bad, [](uint32_t a, uint32_t b) { return min(a, b); });
+  first_bad = block_reduce<ONE_BLOCK>(first_bad, [](uint32_t a, uint32_t b) { return min(a, b); });
   if (threadIdx.x == 0) p.count[0] = total, p.count[1] = first_bad;
 }
 
@@ -184,46 +172,8 @@ struct LossParams {
 extern "C" __global__ void __launch_bounds__(ONE_BLOCK) reduce_loss(const LossParams p) {
   double sum = 0.;
   for (uint64_t i = threadIdx.x; i < p.positions; i += ONE_BLOCK) sum += p.packed[i];
-  sum = block_reduce(sum, [](double a, double b) { return a + b; });
+  sum = block_reduce<ONE_BLOCK>(sum, [](double a, double b) { return a + b; });
   if (threadIdx.x == 0) p.packed[2 * (int64_t)p.positions] = (float)(p.mean && *p.count ? sum / *p.count : sum);
-}
-
-struct KeepParams {
-  const __nv_bfloat16 *maxima;  // (class tiles, group_rows)
-  const float *row_max, *row_log_sum;
-  const int32_t *row_target;
-  const uint32_t *count;
-  uint8_t *keep;  // out: (row tiles, class tiles)
-  uint32_t first_row, group_rows, class_tiles;
-  // Below these a gradient is too small to matter. Negative: none is; above 1: it is not wanted.
-  float embeddings_threshold, classifier_threshold;
-};
-
-// A block is a tile, a thread a row: whether it holds a target, and the largest gradient it has otherwise. NaN keeps
-// the tile; a row that does not count has neither.
-__device__ __forceinline__ void write_keep(uint8_t *keep, bool target_here, float largest, float embeddings_threshold,
-                                           float classifier_threshold) {
-  const auto matters = [&](float threshold) { return threshold <= 1.f && (target_here || !(largest < threshold)); };
-  const int e = __syncthreads_or(matters(embeddings_threshold)), c = __syncthreads_or(matters(classifier_threshold));
-  if (threadIdx.x == 0) *keep = (e ? KEEP_FOR_EMBEDDINGS : 0) | (c ? KEEP_FOR_CLASSIFIER : 0);
-}
-
-// One block a tile, one thread a row.
-extern "C" __global__ void __launch_bounds__(TILE) keep_tiles(const KeepParams p) {
-  const uint32_t class_tile = blockIdx.x, in_group = blockIdx.y * TILE + threadIdx.x, row = p.first_row + in_group;
-  if (p.first_row + blockIdx.y * TILE >= *p.count) return;
-  bool target_here = false;
-  float largest = 0.f;
-  if (row < *p.count) {
-    const float max = p.row_max[row], log_sum = p.row_log_sum[row];
-    // exp errs by a few units in the last place: lean to the side of keeping.
-    largest = (1.f + 1e-5f) *
-        fast_exp((__bfloat162float(p.maxima[(int64_t)class_tile * p.group_rows + in_group]) - max) - log_sum);
-    // A target's gradient is p - 1 from the loss and p from lse: one of them is never small.
-    target_here = p.row_target[row] >= 0 && p.row_target[row] / TILE == (int)class_tile;
-  }
-  write_keep(p.keep + (int64_t)(p.first_row / TILE + blockIdx.y) * p.class_tiles + class_tile, target_here, largest,
-             p.embeddings_threshold, p.classifier_threshold);
 }
 
 // ---------------------------------------------------------------- gradients formed in the forward
@@ -259,7 +209,7 @@ template <typename T> __device__ void reference_logits(const ReferenceParams &p)
 
 struct SumsParams {
   const float *reference;  // (chunk_rows)
-  const float *sums;       // (class tiles, chunk_rows)
+  const float *sums;       // (class tiles, chunk_rows), targets left out
   const float *target_logit;
   const uint32_t *row_position;
   const int32_t *row_target;
@@ -289,7 +239,9 @@ extern "C" __global__ void __launch_bounds__(ONE_BLOCK) merge_sums(const SumsPar
   __syncthreads();
   if (part > 0 || !exists) return;
   for (int i = 1; i < SUM_PARTS; i++) sum += parts[i][x];
-  const float log_sum = logf(sum), max = p.reference[in_chunk];
+  const float max = p.reference[in_chunk];
+  if (p.row_target[row] >= 0) sum += expf(p.target_logit[row] - max);
+  const float log_sum = logf(sum);
   const float lse = max + log_sum;
   if (!(fabsf(log_sum) < FAR)) atomicMax(p.redo, *p.count);
   const uint32_t position = p.row_position[row];
@@ -351,32 +303,6 @@ template <typename T> __device__ void factor_rows(const FactorParams &p) {
     entry = mean * ((share - 1.f) * expf(log_p) + expm1f(log_p)) * (1.f - part * part);
   }
   p.target_part[blockIdx.x] = entry;
-}
-
-struct ProbableParams {
-  const __nv_bfloat16 *maxima;  // (class tiles, chunk_rows) of probabilities before their row's factor
-  const float *row_log_sum;
-  const int32_t *row_target;
-  const uint32_t *count, *redo;
-  uint8_t *keep;  // out: (row tiles, class tiles)
-  uint32_t first_row, chunk_rows, class_tiles;
-  float embeddings_threshold, classifier_threshold;  // as in KeepParams
-};
-
-// `keep_tiles` for probabilities, which are without the targets' entries.
-extern "C" __global__ void __launch_bounds__(TILE) keep_probable_tiles(const ProbableParams p) {
-  const uint32_t class_tile = blockIdx.x, in_chunk = blockIdx.y * TILE + threadIdx.x, row = p.first_row + in_chunk;
-  if (p.first_row + blockIdx.y * TILE >= *p.count) return;
-  bool all = *p.redo;
-  float largest = 0.f;
-  if (row < *p.count) {
-    largest = (1.f + 1e-5f) * __bfloat162float(p.maxima[(int64_t)class_tile * p.chunk_rows + in_chunk]) *
-        expf(-p.row_log_sum[row]);
-    // A bad target makes NaN of everything it meets.
-    all |= p.row_target[row] < 0;
-  }
-  write_keep(p.keep + (int64_t)(p.first_row / TILE + blockIdx.y) * p.class_tiles + class_tile, all, largest,
-             p.embeddings_threshold, p.classifier_threshold);
 }
 
 struct SortParams {
@@ -480,40 +406,6 @@ template <typename T> __device__ void scale_gradient(const UpstreamParams &p) {
   extern "C" __global__ void scale_gradient_##SUFFIX(const UpstreamParams p) { scale_gradient<T>(p); }
 FUSED(bf16, __nv_bfloat16)
 
-struct KeepTargetsParams {
-  const int32_t *row_target;
-  const uint32_t *count;
-  uint8_t *keep;  // in and out: (row tiles, class tiles)
-  uint32_t class_tiles, bits;
-};
-
-// Keeps the tiles that hold a target as well, for a backward that has the targets' entries in them.
-extern "C" __global__ void __launch_bounds__(TILE) keep_targets(const KeepTargetsParams p) {
-  const uint32_t row = blockIdx.x * TILE + threadIdx.x;
-  if (row >= *p.count || p.row_target[row] < 0) return;
-  p.keep[(int64_t)blockIdx.x * p.class_tiles + p.row_target[row] / TILE] = p.bits;
-}
-
-struct CountParams {
-  const uint8_t *keep;  // null: every tile
-  const uint32_t *count;
-  float *kept;  // out: tiles that the gradient which keeps more of them keeps, tiles there are
-  uint32_t class_tiles;
-};
-
-extern "C" __global__ void __launch_bounds__(ONE_BLOCK) count_kept(const CountParams p) {
-  const uint64_t tiles = (uint64_t)((*p.count + TILE - 1) / TILE) * p.class_tiles;
-  unsigned long long e = 0, c = 0;
-  if (p.keep) {
-    for (uint64_t i = threadIdx.x; i < tiles; i += ONE_BLOCK)
-      e += p.keep[i] & KEEP_FOR_EMBEDDINGS, c += p.keep[i] / KEEP_FOR_CLASSIFIER;
-  }
-  const auto add = [](unsigned long long a, unsigned long long b) { return a + b; };
-  e = block_reduce(e, add);
-  c = block_reduce(c, add);
-  if (threadIdx.x == 0) p.kept[0] = p.keep ? (float)max(e, c) : (float)tiles, p.kept[1] = (float)tiles;
-}
-
 // ---------------------------------------------------------------- backward
 
 struct ScaleParams {
@@ -541,7 +433,7 @@ extern "C" __global__ void __launch_bounds__(ONE_BLOCK) upstream_scales(const Sc
     const float g = p.upstream[position] + loss, h = p.upstream[(int64_t)p.positions + position];
     largest = fmaxf(largest, fmaxf(fabsf(g), fabsf(g * share(row) + h)));
   }
-  largest = block_reduce(largest, [](float a, float b) { return fmaxf(a, b); });
+  largest = block_reduce<ONE_BLOCK>(largest, [](float a, float b) { return fmaxf(a, b); });
   // A power of two, so that dividing by it and multiplying again rounds nothing.
   const float scale = largest > 0.f && largest < INFINITY ? exp2f(ceilf(log2f(fmaxf(largest, 1e-30f)))) : 1.f;
   const float inverse = 1.f / scale;
@@ -574,12 +466,12 @@ template <typename T> __device__ void finish_embeddings(const FinishParams &p) {
   if (row >= *p.count) return;
   const float *from = p.sums + blockIdx.x * p.hidden;
   T *into = (T *)p.embeddings_grad + p.row_embedding[row] * p.hidden;
-  const float scale = (p.scale ? *p.scale : 1.f) * (p.row_scale ? p.row_scale[blockIdx.x] : 1.f);
+  const float on_all = p.scale ? *p.scale : 1.f, scale = on_all * (p.row_scale ? p.row_scale[blockIdx.x] : 1.f);
   if (!p.target_part) {
     for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x) into[i] = from_float<T>(scale * from[i]);
     return;
   }
-  const float part = p.target_part[blockIdx.x];
+  const float part = on_all * p.target_part[blockIdx.x];
   const T *of_target = (const T *)p.classifier + max(p.row_target[row], 0) * p.hidden;
   for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x)
     into[i] = from_float<T>(scale * from[i] + part * to_float(of_target[i]));
@@ -593,6 +485,8 @@ struct BiasParams {
   const float *row_scale;  // (rows), or null: 1
   const uint32_t *slots;   // (vocab) of TargetsParams, or null
   const float *target_bias;
+  const float *shares;      // (vocab) of ShareParams, or null: nothing is averaged
+  const float *mass_sums;   // (class_tiles) sums of the averaged masses, upstream gradients included
   void *bias_grad;  // (vocab)
   int64_t vocab, first_class, range;
   uint32_t first_row;  // that row 0 of the gradient is, a multiple of 128
@@ -627,6 +521,7 @@ template <typename T> __device__ void bias_gradient(const BiasParams &p) {
   if (part == 0 && at < p.vocab) {
     for (int i = 1; i < BIAS_PARTS; i++) sum += parts[i][column];
     if (p.slots && p.slots[at]) sum += p.target_bias[p.slots[at] - 1];
+    if (p.shares) sum += p.shares[at] * p.mass_sums[at / TILE];
     T &out = ((T *)p.bias_grad)[at];
     out = from_float<T>((p.scale ? *p.scale : 1.f) * sum + (p.overwrite ? 0.f : to_float(out)));
   }

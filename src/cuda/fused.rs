@@ -9,6 +9,7 @@
 //! Should lse be so far from a reference that its row leaves the range of bf16, the device does the chunk again, as
 //! the backward would; otherwise the launches that would do so find no rows.
 
+use super::averages::{self, filter_blocks, mass_stride, Averages, Filter, Masses};
 use super::launch::{Buffer, Gpu};
 use super::params::*;
 use super::{
@@ -23,9 +24,9 @@ use std::sync::{Arc, Mutex};
 
 /// Bytes of the workspace unless the user says otherwise.
 const WORKSPACE: usize = 3 << 29;
-/// The bits of the table of kept tiles, as in `common.cuh`.
-const KEEP_FOR_EMBEDDINGS: u32 = 1;
-const KEEP_FOR_CLASSIFIER: u32 = 2;
+/// Classes up to which nearly every tile of a trained head matters, so that computing the logits once pays even where
+/// some tiles are averaged.
+const FEW_CLASSES: usize = 1 << 16;
 /// Rows of a chunk below which `Auto` computes the logits twice instead.
 const LEAST_ROWS: usize = 1024;
 /// Columns of a block that sums the targets' part of dC.
@@ -47,7 +48,7 @@ impl Plan {
         rows: usize,
         settings: &Settings,
         wanted: Wanted,
-        filtering: bool,
+        filter: Option<Filter>,
     ) -> Result<Option<Self>> {
         let runs = path == Path::Hopper
             && operands.kind.dtype == DType::BF16
@@ -58,17 +59,28 @@ impl Plan {
             return Ok(None);
         }
         let all_rows = rows.next_multiple_of(TILE);
+        let averaging = filter.is_some_and(|filter| !filter.drop);
+        let of_tiles = operands.class_tiles() * (4 + 4 + if operands.softcap > 0. { 4 } else { 0 });
+        let of_masses = if averaging { mass_stride(operands) * 2 } else { 0 };
         let row_bytes = stride(operands) * 2
-            + operands.class_tiles() * (4 + 2)
+            + of_tiles
+            + of_masses
             + operands.hidden * (operands.kind.size + 4);
-        let budget = settings.workspace.unwrap_or(WORKSPACE);
-        let most = budget.saturating_sub(hopper::EVALUATION_BYTES) / row_bytes / TILE * TILE;
-        let least = match settings.strategy {
-            Strategy::Fused => TILE,
+        let fused = settings.strategy == Strategy::Fused;
+        let (budget, least) = match filter {
+            _ if fused => (WORKSPACE, TILE),
+            None => (WORKSPACE, LEAST_ROWS.min(all_rows)),
             // Of few tiles the logits cost less than to write them all.
-            _ if filtering => return Ok(None),
-            _ => LEAST_ROWS.min(all_rows),
+            Some(_) if averaging && operands.vocab <= FEW_CLASSES => {
+                (hopper::WORKSPACE, LEAST_ROWS.min(all_rows))
+            }
+            Some(_) => return Ok(None),
         };
+        let mut budget = settings.workspace.unwrap_or(budget);
+        if averaging {
+            budget = budget.saturating_sub(Averages::bytes(operands, 0));
+        }
+        let most = budget.saturating_sub(hopper::EVALUATION_BYTES) / row_bytes / TILE * TILE;
         if most < least {
             return Ok(None);
         }
@@ -99,8 +111,7 @@ fn stride(operands: Operands) -> usize {
     operands.vocab.next_multiple_of(2 * TILE)
 }
 
-/// Computes lse, nll and the gradients of the loss. Returns the tiles that a backward by the logits has to keep, and
-/// how many were kept here.
+/// Computes lse, nll and the gradients of the loss. Returns how many tiles were kept.
 #[allow(clippy::too_many_arguments)]
 pub(super) fn forward(
     gpu: &Gpu,
@@ -109,16 +120,16 @@ pub(super) fn forward(
     statistics: &Statistics,
     packed: u64,
     settings: &Settings,
-    filter: Option<[f32; 2]>,
+    filter: Option<Filter>,
     results: Results,
     plan: Plan,
-) -> Result<(Option<Buffer>, Tensor)> {
-    let keep = match filter {
-        None => None,
-        Some(_) => {
-            let row_tiles = rows.positions.div_ceil(TILE);
-            Some(gpu.buffer(row_tiles * operands.class_tiles())?)
-        }
+) -> Result<Tensor> {
+    let all_rows = rows.positions.next_multiple_of(TILE);
+    let of_tiles = |filter: Option<Filter>| match filter {
+        None => Ok(None),
+        Some(_) => gpu
+            .buffer(plan.chunk_rows * operands.class_tiles() * 4)
+            .map(Some),
     };
     let chunk = Chunk {
         gpu,
@@ -127,42 +138,34 @@ pub(super) fn forward(
         statistics,
         packed,
         settings,
-        filter: filter.zip(keep.as_ref().map(|keep| keep.address)),
+        keep: match filter {
+            None => None,
+            Some(_) => Some(gpu.buffer(all_rows / TILE * operands.class_tiles())?),
+        },
+        // One chunk's masses at a time.
+        masses: match filter {
+            Some(filter) if !filter.drop => Some(
+                gpu.buffer(plan.chunk_rows * mass_stride(operands) * operands.kind.size)?,
+            ),
+            _ => None,
+        },
+        filter,
         results,
         plan,
         gradient: gpu.buffer(plan.chunk_rows * stride(operands) * operands.kind.size)?,
         sums: gpu.buffer(plan.chunk_rows * operands.class_tiles() * 4)?,
-        maxima: match filter {
-            None => None,
-            Some(_) => Some(gpu.buffer(plan.chunk_rows * operands.class_tiles() * 2)?),
-        },
+        maxima: of_tiles(filter)?,
+        capped: of_tiles(filter.filter(|_| operands.softcap > 0.))?,
         gathered: gpu.buffer(plan.chunk_rows * operands.hidden * operands.kind.size)?,
         wide: gpu.buffer(plan.chunk_rows * operands.hidden * 4)?,
         reference: gpu.buffer(plan.chunk_rows * 4)?,
         target_part: gpu.buffer(plan.chunk_rows * 4)?,
         factor: gpu.buffer(plan.chunk_rows * 4)?,
     };
-    let all_rows = rows.positions.next_multiple_of(TILE);
     for first_row in (0..all_rows).step_by(plan.chunk_rows) {
         chunk.run(first_row, plan.chunk_rows.min(all_rows - first_row))?;
     }
-    drop(chunk);
-    let class_tiles = operands.class_tiles();
-    let address = keep.as_ref().map_or(0, |keep| keep.address);
-    let kept = count_kept(gpu, rows, address, class_tiles)?;
-    if let Some(thresholds) = filter {
-        let bit = |threshold: f32, bit: u32| if threshold <= 1. { bit } else { 0 };
-        let params = KeepTargetsParams {
-            row_target: rows.target.address,
-            count: rows.count.address,
-            keep: address,
-            class_tiles: class_tiles as u32,
-            bits: bit(thresholds[0], KEEP_FOR_EMBEDDINGS) | bit(thresholds[1], KEEP_FOR_CLASSIFIER),
-        };
-        let grid = (all_rows / TILE, 1);
-        gpu.launch(&per_block("keep_targets", grid, TILE as u32), &params)?;
-    }
-    Ok((keep, kept))
+    count_kept(gpu, rows, chunk.keep_table(), operands.class_tiles())
 }
 
 /// What all chunks of rows have in common, and the workspace that one after the other uses.
@@ -173,13 +176,18 @@ struct Chunk<'a> {
     statistics: &'a Statistics,
     packed: u64,
     settings: &'a Settings,
-    /// Thresholds, and the address of the table of kept tiles.
-    filter: Option<([f32; 2], u64)>,
+    filter: Option<Filter>,
+    /// The table of kept tiles, of all rows.
+    keep: Option<Buffer>,
+    /// `(chunk_rows, mass_stride)`, where tiles are averaged.
+    masses: Option<Buffer>,
     results: Results,
     plan: Plan,
     gradient: Buffer,
     sums: Buffer,
     maxima: Option<Buffer>,
+    /// The sums by the softcap's derivative, where there is one.
+    capped: Option<Buffer>,
     gathered: Buffer,
     /// `(chunk_rows, hidden)` in f32: sums of dE, then the targets' part of dC.
     wide: Buffer,
@@ -189,6 +197,10 @@ struct Chunk<'a> {
 }
 
 impl Chunk<'_> {
+    fn keep_table(&self) -> u64 {
+        self.keep.as_ref().map_or(0, |keep| keep.address)
+    }
+
     fn run(&self, first_row: usize, rows: usize) -> Result<()> {
         let gpu = self.gpu;
         let Operands { hidden, kind, .. } = self.operands;
@@ -217,6 +229,7 @@ impl Chunk<'_> {
             gradient: self.gradient.address,
             sums: self.sums.address,
             maxima: self.maxima.as_ref().map_or(0, |maxima| maxima.address),
+            masses: self.capped.as_ref().map_or(0, |capped| capped.address),
             target_logit: self.statistics.target_logit.address + first_row as u64 * 4,
             first_row,
             rows,
@@ -332,7 +345,7 @@ impl Chunk<'_> {
             factor: self.factor.address,
             target_part: self.target_part.address,
             gathered: match self.results.classifier {
-                0 => 0,
+                0 if self.masses.is_none() => 0,
                 _ => self.gathered.address,
             },
             hidden: self.operands.hidden as i64,
@@ -345,27 +358,52 @@ impl Chunk<'_> {
             &per_block(kind.kernel("factor_rows"), (rows, 1), 128),
             &params,
         )?;
-        if let (Some((thresholds, keep)), Some(maxima)) = (self.filter, &self.maxima) {
+        if let (Some(filter), Some(maxima)) = (self.filter, &self.maxima) {
             let params = ProbableParams {
                 maxima: maxima.address,
+                sums: self.capped.as_ref().unwrap_or(&self.sums).address,
                 row_log_sum: self.statistics.row_log_sum.address,
                 row_target: self.rows.target.address,
                 count: self.rows.count.address,
                 redo,
-                keep,
+                keep: self.keep_table(),
+                masses: self.masses.as_ref().map_or(0, |masses| masses.address),
                 first_row: first_row as u32,
                 chunk_rows: rows as u32,
                 class_tiles: self.operands.class_tiles() as u32,
-                embeddings_threshold: thresholds[0],
-                classifier_threshold: thresholds[1],
+                mass_stride: mass_stride(self.operands) as u32,
+                embeddings_threshold: filter.thresholds[0],
+                classifier_threshold: filter.thresholds[1],
             };
-            let grid = (self.operands.class_tiles(), rows / TILE);
-            gpu.launch(
-                &per_block("keep_probable_tiles", grid, TILE as u32),
-                &params,
-            )?;
+            let grid = (filter_blocks(self.operands), rows / TILE);
+            let name = kind.kernel("filter_probabilities");
+            gpu.launch(&averages::kernel(name, grid, TILE as u32), &params)?;
         }
         Ok(())
+    }
+
+    /// What stands in the place of tiles that are not kept, where they are averaged; it begins the sums of dE.
+    fn averages(&self, first_row: usize, rows: usize) -> Result<Option<Averages>> {
+        let (Some(filter), Some(masses)) = (self.filter, &self.masses) else {
+            return Ok(None);
+        };
+        let row_bytes = mass_stride(self.operands) * self.operands.kind.size;
+        let masses = Masses {
+            gpu: self.gpu,
+            path: Path::Hopper,
+            operands: self.operands,
+            rows: self.rows,
+            filter,
+            // Those of the chunk are all there are.
+            masses: masses.address.wrapping_sub((first_row * row_bytes) as u64),
+            keep: self.keep_table(),
+            first_row,
+            len: rows,
+            gathered: Some(&self.gathered),
+            p_scale: 0,
+            row_scale: self.factor.address,
+        };
+        Averages::new(masses, self.results, self.wide.address).map(Some)
     }
 
     /// dE, then dC and db, whose part of the targets takes the place of dE's sums.
@@ -378,9 +416,15 @@ impl Chunk<'_> {
             ..
         } = self.operands;
         let count = self.rows.count.address;
+        let averages = self.averages(first_row, rows)?;
+        let of_averages = match &averages {
+            None => averages::Addresses::default(),
+            Some(averages) => averages.addresses(),
+        };
         if self.results.embeddings != 0 {
             self.multiply(first_row, rows, |part| Range {
                 sums: self.wide.address,
+                add_to_sums: part.first_class > 0 || averages.is_some(),
                 ..part
             })?;
             let params = FinishParams {
@@ -406,8 +450,10 @@ impl Chunk<'_> {
         if self.results.classifier != 0 {
             self.multiply(first_row, rows, |part| Range {
                 classifier_grad: self.results.classifier,
+                add_to_classifier: first_row > 0,
                 slots: targets.slots.address,
                 target_rows: self.wide.address,
+                averages: of_averages,
                 ..part
             })?;
         }
@@ -415,10 +461,12 @@ impl Chunk<'_> {
             let params = BiasParams {
                 gradient: self.gradient.address,
                 count,
-                keep: self.filter.map_or(0, |(_, keep)| keep),
+                keep: self.keep_table(),
                 row_scale: self.factor.address,
                 slots: targets.slots.address,
                 target_bias: targets.bias.address,
+                shares: of_averages.shares,
+                mass_sums: of_averages.mass_sums,
                 bias_grad: self.results.bias,
                 vocab: vocab as i64,
                 range: stride(self.operands) as i64,
@@ -442,7 +490,7 @@ impl Chunk<'_> {
         results: impl Fn(Range) -> Range,
     ) -> Result<()> {
         let Operands { vocab, kind, .. } = self.operands;
-        let keep = self.filter.map_or(0, |(_, keep)| keep);
+        let keep = self.keep_table();
         for first_class in (0..vocab).step_by(self.plan.range) {
             let part = results(Range {
                 first_class,
@@ -468,22 +516,13 @@ impl Chunk<'_> {
             slots: gpu.zeros(vocab * 4)?,
             bias: gpu.buffer(rows * 4)?,
         };
-        let (sorted_row, sorted_target) = (gpu.buffer(rows * 4)?, gpu.buffer(rows * 4)?);
-        let params = SortParams {
-            row_target: self.rows.target.address,
-            count,
-            sorted_row: sorted_row.address,
-            sorted_target: sorted_target.address,
-            first_row: first_row as u32,
-            rows: rows as u32,
-        };
-        gpu.launch(&per_block("sort_targets", (rows / 8, 1), 256), &params)?;
+        let sorted = averages::sort_targets(gpu, self.rows, first_row, rows)?;
         let params = TargetsParams {
             embeddings: self.operands.embeddings,
             target_part: self.target_part.address,
             row_embedding: self.rows.embedding.address,
-            sorted_row: sorted_row.address,
-            sorted_target: sorted_target.address,
+            sorted_row: sorted.row.address,
+            sorted_target: sorted.target.address,
             count,
             slots: targets.slots.address,
             target_rows: match self.results.classifier {

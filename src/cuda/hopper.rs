@@ -7,6 +7,7 @@ use super::launch::{
     Buffer, Gpu, Kernel, TensorMap, FORWARD_SM90A, GRADIENT_SM90A, PRODUCTS_SM90A,
 };
 use super::params::{HopperForwardParams, HopperGradientParams, HopperProductParams};
+use super::averages::statistics_bytes;
 use super::{ForwardPlan, Group, Operands, Range, Rows, Saved, Scales, TILE};
 use candle_core::{DType, Result};
 
@@ -34,7 +35,7 @@ const PANEL: usize = 256;
 /// Panels that walk the classes together, so that both operands come from the L2 cache.
 const RASTER: usize = 8;
 /// What a forward holds for a group of rows, in bytes: where gradients will be wanted, and where not.
-const TRAINING_BYTES: usize = 36 << 20;
+const TRAINING_BYTES: usize = 44 << 20;
 pub(super) const EVALUATION_BYTES: usize = 15 << 20;
 
 /// Columns of a strip of the products: what a cluster computes side by side.
@@ -126,7 +127,7 @@ pub(super) fn plan(
     };
     let mut row_bytes = operands.hidden * operands.kind.size;
     if filtering {
-        row_bytes += operands.class_tiles() * 2;
+        row_bytes += operands.class_tiles() * statistics_bytes(operands.kind);
     }
     let mut best = (
         f64::INFINITY,
@@ -192,7 +193,7 @@ pub(super) fn forward(
         partials: group.partials,
         target_logit: group.target_logit + offset,
         pace: pace.address,
-        maxima: group.maxima,
+        statistics: group.statistics,
         first_row: group.first_row as u32,
         rows: plan.group_rows as u32,
         classes: vocab as u32,
@@ -220,7 +221,10 @@ pub(super) fn forward(
     let items = plan.group_rows.div_ceil(PANEL) * plan.splits.div_ceil(2);
     let kernel = Kernel {
         module: FORWARD_SM90A,
-        name: kind.kernel("forward_sm90a"),
+        name: kind.kernel(match group.statistics {
+            0 => "forward_sm90a",
+            _ => "forward_statistics_sm90a",
+        }),
         grid: (clusters(gpu)?.min(items) * 2, 1),
         threads: THREADS,
         shared_bytes: FORWARD_BYTES,
@@ -241,6 +245,7 @@ pub(super) struct Tiles {
     pub gradient: u64,
     pub sums: u64,
     pub maxima: u64,
+    pub masses: u64,
     pub target_logit: u64,
     pub first_row: usize,
     pub rows: usize,
@@ -285,6 +290,7 @@ pub(super) fn tiles(
         gradient: tiles.gradient,
         sums: tiles.sums,
         maxima: tiles.maxima,
+        masses: tiles.masses,
         target_logit: tiles.target_logit,
         first_row: tiles.first_row as u32,
         rows: tiles.rows as u32,
@@ -374,6 +380,13 @@ pub(super) fn products(
             out,
             slots: part.slots,
             target_rows: part.target_rows,
+            shares: part.averages.shares,
+            mass_rows: part.averages.mass_rows,
+            list: part.averages.list,
+            sorted_row: part.averages.sorted_row,
+            sorted_target: part.averages.sorted_target,
+            entry: part.averages.classifier_entry,
+            embeddings: gathered.address,
             first_row: part.first_row as u32,
             rows: part.rows as u32,
             classes: vocab as u32,
@@ -394,12 +407,16 @@ pub(super) fn products(
         gpu.launch_on_maps(&kernel, [&gradient, other], &params)
     };
     if part.sums != 0 {
-        let (name, first) = ("embeddings_gradient_sm90a", part.first_class == 0);
-        multiply(name, &classifier, part.sums, classes, first)?;
+        let name = "embeddings_gradient_sm90a";
+        multiply(name, &classifier, part.sums, classes, !part.add_to_sums)?;
     }
     if part.classifier_grad != 0 {
-        let (name, first) = ("classifier_gradient_sm90a", part.first_row == 0);
-        multiply(name, &embeddings, part.classifier_grad, part.rows, first)?;
+        let name = match part.averages.shares {
+            0 => "classifier_gradient_sm90a",
+            _ => "averaged_classifier_gradient_sm90a",
+        };
+        let overwrite = !part.add_to_classifier;
+        multiply(name, &embeddings, part.classifier_grad, part.rows, overwrite)?;
     }
     Ok(())
 }

@@ -32,6 +32,7 @@ macro_rules! modules {
 
 modules! {
     ROWS = "rows";
+    FILTER = "filter";
     FORWARD_SM80 = "forward_sm80";
     GRADIENT_SM80 = "gradient_sm80";
     PRODUCTS_SM80 = "products_sm80";

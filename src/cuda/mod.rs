@@ -5,6 +5,7 @@
 //!
 //! The matrix products come in two forms, [`portable`] and [`hopper`]; everything around them is the same.
 
+mod averages;
 mod fused;
 mod hopper;
 mod launch;
@@ -15,6 +16,7 @@ mod shards;
 use crate::op::{self, Gradients, KeptTiles, Wanted};
 use crate::problem::{Matrices, Problem, Settings};
 use crate::{Implementation, Reduction};
+use averages::{Averages, Filter, Filtered, Masses};
 use candle_core::{bail, DType, Device, Result, Shape, Tensor};
 use launch::{Array, Buffer, Gpu, Kernel, Unfinished, ROWS};
 use params::*;
@@ -157,8 +159,8 @@ struct Group {
     first_row: usize,
     partials: u64,
     target_logit: u64,
-    /// 0 where nothing is filtered.
-    maxima: u64,
+    /// What the filter wants to know, 0 where nothing is filtered.
+    statistics: u64,
 }
 
 /// What a range of classes of the backward reads and writes.
@@ -176,8 +178,14 @@ struct Range {
     keep: u64,
     /// Sums of the gradient of the embeddings, 0 where not wanted.
     sums: u64,
+    /// Whether the sums hold something already.
+    add_to_sums: bool,
     /// 0 where not wanted.
     classifier_grad: u64,
+    /// Whether the gradient of the classifier holds something already.
+    add_to_classifier: bool,
+    /// What tiles that are not kept leave in the gradient of the classifier.
+    averages: averages::Addresses,
     /// What the gradient of the classifier gets in f32: `(vocab)` of a class 1 + its row of `target_rows`, or 0. 0 for
     /// none at all.
     slots: u64,
@@ -281,8 +289,8 @@ struct Saved {
     gpu: Gpu,
     rows: Rows,
     statistics: Statistics,
-    /// `(row tiles, class tiles)`, where something is filtered.
-    keep: Option<Buffer>,
+    /// Where something is filtered.
+    filtered: Option<Filtered>,
     settings: Settings,
     kept: Arc<KeptTiles>,
 }
@@ -318,16 +326,16 @@ pub(crate) fn forward(
     };
     let detached = problem.detached();
     let matrices = detached.matrices();
-    let (keep, formed) = Operands::read(&gpu, matrices, settings, |operands| {
+    let (filtered, formed) = Operands::read(&gpu, matrices, settings, |operands| {
         let path = Path::choose(&gpu, operands, n, settings)?;
-        let filter = thresholds(settings, wanted);
+        let filter = filter(settings, wanted);
         if let Some(plan) =
-            fused::Plan::new(&gpu, path, operands, n, settings, wanted, filter.is_some())?
+            fused::Plan::new(&gpu, path, operands, n, settings, wanted, filter)?
         {
             let dtype = matrices.classifier.dtype();
             let formed = Outputs::new(&gpu, matrices, wanted, dtype)?;
             let results = formed.results();
-            let (keep, kept) = fused::forward(
+            let kept = fused::forward(
                 &gpu,
                 operands,
                 &rows,
@@ -338,9 +346,9 @@ pub(crate) fn forward(
                 results,
                 plan,
             )?;
-            return Ok((keep, Some((formed, kept))));
+            return Ok((None, Some((formed, kept))));
         }
-        let keep = logits(
+        let filtered = logits(
             &gpu,
             path,
             operands,
@@ -353,7 +361,7 @@ pub(crate) fn forward(
             filter,
             settings.vocab_parallel.is_some().then_some(problem),
         )?;
-        Ok((keep, None))
+        Ok((filtered, None))
     })?;
     let params = LossParams {
         packed: packed.address,
@@ -367,7 +375,7 @@ pub(crate) fn forward(
         gpu,
         rows,
         statistics,
-        keep,
+        filtered,
         settings: settings.clone(),
         kept: kept.clone(),
     });
@@ -382,9 +390,8 @@ pub(crate) fn forward(
     })
 }
 
-/// What the gradient of the embeddings and that of the classifier must reach to keep a tile; `None` if neither is
-/// filtered.
-fn thresholds(settings: &Settings, wanted: Wanted) -> Option<[f32; 2]> {
+/// What the gradients that are wanted ask of the filter; `None` if neither is filtered.
+fn filter(settings: &Settings, wanted: Wanted) -> Option<Filter> {
     let classifier = wanted.classifier || wanted.bias;
     // A gradient that is not wanted must not keep a tile: its threshold is above every gradient.
     let threshold = |filter: Option<f64>, wanted: bool| match (wanted, filter) {
@@ -396,13 +403,14 @@ fn thresholds(settings: &Settings, wanted: Wanted) -> Option<[f32; 2]> {
         threshold(settings.filter_embeddings, wanted.embeddings),
         threshold(settings.filter_classifier, classifier),
     ];
-    thresholds
-        .iter()
-        .any(|t| (0. ..=1.).contains(t))
-        .then_some(thresholds)
+    let filters = thresholds.iter().any(|t| (0. ..=1.).contains(t));
+    filters.then_some(Filter {
+        thresholds,
+        drop: settings.drop_filtered,
+    })
 }
 
-/// lse and nll of these rows, group by group, and the tiles that a filter with these thresholds keeps. `count` is the
+/// lse and nll of these rows, group by group, and what a filter finds. `count` is the
 /// address of how many rows there are, from row 0 on. Of a `sharded` problem, over the classes of all ranks.
 #[allow(clippy::too_many_arguments)]
 fn logits(
@@ -415,9 +423,9 @@ fn logits(
     packed: u64,
     z_loss: f32,
     span: std::ops::Range<usize>,
-    filter: Option<[f32; 2]>,
+    filter: Option<Filter>,
     sharded: Option<&Problem>,
-) -> Result<Option<Buffer>> {
+) -> Result<Option<Filtered>> {
     let class_tiles = operands.class_tiles();
     let all_rows = span.len();
     let multiprocessors = gpu.multiprocessors()?;
@@ -430,58 +438,45 @@ fn logits(
     } = plan;
     let partials = gpu.buffer(splits * group_rows * 8)?;
     let groups = span.clone().step_by(group_rows);
-    // A shard knows what to keep only after the last group: each has maxima of its own.
-    let maxima_bytes = class_tiles * group_rows * 2;
+    // A shard knows what to keep only after the last group: each has statistics of its own.
+    let group_bytes = class_tiles * group_rows * averages::statistics_bytes(operands.kind);
     let (stored, apart) = match sharded {
         None => (1, 0),
-        Some(_) => (groups.len(), maxima_bytes),
+        Some(_) => (groups.len(), group_bytes),
     };
     let filtering = match filter {
         None => None,
-        Some(thresholds) => Some((
-            thresholds,
-            gpu.buffer(stored * maxima_bytes)?,
-            gpu.buffer(all_rows / TILE * class_tiles)?,
+        Some(filter) => Some((
+            gpu.buffer(stored * group_bytes)?,
+            Filtered::new(gpu, operands, all_rows, filter)?,
         )),
     };
     let gathered = match path {
         Path::Portable => None,
         Path::Hopper => Some(gpu.buffer(group_rows * operands.hidden * operands.kind.size)?),
     };
-    let maxima = |first_row: usize| match &filtering {
+    let of_tiles = |first_row: usize| match &filtering {
         None => 0,
-        Some((_, maxima, _)) => {
-            maxima.address + ((first_row - span.start) / group_rows * apart) as u64
+        Some((of_tiles, _)) => {
+            of_tiles.address + ((first_row - span.start) / group_rows * apart) as u64
         }
     };
     // The last group may reach beyond the rows there can be.
     let row_tiles = |first_row: usize| (group_rows / TILE).min((span.end - first_row) / TILE);
-    let keep_tiles = |first_row: usize| -> Result<()> {
-        let Some((thresholds, _, keep)) = &filtering else {
-            return Ok(());
-        };
-        let params = KeepParams {
-            maxima: maxima(first_row),
-            row_max: statistics.row_max.address,
-            row_log_sum: statistics.row_log_sum.address,
-            row_target: rows.target.address,
-            count,
-            keep: keep.address,
-            first_row: first_row as u32,
-            group_rows: group_rows as u32,
-            class_tiles: class_tiles as u32,
-            embeddings_threshold: thresholds[0],
-            classifier_threshold: thresholds[1],
-        };
-        let grid = (class_tiles, row_tiles(first_row));
-        gpu.launch(&per_block("keep_tiles", grid, TILE as u32), &params)
+    let decide = |first_row: usize| match &filtering {
+        None => Ok(()),
+        Some((_, filtered)) => {
+            let group = (first_row, group_rows, row_tiles(first_row));
+            let of_tiles = of_tiles(first_row);
+            filtered.decide(gpu, operands, rows, count, statistics, of_tiles, group)
+        }
     };
     for first_row in groups.clone() {
         let group = Group {
             first_row,
             partials: partials.address,
             target_logit: statistics.target_logit.address,
-            maxima: maxima(first_row),
+            statistics: of_tiles(first_row),
         };
         match &gathered {
             None => portable::forward(gpu, operands, rows, plan, group)?,
@@ -511,14 +506,14 @@ fn logits(
             &params,
         )?;
         if sharded.is_none() {
-            keep_tiles(first_row)?;
+            decide(first_row)?;
         }
     }
     if let Some(problem) = sharded {
         shards::merge(gpu, problem, rows, statistics, packed)?;
-        groups.clone().try_for_each(keep_tiles)?;
+        groups.clone().try_for_each(decide)?;
     }
-    Ok(filtering.map(|(_, _, keep)| keep))
+    Ok(filtering.map(|(_, filtered)| filtered))
 }
 
 impl op::Backward for Saved {
@@ -562,10 +557,22 @@ impl op::Backward for Saved {
             let path = Path::choose(gpu, operands, n, &self.settings)?;
             let multiprocessors = gpu.multiprocessors()?;
             let workspace = self.settings.workspace;
-            for sweep in Sweep::plan(path, multiprocessors, n, operands, results, workspace) {
+            let averages = match &self.filtered {
+                Some(filtered) if filtered.masses.is_some() => Averages::bytes(operands, n),
+                _ => 0,
+            };
+            for sweep in Sweep::plan(
+                path,
+                multiprocessors,
+                n,
+                operands,
+                results,
+                workspace,
+                averages,
+            ) {
                 self.sweep(operands, &scales, &sweep)?;
             }
-            let keep = self.keep.as_ref().map_or(0, |keep| keep.address);
+            let keep = self.keep();
             self.kept
                 .set(count_kept(gpu, &self.rows, keep, operands.class_tiles())?);
             Ok(())
@@ -660,7 +667,7 @@ struct Sweep {
 }
 
 impl Sweep {
-    /// On Hopper chunk of rows by chunk. By the portable kernels, where those have no room, one sweep if the sums of dE
+    /// `averages` bytes of the workspace are spoken for. On Hopper chunk of rows by chunk. By the portable kernels, where those have no room, one sweep if the sums of dE
     /// leave as much again for the gradient of the logits of a range; otherwise dE chunk of rows by chunk, then dC and
     /// db, which computes the logits once more.
     fn plan(
@@ -670,6 +677,7 @@ impl Sweep {
         operands: Operands,
         results: Results,
         workspace: Option<usize>,
+        averages: usize,
     ) -> Vec<Self> {
         let all_rows = n.next_multiple_of(TILE);
         let (hidden, vocab, size) = (operands.hidden, operands.vocab, operands.kind.size);
@@ -682,6 +690,7 @@ impl Sweep {
             // And of the gathered embeddings.
             let row_bytes = sum_bytes + hidden * size;
             let workspace = workspace.unwrap_or(hopper::WORKSPACE.max(2 * all_rows * row_bytes));
+            let workspace = workspace.saturating_sub(averages);
             let plan =
                 hopper::chunk_and_range(operands, all_rows, multiprocessors, row_bytes, workspace);
             if let Some((chunk, range)) = plan {
@@ -698,6 +707,7 @@ impl Sweep {
         let path = Path::Portable;
         let sums = |rows: usize| rows * sum_bytes;
         let workspace = workspace.unwrap_or(portable::WORKSPACE.max(2 * sums(all_rows)));
+        let workspace = workspace.saturating_sub(averages);
         // Whole blocks, and ranges of about the same length.
         let columns = 2 * TILE;
         let range = |bytes: usize, rows: usize| {
@@ -747,6 +757,46 @@ impl Sweep {
 }
 
 impl Saved {
+    /// The table of kept tiles, 0 where all are.
+    fn keep(&self) -> u64 {
+        self.filtered.as_ref().map_or(0, |f| f.keep.address)
+    }
+
+    /// What stands in the place of tiles that are not kept, where they are averaged; it begins the sums of dE.
+    fn averages(
+        &self,
+        operands: Operands,
+        scales: &Scales,
+        sweep: &Sweep,
+        gathered: Option<&Buffer>,
+        sums: u64,
+    ) -> Result<Option<Averages>> {
+        let Some(filtered) = &self.filtered else {
+            return Ok(None);
+        };
+        let Some(masses) = &filtered.masses else {
+            return Ok(None);
+        };
+        let masses = Masses {
+            gpu: &self.gpu,
+            path: sweep.path,
+            operands,
+            rows: &self.rows,
+            filter: filtered.filter,
+            masses: masses.address,
+            keep: self.keep(),
+            first_row: sweep.first_row,
+            len: sweep.rows,
+            gathered,
+            p_scale: scales.p.address,
+            row_scale: 0,
+        };
+        let rows = (sweep.first_row, sweep.rows);
+        Averages::new(masses, sweep.results, sums)?
+            .with_entries(self, operands, scales, self.keep(), rows)
+            .map(Some)
+    }
+
     fn sweep(&self, operands: Operands, scales: &Scales, sweep: &Sweep) -> Result<()> {
         let gpu = &self.gpu;
         let Operands {
@@ -763,9 +813,8 @@ impl Saved {
             results,
         } = *sweep;
         let class_tiles = operands.class_tiles() as u32;
-        let keep = self.keep.as_ref().map_or(0, |keep| keep.address);
+        let keep = self.keep();
         let count = self.rows.count.address;
-        let gradient = gpu.buffer(rows * range * kind.size)?;
         let sums = match results.embeddings {
             0 => None,
             _ => Some(gpu.buffer(rows * hidden * 4)?),
@@ -779,6 +828,14 @@ impl Saved {
                 Some(gathered)
             }
         };
+        let of_sums = sums.as_ref().map_or(0, |sums| sums.address);
+        let averages = self.averages(operands, scales, sweep, gathered.as_ref(), of_sums)?;
+        let of_averages = match &averages {
+            None => averages::Addresses::default(),
+            Some(averages) => averages.addresses(),
+        };
+        // What the averages need for a while is given back before this is taken.
+        let gradient = gpu.buffer(rows * range * kind.size)?;
         for first_class in (0..vocab).step_by(range) {
             let part = Range {
                 first_class,
@@ -788,8 +845,11 @@ impl Saved {
                 rows,
                 gradient: gradient.address,
                 keep,
-                sums: sums.as_ref().map_or(0, |sums| sums.address),
+                sums: of_sums,
+                add_to_sums: first_class > 0 || averages.is_some(),
                 classifier_grad: results.classifier,
+                add_to_classifier: first_row > 0,
+                averages: of_averages,
                 ..Default::default()
             };
             match &gathered {
@@ -802,6 +862,10 @@ impl Saved {
                     count,
                     keep,
                     scale: scales.result.address,
+                    slots: of_averages.list,
+                    target_bias: of_averages.target_bias,
+                    shares: of_averages.shares,
+                    mass_sums: of_averages.mass_sums,
                     bias_grad: results.bias,
                     vocab: vocab as i64,
                     first_class: first_class as i64,
@@ -819,6 +883,9 @@ impl Saved {
         if let Some(sums) = sums {
             let params = FinishParams {
                 sums: sums.address,
+                target_part: of_averages.embeddings_entry,
+                row_target: self.rows.target.address,
+                classifier: operands.classifier,
                 row_embedding: self.rows.embedding.address,
                 count,
                 scale: scales.result.address,
@@ -847,6 +914,6 @@ fn count_kept(gpu: &Gpu, rows: &Rows, keep: u64, class_tiles: usize) -> Result<T
         kept: kept.address,
         class_tiles: class_tiles as u32,
     };
-    gpu.launch(&one_block("count_kept"), &params)?;
+    gpu.launch(&averages::kernel("count_kept", (1, 1), ONE_BLOCK), &params)?;
     Ok(kept.finish(gpu))
 }

@@ -61,19 +61,110 @@ params! {
         positions: u32,
         z_loss: f32,
     }
-    /// `rows.cu`
-    KeepParams {
-        maxima: u64,
+    /// `filter.cu`
+    FilterParams {
+        statistics: u64,
         row_max: u64,
         row_log_sum: u64,
         row_target: u64,
         count: u64,
         keep: u64,
+        masses: u64,
         first_row: u32,
         group_rows: u32,
         class_tiles: u32,
+        mass_stride: u32,
         embeddings_threshold: f32,
         classifier_threshold: f32,
+        keep_targets: u32,
+    }
+    /// `filter.cu`
+    ProbableParams {
+        maxima: u64,
+        sums: u64,
+        row_log_sum: u64,
+        row_target: u64,
+        count: u64,
+        redo: u64,
+        keep: u64,
+        masses: u64,
+        first_row: u32,
+        chunk_rows: u32,
+        class_tiles: u32,
+        mass_stride: u32,
+        embeddings_threshold: f32,
+        classifier_threshold: f32,
+    }
+    /// `filter.cu`
+    CountParams {
+        keep: u64,
+        count: u64,
+        kept: u64,
+        class_tiles: u32,
+    }
+    /// `filter.cu`
+    ScaleMassesParams {
+        masses: u64,
+        keep: u64,
+        p_scale: u64,
+        count: u64,
+        scaled: u64,
+        first_row: u32,
+        class_tiles: u32,
+        mass_stride: u32,
+        bit: u32,
+    }
+    /// `filter.cu`
+    SumMassesParams {
+        masses: u64,
+        row_scale: u64,
+        count: u64,
+        sums: u64,
+        first_row: u32,
+        rows: u32,
+        class_tiles: u32,
+        mass_stride: u32,
+    }
+    /// `filter.cu`
+    ShareParams {
+        classifier: u64,
+        bias: u64,
+        row_sums: u64,
+        mass_sums: u64,
+        shares: u64,
+        mean_classes: u64,
+        hidden: i64,
+        vocab: i64,
+        softcap: f32,
+        aligned: u32,
+    }
+    /// `filter.cu`
+    EntryParams {
+        row_max: u64,
+        row_log_sum: u64,
+        target_logit: u64,
+        row_target: u64,
+        count: u64,
+        keep: u64,
+        p_scale: u64,
+        target_scale: u64,
+        embeddings_entry: u64,
+        classifier_entry: u64,
+        first_row: u32,
+        rows: u32,
+        class_tiles: u32,
+        softcap: f32,
+    }
+    /// `filter.cu`
+    ListTargetsParams {
+        sorted_row: u64,
+        sorted_target: u64,
+        entry: u64,
+        count: u64,
+        slots: u64,
+        target_bias: u64,
+        first_row: u32,
+        rows: u32,
     }
     /// `rows.cu`
     LossParams {
@@ -81,13 +172,6 @@ params! {
         count: u64,
         positions: u32,
         mean: u32,
-    }
-    /// `rows.cu`
-    CountParams {
-        keep: u64,
-        count: u64,
-        kept: u64,
-        class_tiles: u32,
     }
     /// `rows.cu`
     ScaleParams {
@@ -126,6 +210,8 @@ params! {
         row_scale: u64,
         slots: u64,
         target_bias: u64,
+        shares: u64,
+        mass_sums: u64,
         bias_grad: u64,
         vocab: i64,
         first_class: i64,
@@ -192,20 +278,6 @@ params! {
         z_loss: f32,
     }
     /// `rows.cu`
-    ProbableParams {
-        maxima: u64,
-        row_log_sum: u64,
-        row_target: u64,
-        count: u64,
-        redo: u64,
-        keep: u64,
-        first_row: u32,
-        chunk_rows: u32,
-        class_tiles: u32,
-        embeddings_threshold: f32,
-        classifier_threshold: f32,
-    }
-    /// `rows.cu`
     UpstreamParams {
         upstream: u64,
         gradient: u64,
@@ -228,7 +300,7 @@ params! {
         partials: u64,
         target_logit: u64,
         pace: u64,
-        maxima: u64,
+        statistics: u64,
         first_row: u32,
         rows: u32,
         classes: u32,
@@ -251,6 +323,7 @@ params! {
         gradient: u64,
         sums: u64,
         maxima: u64,
+        masses: u64,
         target_logit: u64,
         first_row: u32,
         rows: u32,
@@ -271,6 +344,13 @@ params! {
         out: u64,
         slots: u64,
         target_rows: u64,
+        shares: u64,
+        mass_rows: u64,
+        list: u64,
+        sorted_row: u64,
+        sorted_target: u64,
+        entry: u64,
+        embeddings: u64,
         first_row: u32,
         rows: u32,
         classes: u32,
@@ -291,7 +371,7 @@ params! {
         count: u64,
         partials: u64,
         target_logit: u64,
-        maxima: u64,
+        statistics: u64,
         hidden: i64,
         vocab: i64,
         first_row: u32,
@@ -341,6 +421,12 @@ params! {
         class_tiles: u32,
         accumulate: u32,
         aligned: u32,
+        shares: u64,
+        mass_rows: u64,
+        list: u64,
+        sorted_row: u64,
+        sorted_target: u64,
+        entry: u64,
     }
     /// `rows.cu`
     SortParams {
@@ -365,13 +451,5 @@ params! {
         hidden: i64,
         first_row: u32,
         rows: u32,
-    }
-    /// `rows.cu`
-    KeepTargetsParams {
-        row_target: u64,
-        count: u64,
-        keep: u64,
-        class_tiles: u32,
-        bits: u32,
     }
 }

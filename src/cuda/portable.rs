@@ -2,6 +2,7 @@
 
 use super::launch::{Gpu, Kernel, FORWARD_SM80, GRADIENT_SM80, PRODUCTS_SM80};
 use super::params::{ForwardParams, GradientParams, ProductParams};
+use super::averages::statistics_bytes;
 use super::{ForwardPlan, Group, Kind, Operands, Range, Rows, Saved, Scales, TILE};
 use candle_core::{DType, Result};
 
@@ -9,8 +10,8 @@ use candle_core::{DType, Result};
 pub(super) const WORKSPACE: usize = 256 << 20;
 
 const THREADS: u32 = 256;
-/// Bytes of row maxima that a forward holds at once.
-const MAXIMA_BYTES: usize = 8 << 20;
+/// Bytes of what a forward holds at once for the filter.
+const STATISTICS_BYTES: usize = 16 << 20;
 /// Bytes of embeddings that blocks running at the same time share in the L2 cache.
 const PANEL_BYTES: usize = 18 << 20;
 /// Blocks of a launch of the forward, per multiprocessor.
@@ -37,7 +38,9 @@ pub(super) fn plan(
 ) -> ForwardPlan {
     let mut group_rows = PANEL_BYTES / (operands.hidden * operands.kind.size);
     if filtering {
-        group_rows = group_rows.min(MAXIMA_BYTES / (operands.class_tiles() * 2));
+        group_rows = group_rows.min(
+            STATISTICS_BYTES / (operands.class_tiles() * statistics_bytes(operands.kind)),
+        );
     }
     let group_rows = (group_rows / TILE * TILE).clamp(TILE, all_rows);
     let tiles = operands.vocab.div_ceil(columns(operands.kind));
@@ -65,7 +68,7 @@ pub(super) fn forward(
         count: rows.count.address,
         partials: group.partials,
         target_logit: group.target_logit,
-        maxima: group.maxima,
+        statistics: group.statistics,
         hidden: operands.hidden as i64,
         vocab: operands.vocab as i64,
         first_row: group.first_row as u32,
@@ -79,8 +82,8 @@ pub(super) fn forward(
         name: kind.kernel("forward_sm80"),
         grid: (plan.group_rows / TILE * plan.splits, 1),
         threads: THREADS,
-        // Row maxima of 4 warps, and targets.
-        shared_bytes: stages(columns(kind)) + 4 * TILE * 4 + TILE * 4,
+        // What 4 warps have for the filter, and targets.
+        shared_bytes: stages(columns(kind)) + 4 * TILE * statistics_bytes(kind) + TILE * 4,
     };
     gpu.launch(&kernel, &params)
 }
@@ -128,22 +131,39 @@ pub(super) fn backward(
         shared_bytes: stages(wide).max(TILE * wide * kind.size),
     };
     gpu.launch(&kernel, &params)?;
+    products(gpu, operands, &saved.rows, scales.result.address, part)
+}
 
+/// dE += G C and dC = scale G^T E for a range of classes and some rows; a scale of 0 is none.
+pub(super) fn products(
+    gpu: &Gpu,
+    operands: Operands,
+    rows: &Rows,
+    scale: u64,
+    part: Range,
+) -> Result<()> {
+    let kind = operands.kind;
     let params = ProductParams {
         gradient: part.gradient,
-        row_embedding: saved.rows.embedding.address,
-        count: saved.rows.count.address,
+        row_embedding: rows.embedding.address,
+        count: rows.count.address,
         keep: part.keep,
-        scale: scales.result.address,
+        scale,
         hidden: operands.hidden as i64,
         vocab: operands.vocab as i64,
         first_class: part.first_class as i64,
         range: part.classes as i64,
         first_row: part.first_row as u32,
         rows: part.rows as u32,
-        class_tiles,
-        accumulate: u32::from(part.first_class > 0),
+        class_tiles: operands.class_tiles() as u32,
+        accumulate: part.add_to_sums.into(),
         aligned: operands.aligned.into(),
+        shares: part.averages.shares,
+        mass_rows: part.averages.mass_rows,
+        list: part.averages.list,
+        sorted_row: part.averages.sorted_row,
+        sorted_target: part.averages.sorted_target,
+        entry: part.averages.classifier_entry,
         ..Default::default()
     };
     let multiply = |name: &str, outer: usize, params: &ProductParams| {

@@ -1,0 +1,457 @@
+//! What stands in the gradients in the place of tiles that the filter does not keep: `cuda/filter.cu` has the formula.
+
+use super::launch::{Buffer, Gpu, Kernel, FILTER};
+use super::params::{
+    EntryParams, FilterParams, ListTargetsParams, ScaleMassesParams, ShareParams, SortParams,
+    SumMassesParams,
+};
+use super::{
+    hopper, per_block, portable, Kind, Operands, Path, Range, Results, Rows, Saved, Scales,
+    Statistics, ONE_BLOCK, TILE,
+};
+use candle_core::Result;
+
+/// Class tiles of a block of `filter_tiles`.
+const FILTER_TILES: usize = 32;
+/// The bits of the table of kept tiles, as in `common.cuh`.
+const KEEP_FOR_EMBEDDINGS: u32 = 1;
+const KEEP_FOR_CLASSIFIER: u32 = 2;
+
+/// What the filter is asked for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Filter {
+    /// What the gradient of the embeddings and that of the classifier must reach to keep a tile.
+    pub thresholds: [f32; 2],
+    /// Tiles that are not kept are dropped, not averaged.
+    pub drop: bool,
+}
+
+impl Filter {
+    /// Whether both gradients keep the same tiles, or only one is wanted.
+    fn is_uniform(self) -> bool {
+        let [embeddings, classifier] = self.thresholds;
+        embeddings == classifier || embeddings > 1. || classifier > 1.
+    }
+}
+
+/// What the filter found.
+pub(super) struct Filtered {
+    pub filter: Filter,
+    /// `(row tiles, class tiles)`
+    pub keep: Buffer,
+    /// `(rows, stride)` in the inputs' dtype, of all rows; none where tiles are dropped.
+    pub masses: Option<Buffer>,
+}
+
+/// Class tiles from one row of the masses to the next.
+pub(super) fn mass_stride(operands: Operands) -> usize {
+    operands.class_tiles().next_multiple_of(TILE)
+}
+
+/// Bytes of what the forward leaves of a row in a tile.
+pub(super) fn statistics_bytes(kind: Kind) -> usize {
+    kind.size.max(2) * 2
+}
+
+impl Filtered {
+    pub fn new(gpu: &Gpu, operands: Operands, rows: usize, filter: Filter) -> Result<Self> {
+        let masses = rows * mass_stride(operands) * operands.kind.size;
+        Ok(Self {
+            filter,
+            keep: gpu.buffer(rows / TILE * operands.class_tiles())?,
+            masses: match filter.drop {
+                true => None,
+                false => Some(gpu.buffer(masses)?),
+            },
+        })
+    }
+
+    /// Decides which tiles of a group of rows are kept, from what the forward left of them.
+    #[allow(clippy::too_many_arguments)]
+    pub fn decide(
+        &self,
+        gpu: &Gpu,
+        operands: Operands,
+        rows: &Rows,
+        count: u64,
+        statistics: &Statistics,
+        of_tiles: u64,
+        group: (usize, usize, usize),
+    ) -> Result<()> {
+        let (first_row, group_rows, row_tiles) = group;
+        let params = FilterParams {
+            statistics: of_tiles,
+            row_max: statistics.row_max.address,
+            row_log_sum: statistics.row_log_sum.address,
+            row_target: rows.target.address,
+            count,
+            keep: self.keep.address,
+            masses: address(&self.masses),
+            first_row: first_row as u32,
+            group_rows: group_rows as u32,
+            class_tiles: operands.class_tiles() as u32,
+            mass_stride: mass_stride(operands) as u32,
+            embeddings_threshold: self.filter.thresholds[0],
+            classifier_threshold: self.filter.thresholds[1],
+            keep_targets: self.filter.drop.into(),
+        };
+        let grid = (filter_blocks(operands), row_tiles);
+        let name = operands.kind.kernel("filter_tiles");
+        gpu.launch(&kernel(name, grid, TILE as u32), &params)
+    }
+}
+
+/// Blocks along the classes of a kernel that filters.
+pub(super) fn filter_blocks(operands: Operands) -> usize {
+    mass_stride(operands) / FILTER_TILES
+}
+
+pub(super) fn kernel(name: impl Into<String>, grid: (usize, usize), threads: u32) -> Kernel {
+    Kernel {
+        module: FILTER,
+        ..per_block(name, grid, threads)
+    }
+}
+
+fn address(buffer: &Option<Buffer>) -> u64 {
+    buffer.as_ref().map_or(0, |buffer| buffer.address)
+}
+
+/// The masses of some rows, and by what the rows are multiplied.
+#[derive(Clone, Copy)]
+pub(super) struct Masses<'a> {
+    pub gpu: &'a Gpu,
+    pub path: Path,
+    pub operands: Operands,
+    pub rows: &'a Rows,
+    pub filter: Filter,
+    /// Of row 0.
+    pub masses: u64,
+    pub keep: u64,
+    pub first_row: usize,
+    pub len: usize,
+    /// The gathered embeddings of these rows, by the Hopper kernels.
+    pub gathered: Option<&'a Buffer>,
+    /// The upstream gradients of the softmax of row 0 and later; 0: none, all is in `row_scale`.
+    pub p_scale: u64,
+    /// What the gradients multiply these rows by afterwards; 0: nothing.
+    pub row_scale: u64,
+}
+
+/// Shared out among the classes of a tile.
+pub(super) struct Averages {
+    shares: Buffer,
+    /// `(class tiles, hidden)`, for the gradient of the classifier.
+    mass_rows: Option<Buffer>,
+    /// `(class tiles)`, for the gradient of the bias.
+    mass_sums: Option<Buffer>,
+    entries: Option<Entries>,
+}
+
+/// The entries of the targets, which no average has a part of.
+struct Entries {
+    embeddings: Buffer,
+    classifier: Buffer,
+    list: Buffer,
+    bias: Buffer,
+    sorted: Sorted,
+}
+
+/// Where the kernels find an [`Averages`]; 0 for what there is not.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Addresses {
+    pub shares: u64,
+    pub mass_rows: u64,
+    pub mass_sums: u64,
+    pub list: u64,
+    pub target_bias: u64,
+    pub sorted_row: u64,
+    pub sorted_target: u64,
+    pub embeddings_entry: u64,
+    pub classifier_entry: u64,
+}
+
+impl Averages {
+    /// The averages of these rows; their part of dE begins `sums`.
+    pub fn new(masses: Masses<'_>, results: Results, sums: u64) -> Result<Self> {
+        let Masses { gpu, operands, .. } = masses;
+        let Operands {
+            hidden,
+            vocab,
+            kind,
+            ..
+        } = operands;
+        let tiles = operands.class_tiles();
+        // By the portable kernels, the mean rows are those of all rows, whatever the chunk.
+        let all = match masses.path {
+            Path::Hopper => masses,
+            Path::Portable => Masses {
+                first_row: 0,
+                len: masses.rows.positions.next_multiple_of(TILE),
+                ..masses
+            },
+        };
+        let of_classes = gpu.buffer(tiles * hidden * kind.size)?;
+        let unscaled = all.of_rows(all.masses);
+        all.classes(unscaled, &of_classes)?;
+        let mass_sums = all.sum(unscaled)?;
+        let shares = gpu.buffer(vocab * 4)?;
+        let mean_classes = gpu.buffer(tiles * hidden * kind.size)?;
+        let params = ShareParams {
+            classifier: operands.classifier,
+            bias: operands.bias,
+            row_sums: of_classes.address,
+            mass_sums: mass_sums.address,
+            shares: shares.address,
+            mean_classes: mean_classes.address,
+            hidden: hidden as i64,
+            vocab: vocab as i64,
+            softcap: operands.softcap,
+            aligned: operands.aligned.into(),
+        };
+        gpu.launch(
+            &kernel(kind.kernel("share_masses"), (tiles, 1), 256),
+            &params,
+        )?;
+        let as_they_are = masses.p_scale == 0 && masses.filter.is_uniform();
+        let mut scaled = None;
+        let mut scale = |bit: u32| -> Result<u64> {
+            if as_they_are {
+                return Ok(masses.of_rows(masses.masses));
+            }
+            if scaled.is_none() || !masses.filter.is_uniform() {
+                scaled = None;
+                scaled = Some(masses.scale(bit)?);
+            }
+            Ok(address(&scaled))
+        };
+        if results.embeddings != 0 {
+            let scaled = scale(KEEP_FOR_EMBEDDINGS)?;
+            masses.embeddings(scaled, &mean_classes, sums)?;
+        }
+        drop(mean_classes);
+        let mut averages = Self {
+            shares,
+            mass_rows: None,
+            mass_sums: None,
+            entries: None,
+        };
+        if results.classifier != 0 || results.bias != 0 {
+            let scaled = scale(KEEP_FOR_CLASSIFIER)?;
+            if results.bias != 0 {
+                averages.mass_sums = Some(masses.sum(scaled)?);
+            }
+            if results.classifier != 0 {
+                if !as_they_are {
+                    masses.classes(scaled, &of_classes)?;
+                }
+                averages.mass_rows = Some(of_classes);
+            }
+        }
+        Ok(averages)
+    }
+
+    /// Adds the entries of the targets that no kept tile has.
+    pub fn with_entries(
+        mut self,
+        saved: &Saved,
+        operands: Operands,
+        scales: &Scales,
+        keep: u64,
+        (first_row, rows): (usize, usize),
+    ) -> Result<Self> {
+        let gpu = &saved.gpu;
+        let row = |array: &Buffer| array.address + first_row as u64 * 4;
+        let (embeddings, classifier) = (gpu.buffer(rows * 4)?, gpu.buffer(rows * 4)?);
+        let params = EntryParams {
+            row_max: row(&saved.statistics.row_max),
+            row_log_sum: row(&saved.statistics.row_log_sum),
+            target_logit: row(&saved.statistics.target_logit),
+            row_target: row(&saved.rows.target),
+            count: saved.rows.count.address,
+            keep: keep + (first_row / TILE * operands.class_tiles()) as u64,
+            p_scale: row(&scales.p),
+            target_scale: row(&scales.target),
+            embeddings_entry: embeddings.address,
+            classifier_entry: classifier.address,
+            first_row: first_row as u32,
+            rows: rows as u32,
+            class_tiles: operands.class_tiles() as u32,
+            softcap: operands.softcap,
+        };
+        let grid = (rows.div_ceil(256), 1);
+        gpu.launch(&kernel("target_entries", grid, 256), &params)?;
+        let sorted = sort_targets(gpu, &saved.rows, first_row, rows)?;
+        let (list, bias) = (gpu.zeros(operands.vocab * 4)?, gpu.buffer(rows * 4)?);
+        let params = ListTargetsParams {
+            sorted_row: sorted.row.address,
+            sorted_target: sorted.target.address,
+            entry: classifier.address,
+            count: saved.rows.count.address,
+            slots: list.address,
+            target_bias: bias.address,
+            first_row: first_row as u32,
+            rows: rows as u32,
+        };
+        gpu.launch(&kernel("list_targets", grid, 256), &params)?;
+        self.entries = Some(Entries {
+            embeddings,
+            classifier,
+            list,
+            bias,
+            sorted,
+        });
+        Ok(self)
+    }
+
+    pub fn addresses(&self) -> Addresses {
+        let mut addresses = Addresses {
+            shares: self.shares.address,
+            mass_rows: address(&self.mass_rows),
+            mass_sums: address(&self.mass_sums),
+            ..Default::default()
+        };
+        if let Some(entries) = &self.entries {
+            addresses.list = entries.list.address;
+            addresses.target_bias = entries.bias.address;
+            addresses.sorted_row = entries.sorted.row.address;
+            addresses.sorted_target = entries.sorted.target.address;
+            addresses.embeddings_entry = entries.embeddings.address;
+            addresses.classifier_entry = entries.classifier.address;
+        }
+        addresses
+    }
+
+    /// Bytes of an [`Averages`] of these rows while the products run.
+    pub fn bytes(operands: Operands, rows: usize) -> usize {
+        operands.class_tiles() * operands.hidden * operands.kind.size
+            + operands.vocab * 8
+            + rows * 20
+    }
+}
+
+impl Masses<'_> {
+    /// The first of these rows in a matrix of masses of all rows.
+    fn of_rows(&self, masses: u64) -> u64 {
+        let row_bytes = mass_stride(self.operands) * self.operands.kind.size;
+        masses + (self.first_row * row_bytes) as u64
+    }
+
+    /// The masses that one gradient averages, times the upstream gradients.
+    fn scale(&self, bit: u32) -> Result<Buffer> {
+        let Operands { kind, .. } = self.operands;
+        let (stride, class_tiles) = (mass_stride(self.operands), self.operands.class_tiles());
+        let scaled = self.gpu.buffer(self.len * stride * kind.size)?;
+        let params = ScaleMassesParams {
+            masses: self.of_rows(self.masses),
+            keep: self.keep + (self.first_row / TILE * class_tiles) as u64,
+            p_scale: match self.p_scale {
+                0 => 0,
+                p_scale => p_scale + self.first_row as u64 * 4,
+            },
+            count: self.rows.count.address,
+            scaled: scaled.address,
+            first_row: self.first_row as u32,
+            class_tiles: class_tiles as u32,
+            mass_stride: stride as u32,
+            bit,
+        };
+        let name = kind.kernel("scale_masses");
+        self.gpu
+            .launch(&kernel(name, (self.len, 1), 256), &params)?;
+        Ok(scaled)
+    }
+
+    /// The sum of each tile's masses.
+    fn sum(&self, masses: u64) -> Result<Buffer> {
+        let tiles = self.operands.class_tiles();
+        let sums = self.gpu.buffer(tiles * 4)?;
+        let params = SumMassesParams {
+            masses,
+            row_scale: self.row_scale,
+            count: self.rows.count.address,
+            sums: sums.address,
+            first_row: self.first_row as u32,
+            rows: self.len as u32,
+            class_tiles: tiles as u32,
+            mass_stride: mass_stride(self.operands) as u32,
+        };
+        let name = self.operands.kind.kernel("sum_masses");
+        self.gpu
+            .launch(&kernel(name, (tiles.div_ceil(32), 1), ONE_BLOCK), &params)?;
+        Ok(sums)
+    }
+
+    /// A matrix of masses as a gradient whose classes are the tiles.
+    fn part(&self, masses: u64) -> Range {
+        Range {
+            classes: mass_stride(self.operands),
+            stride: mass_stride(self.operands),
+            first_row: self.first_row,
+            rows: self.len,
+            gradient: masses,
+            ..Default::default()
+        }
+    }
+
+    fn multiply(&self, classifier: u64, part: Range) -> Result<()> {
+        let operands = Operands {
+            classifier,
+            vocab: self.operands.class_tiles(),
+            ..self.operands
+        };
+        match self.gathered {
+            None => portable::products(self.gpu, operands, self.rows, 0, part),
+            Some(gathered) => {
+                let count = self.rows.count.address;
+                hopper::products(self.gpu, operands, count, 0, part, gathered)
+            }
+        }
+    }
+
+    /// `into` `(class tiles, hidden)` becomes the sum of the rows of E, each times its mass in the tile.
+    fn classes(&self, masses: u64, into: &Buffer) -> Result<()> {
+        let part = Range {
+            classifier_grad: into.address,
+            ..self.part(masses)
+        };
+        self.multiply(self.operands.classifier, part)
+    }
+
+    /// `sums` `(rows, hidden)` becomes the sum of the tiles' mean classes, each times the row's mass in the tile.
+    fn embeddings(&self, masses: u64, mean_classes: &Buffer, sums: u64) -> Result<()> {
+        let part = Range {
+            sums,
+            ..self.part(masses)
+        };
+        self.multiply(mean_classes.address, part)
+    }
+}
+
+/// Rows of a chunk by target, then by row.
+pub(super) struct Sorted {
+    pub row: Buffer,
+    pub target: Buffer,
+}
+
+pub(super) fn sort_targets(
+    gpu: &Gpu,
+    rows: &Rows,
+    first_row: usize,
+    len: usize,
+) -> Result<Sorted> {
+    let sorted = Sorted {
+        row: gpu.buffer(len * 4)?,
+        target: gpu.buffer(len * 4)?,
+    };
+    let params = SortParams {
+        row_target: rows.target.address,
+        count: rows.count.address,
+        sorted_row: sorted.row.address,
+        sorted_target: sorted.target.address,
+        first_row: first_row as u32,
+        rows: len as u32,
+    };
+    gpu.launch(&per_block("sort_targets", (len / 8, 1), 256), &params)?;
+    Ok(sorted)
+}
