@@ -213,7 +213,7 @@ struct ShareParams {
   uint32_t aligned;        // rows of both matrices begin on 16 bytes
 };
 
-constexpr int SHARE_THREADS = 256;
+constexpr int SHARE_THREADS = 512;
 
 // The numbers of T in 16 bytes, and their dot product and sum as f32.
 template <typename T> struct Chunk {
@@ -320,26 +320,59 @@ extern "C" __global__ void target_entries(const EntryParams p) {
   p.classifier_entry[row] = kept & KEEP_FOR_CLASSIFIER ? 0.f : entry;
 }
 
+// What a class gets as the target of rows whose entries lie in no kept tile: y (a float's bits) times a row of E, of
+// which x is 1 + the index, or, with the highest bit of x set, a row of their sums, each times its entry; 0: nothing.
+using TargetRow = uint2;
+constexpr uint32_t COMBINED = 1u << 31;
+
 struct ListTargetsParams {
-  const uint32_t *sorted_row;
+  const void *embeddings;
+  const uint32_t *row_embedding;  // (rows)
+  const uint32_t *sorted_row;     // (rows) by target
   const int32_t *sorted_target;
-  const float *entry;    // (rows)
+  const float *entry;             // (rows)
   const uint32_t *count;
-  uint32_t *slots;       // (vocab) zero; out: 1 + the place in the sorted rows of a class's first
-  float *target_bias;    // out: (rows) at a class's first row, the sum of its entries
+  TargetRow *list;                // (vocab) zero
+  void *combined;                 // out: (rows / 2, hidden)
+  uint32_t *slots;                // (vocab) zero; out: 1 + the place of a class's first row; or null: no bias
+  float *target_bias;             // out: (rows) at a class's first row, the sum of its entries
+  int64_t hidden;
   uint32_t first_row, rows;
 };
 
-// One thread a sorted row.
-extern "C" __global__ void list_targets(const ListTargetsParams p) {
-  const uint32_t all = *p.count, rows = all > p.first_row ? min(all - p.first_row, p.rows) : 0;
-  const uint32_t first = blockIdx.x * blockDim.x + threadIdx.x;
+constexpr int LIST_THREADS = 256;
+
+// A block a sorted row; that of a class's first row goes through all of them. Two rows or more have a place in `combined`
+// of their own: half of that of the first.
+template <typename T> __device__ void list_targets(const ListTargetsParams &p) {
+  const uint32_t all = *p.count, rows = all > p.first_row ? min(all - p.first_row, p.rows) : 0, first = blockIdx.x;
   if (first >= rows) return;
   const int target = p.sorted_target[first];
   if (target < 0 || (first > 0 && p.sorted_target[first - 1] == target)) return;
   float sum = 0.f;
-  for (uint32_t at = first; at < rows && p.sorted_target[at] == target; at++) sum += p.entry[p.sorted_row[at]];
-  p.slots[target] = first + 1, p.target_bias[first] = sum;
+  uint32_t found = 0, its_row = 0, end = first;
+  float its_entry = 0.f;
+  for (; end < rows && p.sorted_target[end] == target; end++) {
+    const uint32_t row = p.sorted_row[end];
+    const float entry = p.entry[row];
+    if (entry != 0.f) found++, its_row = row, its_entry = entry;
+    sum += entry;
+  }
+  if (threadIdx.x == 0) {
+    if (found == 1) p.list[target] = make_uint2(its_row + 1, __float_as_uint(its_entry));
+    if (found > 1) p.list[target] = make_uint2((first / 2 + 1) | COMBINED, __float_as_uint(1.f));
+    if (p.slots) p.slots[target] = first + 1, p.target_bias[first] = sum;
+  }
+  if (found < 2 || !p.combined) return;
+  for (int64_t column = threadIdx.x; column < p.hidden; column += LIST_THREADS) {
+    float of_rows = 0.f;
+#pragma unroll 4
+    for (uint32_t at = first; at < end; at++) {
+      const uint32_t row = p.sorted_row[at];
+      of_rows += p.entry[row] * to_float(((const T *)p.embeddings)[p.row_embedding[row] * p.hidden + column]);
+    }
+    ((T *)p.combined)[first / 2 * p.hidden + column] = from_float<T>(of_rows);
+  }
 }
 
 #define PER_DTYPE(SUFFIX, T)                                                                                     \
@@ -352,6 +385,9 @@ extern "C" __global__ void list_targets(const ListTargetsParams p) {
   }                                                                                                              \
   extern "C" __global__ void __launch_bounds__(SHARE_THREADS) share_masses_##SUFFIX(const ShareParams p) {       \
     share_masses<T>(p);                                                                                          \
+  }                                                                                                              \
+  extern "C" __global__ void __launch_bounds__(LIST_THREADS) list_targets_##SUFFIX(const ListTargetsParams p) {  \
+    list_targets<T>(p);                                                                                          \
   }
 PER_DTYPE(bf16, __nv_bfloat16)
 PER_DTYPE(f16, __half)

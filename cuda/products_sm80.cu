@@ -23,10 +23,8 @@ struct ProductParams {
   // dC, what tiles that are not kept leave in each class (see filter.cu), before `scale`; or null: nothing.
   const float *shares;            // (vocab)
   const void *mass_rows;          // (class tiles, hidden): shared out among the tile's classes
-  const uint32_t *list;           // (vocab) 1 + the place in the sorted rows of the first whose target it is, or 0
-  const uint32_t *sorted_row;     // (rows)
-  const int32_t *sorted_target;   // (rows)
-  const float *entry;             // (rows) of the row's target
+  const uint2 *list;              // (vocab) TargetRow of filter.cu, or null: no targets
+  const void *combined;           // (rows / 2, hidden): sums of rows with the same target
 };
 
 template <typename T, int BN, Major A_MAJOR> struct ProductShared {
@@ -114,7 +112,7 @@ template <typename T, int BN, bool ALIGNED> __device__ __forceinline__ void embe
 }
 
 // dC of tiles that are not kept: the classes' shares of the masses, and the entries of targets.
-template <typename T, int BN> __device__ __forceinline__ void add_averages(Accumulators<BN> &sum, const ProductParams &p, const Place &at, int64_t class0, int64_t column0, uint32_t count) {
+template <typename T, int BN> __device__ __forceinline__ void add_averages(Accumulators<BN> &sum, const ProductParams &p, const Place &at, int64_t class0, int64_t column0) {
   const T *masses = (const T *)p.mass_rows + class0 / TILE * p.hidden, *e = (const T *)p.operand;
 #pragma unroll
   for (int i = 0; i < 8; i++) {
@@ -131,11 +129,11 @@ template <typename T, int BN> __device__ __forceinline__ void add_averages(Accum
       }
     };
     add(p.shares[row], masses);
-    for (uint32_t k = p.list[row]; k && k <= count && p.sorted_target[k - 1] == row; k++) {
-      const uint32_t of = p.sorted_row[k - 1];
-      const float entry = p.entry[of];
-      if (entry != 0.f) add(entry, e + p.row_embedding[of] * p.hidden);
-    }
+    const uint2 listed = p.list ? p.list[row] : make_uint2(0, 0);
+    if (!listed.x) continue;
+    const uint32_t of = (listed.x & 0x7fffffff) - 1;
+    const T *combined = (const T *)p.combined;
+    add(__uint_as_float(listed.y), listed.x >> 31 ? combined + (int64_t)of * p.hidden : e + p.row_embedding[of] * p.hidden);
   }
 }
 
@@ -186,7 +184,7 @@ template <typename T, int BN, bool ALIGNED> __device__ __forceinline__ void clas
   }
 
   const Place at;
-  if (p.shares) add_averages<T, BN>(sum, p, at, class0, column0, count);
+  if (p.shares) add_averages<T, BN>(sum, p, at, class0, column0);
   T *result = (T *)p.result;
   const float scale = p.scale ? *p.scale : 1.f;
 #pragma unroll

@@ -17,6 +17,8 @@ constexpr int STAGES = 5;
 constexpr uint32_t BLOCKS = KEEP / BLOCK_K;  // stages a kept tile is deep
 static_assert(TILE_M == KEEP, "an output tile is as tall as a kept tile");
 
+constexpr uint32_t COMBINED = 1u << 31;  // of a TargetRow
+
 enum Keep : uint8_t { FOR_EMBEDDINGS = 1, FOR_CLASSIFIER = 2 };
 
 // Everything but the two matrices; mirrored on the host. The boxes of both maps are 64 high.
@@ -30,11 +32,9 @@ struct ProductParams {
   // dC, what tiles that are not kept leave in each class (see filter.cu), before `scale`; or null: nothing.
   const float* shares;           // [classes]
   const void* mass_rows;         // [class tiles][depth] T: shared out among the tile's classes
-  const uint32_t* list;          // [classes] 1 + the place in the sorted rows of the first whose target it is, or 0
-  const uint32_t* sorted_row;    // [rows]
-  const int32_t* sorted_target;  // [rows]
-  const float* entry;            // [rows] of the row's target
+  const uint2* list;             // [classes] TargetRow of filter.cu, or null: no targets
   const void* embeddings;        // [rows][depth] T
+  const void* combined;          // [rows / 2][depth] T: sums of rows with the same target
   uint32_t first_row;        // compacted row that row 0 of the gradient is
   uint32_t rows;             // at most
   uint32_t classes;          // all classes
@@ -52,6 +52,7 @@ struct ProductPlan {
   uint16_t kept[OUTER_MAX];   // kept tiles of each outer tile
   uint16_t order[OUTER_MAX];  // outer tiles, most kept first
   uint32_t bits[WORDS_MAX];   // [outer tile][words] which inner tiles are kept
+  alignas(16) float masses[CONSUMERS][TILE_N];  // the averages' part of each group's tile
 };
 
 // "Outer" tiles are those of the output (rows for dE, classes for dC), "inner" ones are summed over.
@@ -177,45 +178,39 @@ __device__ __forceinline__ const float* target_row(const ProductParams& p, uint3
   return slot ? p.target_rows + static_cast<size_t>(slot - 1) * p.depth : nullptr;
 }
 
-// The rows whose target a class is and whose entry of the gradient lies in no kept tile.
-struct TargetList {
-  uint32_t at, row;
-  float entry;
-
-  // False: there is no other.
-  __device__ __forceinline__ bool find(const ProductParams& p, uint32_t rows, uint32_t target, uint32_t from) {
-    for (at = from; at < rows && p.sorted_target[at] == static_cast<int32_t>(target); ++at) {
-      row = p.sorted_row[at], entry = p.entry[row];
-      if (entry != 0.0f) return true;
-    }
-    at = rows, entry = 0.0f;
-    return false;
+// The averages' row of a tile, for a group's columns, as f32 into shared memory.
+template <typename T>
+__device__ __forceinline__ void stage_masses(float (&to)[TILE_N], const ProductParams& p, uint32_t group, uint32_t tile,
+                                             uint32_t first_column, uint32_t end_column) {
+  const T* from = static_cast<const T*>(p.mass_rows) + static_cast<size_t>(tile) * p.depth;
+  named_wait(BIAS + group, GROUP);  // the last tile's have been read
+  for (uint32_t i = threadIdx.x % GROUP * 2; i < TILE_N; i += GROUP * 2) {
+    const float2 masses =
+        first_column + i < end_column ? unpack<T>(*reinterpret_cast<const uint32_t*>(from + first_column + i))
+                                      : make_float2(0.0f, 0.0f);
+    to[i] = masses.x, to[i + 1] = masses.y;
   }
-};
+  named_wait(BIAS + group, GROUP);
+}
 
 // dC: scaled and rounded; by the first chunk of rows, which may be the only one, to its place, by others after
 // adding what they find there.
 template <typename T, bool AVERAGED, int R>
-__device__ __forceinline__ void write_classes(const float (&product)[2][R], const ProductParams& p, uint32_t rows,
-                                              uint32_t tile, uint32_t first_class, uint32_t first_column,
+__device__ __forceinline__ void write_classes(const float (&product)[2][R], const ProductParams& p,
+                                              const float* masses, uint32_t first_class, uint32_t first_column,
                                               uint32_t end_column) {
   const float scale = p.scale ? *p.scale : 1.0f;
   const uint32_t lane_column = first_column + 8 * (threadIdx.x % 4);
-  const auto pair = [&](const void* matrix, uint32_t row, uint32_t column) {
-    return unpack<T>(*reinterpret_cast<const uint32_t*>(static_cast<const T*>(matrix) +
-                                                        static_cast<size_t>(row) * p.depth + column));
-  };
   uint32_t slot[4];
   float share[4];
-  TargetList targets[4];
+  uint2 listed[4];
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
     const uint32_t row = first_class + s / 2 * 64 + s % 2 * 8;
     slot[s] = target_slot(p, row);
     if constexpr (AVERAGED) {
-      share[s] = row < p.classes ? p.shares[row] : 0.0f;
-      const uint32_t listed = p.list && row < p.classes ? p.list[row] : 0;
-      targets[s].find(p, rows, row, listed ? listed - 1 : rows);
+      share[s] = row < p.classes ? __ldg(p.shares + row) : 0.0f;
+      listed[s] = p.list && row < p.classes ? __ldg(p.list + row) : make_uint2(0, 0);
     }
   }
 #pragma unroll
@@ -223,6 +218,12 @@ __device__ __forceinline__ void write_classes(const float (&product)[2][R], cons
     const uint32_t row = first_class + s / 2 * 64 + s % 2 * 8;
     T* to = static_cast<T*>(p.out) + static_cast<size_t>(row) * p.depth + lane_column;
     const float* more = target_row(p, slot[s]);
+    const bool any_listed = AVERAGED && __any_sync(~0u, listed[s].x != 0);
+    const T* target = nullptr;
+    if (AVERAGED && listed[s].x) {
+      const void* rows = listed[s].x & COMBINED ? p.combined : p.embeddings;
+      target = static_cast<const T*>(rows) + static_cast<size_t>((listed[s].x & ~COMBINED) - 1) * p.depth;
+    }
     // Each lane loads the 16 bytes that it will write, all before the first is needed; then they are dealt out as the
     // product lies.
     uint4 old[R / 16];
@@ -237,7 +238,15 @@ __device__ __forceinline__ void write_classes(const float (&product)[2][R], cons
       const bool inside = row < p.classes && lane_column + 8 * first < end_column;
       const uint4 dealt = p.overwrite ? old[first / 4] : deal_chunk(old[first / 4]);
       const uint32_t before[4] = {dealt.x, dealt.y, dealt.z, dealt.w};
-      uint32_t word[4];
+      uint32_t word[4], of_target[4] = {};
+      if (AVERAGED && any_listed) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t column = first_column + 8 * (first + i) + threadIdx.x % 4 * 2;
+          // That nothing writes them meanwhile lets the compiler load them early.
+          if (target && column < end_column) of_target[i] = __ldg(reinterpret_cast<const uint32_t*>(target + column));
+        }
+      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int j = 4 * (first + i) + 2 * (s % 2);
@@ -248,12 +257,11 @@ __device__ __forceinline__ void write_classes(const float (&product)[2][R], cons
           was.x += target.x, was.y += target.y;
         }
         if (AVERAGED && column < end_column) {
-          const float2 masses = pair(p.mass_rows, tile, column);
-          sum.x = fmaf(share[s], masses.x, sum.x), sum.y = fmaf(share[s], masses.y, sum.y);
-          for (TargetList target = targets[s]; target.entry != 0.0f; target.find(p, rows, row, target.at + 1)) {
-            const float2 e = pair(p.embeddings, target.row, column);
-            sum.x = fmaf(target.entry, e.x, sum.x), sum.y = fmaf(target.entry, e.y, sum.y);
-          }
+          const float2 mass = *reinterpret_cast<const float2*>(masses + 8 * (first + i) + threadIdx.x % 4 * 2);
+          sum.x = fmaf(share[s], mass.x, sum.x), sum.y = fmaf(share[s], mass.y, sum.y);
+          const float2 e = unpack<T>(of_target[i]);
+          const float entry = __uint_as_float(listed[s].y);
+          sum.x = fmaf(entry, e.x, sum.x), sum.y = fmaf(entry, e.y, sum.y);
         }
         word[i] = pack<T>(fmaf(scale, sum.x, was.x), fmaf(scale, sum.y, was.y));
       }
@@ -310,19 +318,32 @@ __device__ void consume(ProductPlan& plan, uint32_t group, const ProductParams& 
     auto write = [&](auto& product) {
       const uint32_t row = tile * KEEP + thread_row;
       if constexpr (CLASSIFIER) {
-        const uint32_t class_tile = p.first_class / KEEP + tile;
-        write_classes<T, AVERAGED>(product, p, tiles.rows, class_tile, p.first_class + row, column, end_column);
+        if constexpr (AVERAGED) stage_masses<T>(plan.masses[group], p, group, p.first_class / KEEP + tile, column, end_column);
+        write_classes<T, AVERAGED>(product, p, plan.masses[group], p.first_class + row, column, end_column);
       } else {
         add_rows(product, p, tiles.rows, row, column, end_column);
       }
     };
+    // Nothing kept is no product, but classes may get averages or targets all the same.
+    auto nothing = [&](auto& product) {
+      hand_over();
+      for (auto& half : product)
+#pragma unroll
+        for (float& x : half) x = 0.0f;
+    };
     if (narrow) {
       float product[2][NARROW / 2];
-      multiply<T, CLASSIFIER, true, NARROW>(product, ring, blocks, hand_over);
+      if (blocks == 0)
+        nothing(product);
+      else
+        multiply<T, CLASSIFIER, true, NARROW>(product, ring, blocks, hand_over);
       write(product);
     } else {
       float product[2][TILE_N / 2];
-      multiply<T, CLASSIFIER, true, TILE_N>(product, ring, blocks, hand_over);
+      if (blocks == 0)
+        nothing(product);
+      else
+        multiply<T, CLASSIFIER, true, TILE_N>(product, ring, blocks, hand_over);
       write(product);
     }
   }
@@ -366,5 +387,5 @@ PRODUCT(classifier_gradient_sm90a_f16, __half, true, false)
 PRODUCT(averaged_classifier_gradient_sm90a_bf16, __nv_bfloat16, true, true)
 PRODUCT(averaged_classifier_gradient_sm90a_f16, __half, true, true)
 
-static_assert(sizeof(ProductPlan) == 230400, "the host asks for as much shared memory");
-static_assert(sizeof(ProductParams) == 144, "the host mirrors it");
+static_assert(sizeof(ProductPlan) == 232448, "the host asks for as much shared memory");
+static_assert(sizeof(ProductParams) == 128, "the host mirrors it");

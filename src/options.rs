@@ -90,6 +90,38 @@ impl Filter {
     }
 }
 
+impl std::fmt::Display for Filter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Filter::Off => f.write_str("off"),
+            Filter::Auto => f.write_str("auto"),
+            Filter::Threshold(eps) => write!(f, "{eps}"),
+            Filter::Drop(eps) => write!(f, "drop:{eps}"),
+        }
+    }
+}
+
+impl FromStr for Filter {
+    type Err = Error;
+
+    /// `off`, `auto`, a threshold such as `0.001`, or `drop:0.001`.
+    fn from_str(text: &str) -> Result<Self> {
+        let number = |number: &str| number.parse::<f64>().map_err(Error::wrap);
+        let filter = match (text, text.strip_prefix("drop:")) {
+            ("off", _) => Ok(Filter::Off),
+            ("auto", _) => Ok(Filter::Auto),
+            (_, Some(eps)) => number(eps).map(Filter::Drop),
+            (eps, None) => number(eps).map(Filter::Threshold),
+        };
+        match filter {
+            Ok(filter) => filter.threshold(DType::F32).map(|_| filter),
+            Err(_) => bail!(
+                "expected the filter off, auto, a threshold such as 0.001 or drop:0.001, got {text:?}"
+            ),
+        }
+    }
+}
+
 /// Which code computes the loss.
 ///
 /// ```

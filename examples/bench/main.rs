@@ -13,7 +13,7 @@ use anyhow::{bail, ensure, Context, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_cut_cross_entropy::{
-    backward, linear_cross_entropy, Implementation, Options, Output, Preset, Strategy,
+    backward, linear_cross_entropy, Filter, Implementation, Options, Output, Preset, Strategy,
 };
 use clap::{Parser, ValueEnum};
 use meter::Meter;
@@ -74,6 +74,9 @@ struct Args {
     /// Workspaces in MiB, one after the other [default: the implementation's]
     #[arg(long, value_delimiter = ',')]
     workspace: Vec<usize>,
+    /// In place of the presets' filters: off, auto, a threshold such as 0.001, or drop:0.000244 as the reference
+    #[arg(long)]
+    filter: Option<Filter>,
     #[arg(long)]
     softcap: Option<f64>,
     /// With a bias
@@ -452,6 +455,9 @@ impl<'a> Bench<'a> {
         }
         if let Some(workspace) = workspace {
             options = options.workspace(workspace << 20);
+        }
+        if let Some(filter) = self.args.filter {
+            options = options.filter(filter);
         }
         if preset != Preset::Native {
             options = options.implementation(self.args.implementation);

@@ -89,6 +89,9 @@ struct Run {
     /// This crate's presets, or Candle's own loss on stored logits (baseline)
     #[arg(long, value_enum, default_value_t = Loss::Cce)]
     loss: Loss,
+    /// In place of the loss's own filter: off, auto, a threshold such as 0.001, or drop:0.000244 as the reference
+    #[arg(long)]
+    filter: Option<String>,
     /// Of the model; the optimizer's weights are f32
     #[arg(long, value_enum, default_value_t = Type::F32)]
     dtype: Type,
@@ -347,7 +350,7 @@ fn main() -> Result<()> {
         let positions = sequences.iter().map(|s| s.positions()).sum::<usize>() as f64;
         let mut sum = 0.;
         for batch in sequences.chunks(run.batch) {
-            let loss = summed_loss(&model, run.loss, batch)?;
+            let loss = summed_loss(&model, &run, batch)?;
             accumulator.add(backward(&loss)?)?;
             sum += f64::from(loss.to_scalar::<f32>()?);
         }
@@ -471,7 +474,8 @@ fn by_name(vars: &VarMap) -> BTreeMap<String, Var> {
 }
 
 /// The sum of the losses of all positions that count.
-fn summed_loss(model: &Decoder, loss: Loss, sequences: &[&Sequence]) -> Result<Tensor> {
+fn summed_loss(model: &Decoder, run: &Run, sequences: &[&Sequence]) -> Result<Tensor> {
+    let loss = run.loss;
     let (ids, labels) = tokens::batch(sequences, model.device())?;
     let preset = match loss {
         Loss::Cce => Preset::Cce,
@@ -480,7 +484,10 @@ fn summed_loss(model: &Decoder, loss: Loss, sequences: &[&Sequence]) -> Result<T
         Loss::Native => Preset::Native,
         Loss::Baseline => return stored_logits_loss(model, &ids, &labels),
     };
-    let options = Options::preset(preset).reduction(Reduction::Sum);
+    let mut options = Options::preset(preset).reduction(Reduction::Sum);
+    if let Some(filter) = &run.filter {
+        options = options.filter(filter.parse()?);
+    }
     Ok(model.loss(&ids, &labels, &options)?.loss)
 }
 
@@ -509,7 +516,7 @@ fn evaluate(model: &Decoder, run: &Run, sequences: &[Sequence]) -> Result<f64> {
     let (mut sum, mut positions) = (0., 0);
     let all: Vec<&Sequence> = sequences.iter().collect();
     for batch in all.chunks(run.batch) {
-        sum += f64::from(summed_loss(model, run.loss, batch)?.to_scalar::<f32>()?);
+        sum += f64::from(summed_loss(model, run, batch)?.to_scalar::<f32>()?);
         positions += batch.iter().map(|s| s.positions()).sum::<usize>();
     }
     Ok(sum / positions as f64)

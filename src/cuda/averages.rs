@@ -148,13 +148,15 @@ pub(super) struct Averages {
     entries: Option<Entries>,
 }
 
-/// The entries of the targets, which no average has a part of.
+/// The entries of the targets that lie in no kept tile.
 struct Entries {
+    /// Of each row, for the gradient of the embeddings.
     embeddings: Buffer,
-    classifier: Buffer,
+    /// Of each class, for that of the classifier, and what several rows have together.
     list: Buffer,
-    bias: Buffer,
-    sorted: Sorted,
+    combined: Option<Buffer>,
+    /// For that of the bias: where the sum of a class's entries lies, and the sums.
+    bias: Option<(Buffer, Buffer)>,
 }
 
 /// Where the kernels find an [`Averages`]; 0 for what there is not.
@@ -164,11 +166,10 @@ pub(super) struct Addresses {
     pub mass_rows: u64,
     pub mass_sums: u64,
     pub list: u64,
+    pub combined: u64,
+    pub slots: u64,
     pub target_bias: u64,
-    pub sorted_row: u64,
-    pub sorted_target: u64,
     pub embeddings_entry: u64,
-    pub classifier_entry: u64,
 }
 
 impl Averages {
@@ -210,7 +211,7 @@ impl Averages {
             aligned: operands.aligned.into(),
         };
         gpu.launch(
-            &kernel(kind.kernel("share_masses"), (tiles, 1), 256),
+            &kernel(kind.kernel("share_masses"), (tiles, 1), 512),
             &params,
         )?;
         let as_they_are = masses.p_scale == 0 && masses.filter.is_uniform();
@@ -282,24 +283,37 @@ impl Averages {
         let grid = (rows.div_ceil(256), 1);
         gpu.launch(&kernel("target_entries", grid, 256), &params)?;
         let sorted = sort_targets(gpu, &saved.rows, first_row, rows)?;
-        let (list, bias) = (gpu.zeros(operands.vocab * 4)?, gpu.buffer(rows * 4)?);
+        let list = gpu.zeros(operands.vocab * 8)?;
+        let combined = match self.mass_rows {
+            None => None,
+            Some(_) => Some(gpu.buffer(rows / 2 * operands.hidden * operands.kind.size)?),
+        };
+        let bias = match operands.bias {
+            0 => None,
+            _ => Some((gpu.zeros(operands.vocab * 4)?, gpu.buffer(rows * 4)?)),
+        };
         let params = ListTargetsParams {
+            embeddings: operands.embeddings,
+            row_embedding: row(&saved.rows.embedding),
             sorted_row: sorted.row.address,
             sorted_target: sorted.target.address,
             entry: classifier.address,
             count: saved.rows.count.address,
-            slots: list.address,
-            target_bias: bias.address,
+            list: list.address,
+            combined: address(&combined),
+            slots: bias.as_ref().map_or(0, |(slots, _)| slots.address),
+            target_bias: bias.as_ref().map_or(0, |(_, sums)| sums.address),
+            hidden: operands.hidden as i64,
             first_row: first_row as u32,
             rows: rows as u32,
         };
-        gpu.launch(&kernel("list_targets", grid, 256), &params)?;
+        let name = operands.kind.kernel("list_targets");
+        gpu.launch(&kernel(name, (rows, 1), 256), &params)?;
         self.entries = Some(Entries {
             embeddings,
-            classifier,
             list,
+            combined,
             bias,
-            sorted,
         });
         Ok(self)
     }
@@ -313,11 +327,12 @@ impl Averages {
         };
         if let Some(entries) = &self.entries {
             addresses.list = entries.list.address;
-            addresses.target_bias = entries.bias.address;
-            addresses.sorted_row = entries.sorted.row.address;
-            addresses.sorted_target = entries.sorted.target.address;
+            addresses.combined = address(&entries.combined);
+            if let Some((slots, sums)) = &entries.bias {
+                addresses.slots = slots.address;
+                addresses.target_bias = sums.address;
+            }
             addresses.embeddings_entry = entries.embeddings.address;
-            addresses.classifier_entry = entries.classifier.address;
         }
         addresses
     }
@@ -325,8 +340,9 @@ impl Averages {
     /// Bytes of an [`Averages`] of these rows while the products run.
     pub fn bytes(operands: Operands, rows: usize) -> usize {
         operands.class_tiles() * operands.hidden * operands.kind.size
-            + operands.vocab * 8
-            + rows * 20
+            + operands.vocab * 16
+            + rows / 2 * operands.hidden * operands.kind.size
+            + rows * 8
     }
 }
 
@@ -434,12 +450,7 @@ pub(super) struct Sorted {
     pub target: Buffer,
 }
 
-pub(super) fn sort_targets(
-    gpu: &Gpu,
-    rows: &Rows,
-    first_row: usize,
-    len: usize,
-) -> Result<Sorted> {
+pub(super) fn sort_targets(gpu: &Gpu, rows: &Rows, first_row: usize, len: usize) -> Result<Sorted> {
     let sorted = Sorted {
         row: gpu.buffer(len * 4)?,
         target: gpu.buffer(len * 4)?,

@@ -61,7 +61,11 @@ impl Plan {
         let all_rows = rows.next_multiple_of(TILE);
         let averaging = filter.is_some_and(|filter| !filter.drop);
         let of_tiles = operands.class_tiles() * (4 + 4 + if operands.softcap > 0. { 4 } else { 0 });
-        let of_masses = if averaging { mass_stride(operands) * 2 } else { 0 };
+        let of_masses = if averaging {
+            mass_stride(operands) * 2
+        } else {
+            0
+        };
         let row_bytes = stride(operands) * 2
             + of_tiles
             + of_masses
@@ -144,9 +148,9 @@ pub(super) fn forward(
         },
         // One chunk's masses at a time.
         masses: match filter {
-            Some(filter) if !filter.drop => Some(
-                gpu.buffer(plan.chunk_rows * mass_stride(operands) * operands.kind.size)?,
-            ),
+            Some(filter) if !filter.drop => {
+                Some(gpu.buffer(plan.chunk_rows * mass_stride(operands) * operands.kind.size)?)
+            }
             _ => None,
         },
         filter,

@@ -3,11 +3,11 @@
 //! The copy engine cannot pick rows, so the rows that count are gathered first: a group of them in the forward,
 //! all of them in the backward.
 
+use super::averages::statistics_bytes;
 use super::launch::{
     Buffer, Gpu, Kernel, TensorMap, FORWARD_SM90A, GRADIENT_SM90A, PRODUCTS_SM90A,
 };
 use super::params::{HopperForwardParams, HopperGradientParams, HopperProductParams};
-use super::averages::statistics_bytes;
 use super::{ForwardPlan, Group, Operands, Range, Rows, Saved, Scales, TILE};
 use candle_core::{DType, Result};
 
@@ -18,7 +18,7 @@ const THREADS: u32 = 384;
 /// Shared memory of the three kernels; each file asserts its own.
 const FORWARD_BYTES: usize = 207_872;
 const GRADIENT_BYTES: usize = 207_872;
-const PRODUCT_BYTES: usize = 230_400;
+const PRODUCT_BYTES: usize = 232_448;
 
 /// Classes of a range that a backward must have room for to be worth these kernels ...
 const LEAST_RANGE: usize = 2048;
@@ -383,9 +383,7 @@ pub(super) fn products(
             shares: part.averages.shares,
             mass_rows: part.averages.mass_rows,
             list: part.averages.list,
-            sorted_row: part.averages.sorted_row,
-            sorted_target: part.averages.sorted_target,
-            entry: part.averages.classifier_entry,
+            combined: part.averages.combined,
             embeddings: gathered.address,
             first_row: part.first_row as u32,
             rows: part.rows as u32,
@@ -416,7 +414,13 @@ pub(super) fn products(
             _ => "averaged_classifier_gradient_sm90a",
         };
         let overwrite = !part.add_to_classifier;
-        multiply(name, &embeddings, part.classifier_grad, part.rows, overwrite)?;
+        multiply(
+            name,
+            &embeddings,
+            part.classifier_grad,
+            part.rows,
+            overwrite,
+        )?;
     }
     Ok(())
 }

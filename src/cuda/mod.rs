@@ -329,9 +329,7 @@ pub(crate) fn forward(
     let (filtered, formed) = Operands::read(&gpu, matrices, settings, |operands| {
         let path = Path::choose(&gpu, operands, n, settings)?;
         let filter = filter(settings, wanted);
-        if let Some(plan) =
-            fused::Plan::new(&gpu, path, operands, n, settings, wanted, filter)?
-        {
+        if let Some(plan) = fused::Plan::new(&gpu, path, operands, n, settings, wanted, filter)? {
             let dtype = matrices.classifier.dtype();
             let formed = Outputs::new(&gpu, matrices, wanted, dtype)?;
             let results = formed.results();
@@ -862,7 +860,7 @@ impl Saved {
                     count,
                     keep,
                     scale: scales.result.address,
-                    slots: of_averages.list,
+                    slots: of_averages.slots,
                     target_bias: of_averages.target_bias,
                     shares: of_averages.shares,
                     mass_sums: of_averages.mass_sums,

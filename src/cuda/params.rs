@@ -157,12 +157,17 @@ params! {
     }
     /// `filter.cu`
     ListTargetsParams {
+        embeddings: u64,
+        row_embedding: u64,
         sorted_row: u64,
         sorted_target: u64,
         entry: u64,
         count: u64,
+        list: u64,
+        combined: u64,
         slots: u64,
         target_bias: u64,
+        hidden: i64,
         first_row: u32,
         rows: u32,
     }
@@ -347,10 +352,8 @@ params! {
         shares: u64,
         mass_rows: u64,
         list: u64,
-        sorted_row: u64,
-        sorted_target: u64,
-        entry: u64,
         embeddings: u64,
+        combined: u64,
         first_row: u32,
         rows: u32,
         classes: u32,
@@ -424,9 +427,7 @@ params! {
         shares: u64,
         mass_rows: u64,
         list: u64,
-        sorted_row: u64,
-        sorted_target: u64,
-        entry: u64,
+        combined: u64,
     }
     /// `rows.cu`
     SortParams {

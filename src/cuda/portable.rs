@@ -1,8 +1,8 @@
 //! The products for compute capability 8.0 and later: `cuda/*_sm80.cu`.
 
+use super::averages::statistics_bytes;
 use super::launch::{Gpu, Kernel, FORWARD_SM80, GRADIENT_SM80, PRODUCTS_SM80};
 use super::params::{ForwardParams, GradientParams, ProductParams};
-use super::averages::statistics_bytes;
 use super::{ForwardPlan, Group, Kind, Operands, Range, Rows, Saved, Scales, TILE};
 use candle_core::{DType, Result};
 
@@ -38,9 +38,8 @@ pub(super) fn plan(
 ) -> ForwardPlan {
     let mut group_rows = PANEL_BYTES / (operands.hidden * operands.kind.size);
     if filtering {
-        group_rows = group_rows.min(
-            STATISTICS_BYTES / (operands.class_tiles() * statistics_bytes(operands.kind)),
-        );
+        group_rows = group_rows
+            .min(STATISTICS_BYTES / (operands.class_tiles() * statistics_bytes(operands.kind)));
     }
     let group_rows = (group_rows / TILE * TILE).clamp(TILE, all_rows);
     let tiles = operands.vocab.div_ceil(columns(operands.kind));
@@ -161,9 +160,7 @@ pub(super) fn products(
         shares: part.averages.shares,
         mass_rows: part.averages.mass_rows,
         list: part.averages.list,
-        sorted_row: part.averages.sorted_row,
-        sorted_target: part.averages.sorted_target,
-        entry: part.averages.classifier_entry,
+        combined: part.averages.combined,
         ..Default::default()
     };
     let multiply = |name: &str, outer: usize, params: &ProductParams| {
