@@ -4,19 +4,19 @@
 //! windows that overlap, so that every token but the first is predicted once, from at least
 //! `--length` less `--stride` tokens before it where the text has them.
 
-#[path = "common/tokens.rs"]
-mod tokens;
+mod common;
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::{DType, Device};
-use candle_cut_cross_entropy::models::{CausalLm, Decoder};
+use candle_cut_cross_entropy::models::{CausalLm, Config, Decoder};
 use candle_cut_cross_entropy::{Options, Reduction};
 use candle_nn::VarMap;
 use clap::{Parser, ValueEnum};
+use common::tokens::{self, Encoder, Sequence};
+use common::{files, memory};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::PathBuf;
 use std::time::Instant;
-use tokens::{Encoder, Sequence};
 
 /// Perplexity of a text under a Hugging Face checkpoint.
 #[derive(Parser)]
@@ -58,8 +58,16 @@ enum On {
 const FINE_TUNED: &str = "out/finetune/model";
 
 fn main() -> Result<()> {
-    let args = Args::parse();
+    memory::keep_freed();
+    let line = run(Args::parse())?;
+    println!("{line}");
+    Ok(())
+}
+
+/// Says what the perplexity is.
+fn run(args: Args) -> Result<String> {
     let (length, stride) = (args.length, args.stride.unwrap_or(args.length / 2));
+    ensure!(length > 1, "--length must be at least 2, got {length}");
     ensure!(
         stride > 0 && stride < length,
         "--stride must be at least 1 and less than --length {length}, got {stride}"
@@ -76,8 +84,18 @@ fn main() -> Result<()> {
         .data
         .unwrap_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/README.md").into());
     let name = path.display();
-    let text = std::fs::read_to_string(&path).with_context(|| format!("reading {name}"))?;
-    ensure!(!text.trim().is_empty(), "{name} is empty");
+    let text = files::read_text(&path)?;
+    files::check_checkpoint(&checkpoint)?;
+    let config = Config::from_file(checkpoint.join("config.json"))?;
+    tokens::check_length(length, &config)?;
+    let encoder = Encoder::load(&checkpoint, &config)?;
+    let tokens = encoder
+        .encode_from_begin(&text)
+        .with_context(|| name.to_string())?;
+    ensure!(
+        tokens.len() > 1,
+        "{name} is a single token, which nothing predicts"
+    );
     let dtype = match args.dtype {
         Type::F32 => DType::F32,
         Type::Bf16 => DType::BF16,
@@ -89,14 +107,6 @@ fn main() -> Result<()> {
 
     let model = Decoder::load(&checkpoint, &VarMap::new(), dtype, &device)?;
     let model = model.frozen()?;
-    let encoder = Encoder::load(&checkpoint, model.config())?;
-    let tokens = encoder
-        .encode(&text, true)
-        .with_context(|| name.to_string())?;
-    ensure!(
-        tokens.len() > 1,
-        "{name} is a single token, which nothing predicts"
-    );
     let windows = windows(&tokens, length, stride);
 
     let bar = ProgressBar::new(windows.len() as u64).with_style(ProgressStyle::with_template(
@@ -115,14 +125,18 @@ fn main() -> Result<()> {
     }
     bar.finish_and_clear();
     let mean = sum / positions as f64;
-    println!(
+    ensure!(
+        mean.is_finite(),
+        "the mean loss of {name} under {} is {mean}",
+        checkpoint.display()
+    );
+    Ok(format!(
         "{name} under {}: {positions} tokens predicted, mean loss {mean:.4}, perplexity {:.3}, {:.4} bits per byte, {:.0} tokens/s",
         checkpoint.display(),
         mean.exp(),
         sum / std::f64::consts::LN_2 / text.len() as f64,
         positions as f64 / started.elapsed().as_secs_f64(),
-    );
-    Ok(())
+    ))
 }
 
 /// Windows of which only the tokens that are new in each count.
@@ -130,10 +144,7 @@ fn windows(tokens: &[u32], length: usize, stride: usize) -> Vec<Sequence> {
     let (mut windows, mut start, mut read) = (Vec::new(), 0, 0);
     while read < tokens.len() {
         let stop = tokens.len().min(start + length);
-        windows.push(Sequence {
-            ids: tokens[start..stop].to_vec(),
-            ignored: read - start,
-        });
+        windows.push(Sequence::from(tokens[start..stop].to_vec(), read - start));
         (start, read) = (start + stride, stop);
     }
     windows

@@ -7,12 +7,12 @@
 mod common;
 
 use anyhow::{bail, ensure, Context, Result};
-use common::{corpus, files, memory, plot, training};
 use candle_core::{Device, Tensor, Var};
 use candle_cut_cross_entropy::models::{AdamW, CausalLm, Decoder};
 use candle_cut_cross_entropy::{backward, LinearCrossEntropy, Options, Preset};
 use candle_nn::{Optimizer, ParamsAdamW};
 use clap::{Parser, ValueEnum};
+use common::{corpus, files, memory, plot, training};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::PathBuf;
 use std::time::Instant;
@@ -180,7 +180,8 @@ fn run(args: Args) -> Result<()> {
     };
     let (schedule, warm_up) = (training::Schedule::Cosine, args.steps.div_ceil(15));
     for step in 0..args.steps {
-        optimizer.set_learning_rate(args.learning_rate * schedule.factor(step, args.steps, warm_up));
+        optimizer
+            .set_learning_rate(args.learning_rate * schedule.factor(step, args.steps, warm_up));
         let tokens = batch(step)?;
         let loss = head.loss(&model.hidden_states(&tokens)?, &tokens)?;
         optimizer.step(&backward(&loss)?)?;

@@ -60,7 +60,11 @@ pub fn check_file(path: &Path) -> Result<()> {
         "{} is a folder, a file is to be written there",
         path.display()
     );
-    ensure!(path.file_name().is_some(), "{} names no file", path.display());
+    ensure!(
+        path.file_name().is_some(),
+        "{} names no file",
+        path.display()
+    );
     check_writable(folder_of(path))
 }
 
@@ -125,8 +129,20 @@ fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut found: Vec<PathBuf> = fs::read_dir(folder)
         .and_then(|entries| entries.map(|e| Ok(e?.path())).collect())
         .with_context(|| format!("reading the folder {}", folder.display()))?;
-    let extensions = ["safetensors", "bin", "pt", "pth", "ckpt", "gguf", "h5", "msgpack"];
-    found.retain(|path| path.extension().is_some_and(|e| extensions.iter().any(|x| e == *x)));
+    let extensions = [
+        "safetensors",
+        "bin",
+        "pt",
+        "pth",
+        "ckpt",
+        "gguf",
+        "h5",
+        "msgpack",
+    ];
+    found.retain(|path| {
+        path.extension()
+            .is_some_and(|e| extensions.iter().any(|x| e == *x))
+    });
     found.sort();
     Ok(found)
 }

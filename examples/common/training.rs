@@ -4,10 +4,10 @@ use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use candle_cut_cross_entropy::models::{Config, Decoder};
 use candle_nn::{VarBuilder, VarMap};
-use rand::{rngs::StdRng, seq::SliceRandom, SeedableRng};
 use clap::ValueEnum;
-use serde::Serialize;
+use rand::{rngs::StdRng, seq::SliceRandom, SeedableRng};
 use rand_distr::{Distribution, Normal};
+use serde::Serialize;
 
 /// A decoder with new weights in f32 on the CPU, and its variables. The seed determines them; those
 /// that Candle draws on the CPU cannot be seeded.

@@ -3,7 +3,8 @@
 use crate::common::files;
 use crate::common::tokens::{special_token, tokenizer_config};
 use anyhow::{anyhow, ensure, Context, Result};
-use minijinja::value::Kwargs;
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Serde};
 use minijinja::{Environment, Error, ErrorKind};
 use serde::Serialize;
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
@@ -49,9 +50,13 @@ impl Template {
     /// Set up as transformers sets up Jinja.
     pub fn new(source: String, special: serde_json::Map<String, Value>) -> Result<Self> {
         let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        let syntax = SyntaxConfig::builder()
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .build();
+        environment.set_syntax(syntax.map_err(|e| anyhow!("{e}"))?);
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", |message: String| -> Result<(), Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
@@ -73,14 +78,18 @@ impl Template {
         context.insert("add_generation_prompt".into(), answer.into());
         self.environment
             .get_template(NAME)
-            .and_then(|template| template.render(context))
+            .and_then(|template| template.render(Serde(context)))
             // The first line says what the template says.
             .map_err(|e| anyhow!("{}", e.detail().map_or(e.to_string(), str::to_owned)))
     }
 
     /// The text of a conversation, and the bytes of it that are the assistant's: each answer, with the end
     /// token that the template puts after it.
-    pub fn answers(&self, messages: &[Value], tools: &Value) -> Result<(String, Vec<Range<usize>>)> {
+    pub fn answers(
+        &self,
+        messages: &[Value],
+        tools: &Value,
+    ) -> Result<(String, Vec<Range<usize>>)> {
         let whole = self.render(messages, tools, false)?;
         let mut answers = Vec::new();
         for (i, message) in messages.iter().enumerate() {
@@ -116,9 +125,9 @@ fn to_json(value: minijinja::Value, options: Kwargs) -> Result<String, Error> {
         }
         None => value.serialize(&mut Serializer::with_formatter(&mut json, Spaced)),
     };
-    let text = written.map_err(|e| e.to_string()).and_then(|()| {
-        String::from_utf8(json).map_err(|e| e.to_string())
-    });
+    let text = written
+        .map_err(|e| e.to_string())
+        .and_then(|()| String::from_utf8(json).map_err(|e| e.to_string()));
     text.map_err(|e| Error::new(ErrorKind::InvalidOperation, e))
 }
 
@@ -126,11 +135,19 @@ fn to_json(value: minijinja::Value, options: Kwargs) -> Result<String, Error> {
 struct Spaced;
 
 impl Formatter for Spaced {
-    fn begin_array_value<W: Write + ?Sized>(&mut self, w: &mut W, first: bool) -> std::io::Result<()> {
+    fn begin_array_value<W: Write + ?Sized>(
+        &mut self,
+        w: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
         w.write_all(if first { b"" } else { b", " })
     }
 
-    fn begin_object_key<W: Write + ?Sized>(&mut self, w: &mut W, first: bool) -> std::io::Result<()> {
+    fn begin_object_key<W: Write + ?Sized>(
+        &mut self,
+        w: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
         w.write_all(if first { b"" } else { b", " })
     }
 

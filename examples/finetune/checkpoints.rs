@@ -114,7 +114,9 @@ pub fn save(
 /// The folders of all checkpoints.
 pub fn folders(output: &Path) -> Result<Vec<PathBuf>> {
     let steps = steps(output)?.into_iter();
-    Ok(steps.map(|step| output.join(format!("{PREFIX}{step}"))).collect())
+    Ok(steps
+        .map(|step| output.join(format!("{PREFIX}{step}")))
+        .collect())
 }
 
 /// Removes all checkpoints but one, and what an interruption left of others.

@@ -62,7 +62,11 @@ impl Data {
                 let unread = records.unread.iter();
                 let unread = unread.map(|(name, n)| format!("; `{name}` of {n} is not read"));
                 let count = records.records.len();
-                format!("{}: {count} records{}", self.name, unread.collect::<String>())
+                format!(
+                    "{}: {count} records{}",
+                    self.name,
+                    unread.collect::<String>()
+                )
             }
         }
     }

@@ -101,7 +101,12 @@ pub fn run(args: &Args) -> Result<()> {
     let prompts = args
         .prompt
         .iter()
-        .map(|text| Ok((&**text, model::prompt(text, &data, &encoder, template.as_ref())?)))
+        .map(|text| {
+            Ok((
+                &**text,
+                model::prompt(text, &data, &encoder, template.as_ref())?,
+            ))
+        })
         .collect::<Result<_>>()?;
 
     let meter = meter::Meter::new(&device)?;
@@ -171,7 +176,12 @@ pub fn run(args: &Args) -> Result<()> {
         state.validation.extend(loss.map(|loss| (0, loss)));
     }
     let count: usize = setup.model.tensors().values().map(Tensor::elem_count).sum();
-    let trained: usize = setup.vars.all_vars().iter().map(|var| var.elem_count()).sum();
+    let trained: usize = setup
+        .vars
+        .all_vars()
+        .iter()
+        .map(|var| var.elem_count())
+        .sum();
     println!(
         "{:.1} million parameters, {:.1} million of them trained{}",
         count as f64 / 1e6,
@@ -286,7 +296,10 @@ impl Setup<'_> {
                 "tokens": tokens, "learnt_tokens": positions, "seconds": started.elapsed().as_secs_f64(),
             }))?;
             bar.inc(1);
-            bar.set_message(format!("loss {loss:.3}, {:.0} tokens/s", speed.per_second()));
+            bar.set_message(format!(
+                "loss {loss:.3}, {:.0} tokens/s",
+                speed.per_second()
+            ));
             let last = step == state.steps;
             if log_every.is_some_and(|every| step % every == 0 || last) {
                 let left = speed.time.as_secs_f64() / speed.tokens as f64
@@ -343,7 +356,11 @@ impl Setup<'_> {
             .with_context(|| format!("drawing {}", output.picture.display()))?;
         if self.prompts.is_empty() {
             let sequence = self.validation.first().or(self.train.first());
-            model::show(&self.frozen, &self.encoder, sequence.context("no sequence")?)?;
+            model::show(
+                &self.frozen,
+                &self.encoder,
+                sequence.context("no sequence")?,
+            )?;
         }
         println!(
             "fine-tuned model in {}, loss curve in {}",
@@ -357,5 +374,10 @@ impl Setup<'_> {
 /// Hours, minutes and seconds.
 fn clock(seconds: f64) -> String {
     let seconds = seconds.round() as u64;
-    format!("{}:{:02}:{:02}", seconds / 3600, seconds / 60 % 60, seconds % 60)
+    format!(
+        "{}:{:02}:{:02}",
+        seconds / 3600,
+        seconds / 60 % 60,
+        seconds % 60
+    )
 }
