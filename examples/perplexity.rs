@@ -149,3 +149,79 @@ fn windows(tokens: &[u32], length: usize, stride: usize) -> Vec<Sequence> {
     }
     windows
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use common::fixture::{checkpoint, Folder, TEXT};
+    use std::fs;
+
+    /// Of a text under a tiny checkpoint, with these arguments after the usual ones.
+    fn perplexity(folder: &Folder, arguments: &[&str]) -> Result<String> {
+        let name = |name: &str| folder.0.join(name).to_string_lossy().into_owned();
+        let usual = ["--checkpoint", &name("base"), "--data", &name("text.txt")];
+        let all = ["perplexity"].iter().chain(&usual).chain(arguments);
+        run(Args::try_parse_from(all)?)
+    }
+
+    fn place(name: &str) -> Folder {
+        let folder = Folder::new(name);
+        checkpoint(&folder.0.join("base"));
+        folder.write("text.txt", TEXT.repeat(8));
+        folder
+    }
+
+    #[test]
+    fn each_token_is_predicted_once_after_one_that_begins_the_text() {
+        let folder = place("perplexity");
+        let first = |line: String| line.split(", mean").next().unwrap().to_owned();
+        let whole = ["--length", "64", "--stride", "32"];
+        let line = perplexity(&folder, &whole).unwrap();
+        let count = first(line.clone());
+        // `<s>` is there once, whoever wrote it, and a mark of the encoding is no text.
+        folder.write("text.txt", format!("\u{feff}<s>{}", TEXT.repeat(8)));
+        let marked = perplexity(&folder, &whole).unwrap();
+        assert_eq!(count, first(marked.clone()));
+        let loss = |line: &str| line.split("mean loss ").nth(1).unwrap()[..6].to_owned();
+        assert_eq!(loss(&line), loss(&marked));
+        let short = first(perplexity(&folder, &["--length", "8"]).unwrap());
+        assert_eq!(count, short);
+    }
+
+    #[test]
+    fn what_cannot_be_right_is_an_error() {
+        let folder = place("perplexity-errors");
+        let error =
+            |arguments: &[&str]| format!("{:#}", perplexity(&folder, arguments).unwrap_err());
+        for (arguments, said) in [
+            (["--length", "65"], "max_position_embeddings, 64"),
+            (["--length", "1"], "--length must be at least 2"),
+            (["--stride", "0"], "--stride"),
+            (["--batch", "0"], "--batch"),
+        ] {
+            assert!(error(&arguments).contains(said), "{}", error(&arguments));
+        }
+        let length = ["--length", "32"];
+        folder.write(
+            "base/model.safetensors",
+            "version https://git-lfs.github.com/spec/v1\n",
+        );
+        assert!(error(&length).contains("git-lfs pointer"));
+        let weights = folder.0.join("base/model.safetensors");
+        fs::rename(&weights, folder.0.join("base/pytorch_model.bin")).unwrap();
+        assert!(error(&length).contains("it has pytorch_model.bin"));
+    }
+
+    #[test]
+    fn weights_that_are_not_numbers_are_an_error() {
+        let folder = place("perplexity-nan");
+        let weights = folder.0.join("base/model.safetensors");
+        let tensors = candle_core::safetensors::load(&weights, &Device::Cpu).unwrap();
+        let tensors = tensors
+            .into_iter()
+            .map(|(name, t)| (name, (t * f64::NAN).unwrap()));
+        candle_core::safetensors::save(&tensors.collect(), &weights).unwrap();
+        let error = perplexity(&folder, &["--length", "32"]).unwrap_err();
+        assert!(error.to_string().contains("is NaN"), "{error}");
+    }
+}

@@ -326,3 +326,65 @@ fn encode(tokenizer: &Tokenizer, texts: &[String]) -> Result<Vec<u32>> {
     }
     Ok(tokens)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use common::fixture::{Folder, TEXT};
+
+    const TINY: &str =
+        "train --vocab 300 --steps 2 --batch 2 --length 16 --hidden 16 --layers 1 --heads 2";
+
+    fn train(file: &std::path::Path, plot: &std::path::Path, more: &str) -> Result<()> {
+        let words = TINY.split(' ').chain(more.split_whitespace());
+        let (file, plot) = (file.to_str().unwrap(), plot.to_str().unwrap());
+        run(Args::try_parse_from(words.chain([file, "--plot", plot]))?)
+    }
+
+    #[test]
+    fn the_text_is_not_drawn_over() {
+        let folder = Folder::new("train");
+        let text = format!("{TEXT}\n").repeat(800);
+        let file = folder.write("text.txt", &text);
+        let error = train(
+            &file,
+            &folder.0.join("../").join(&folder.0).join("text.txt"),
+            "",
+        );
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("would be written over"), "{error}");
+        let link = folder.0.join("loss.svg");
+        std::fs::hard_link(&file, &link).unwrap();
+        train(&file, &link, "").unwrap();
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), text);
+        assert!(std::fs::read_to_string(&link).unwrap().starts_with("<svg"));
+    }
+
+    #[test]
+    fn what_cannot_be_right_is_an_error() {
+        let folder = Folder::new("train-errors");
+        let file = folder.write("text.txt", format!("{TEXT}\n").repeat(800));
+        for (arguments, said) in [
+            (
+                "--learning-rate nan",
+                "--learning-rate must be positive and finite, got NaN",
+            ),
+            ("--learning-rate 1e30", "lower --learning-rate"),
+            ("--hidden 0", "--hidden must be at least 1"),
+            (
+                "--hidden 18",
+                "--hidden must be a multiple of twice --heads",
+            ),
+            ("--layers 0", "--layers must be at least 1"),
+        ] {
+            let error = train(&file, &folder.0.join("loss.svg"), arguments).unwrap_err();
+            assert!(error.to_string().contains(said), "{arguments}: {error}");
+        }
+        let error = train(&file, &file.join("loss.svg"), "").unwrap_err();
+        assert!(
+            error.to_string().contains("cannot write")
+                || format!("{error:#}").contains("Not a directory"),
+            "{error:#}"
+        );
+    }
+}

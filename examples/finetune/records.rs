@@ -52,11 +52,13 @@ pub fn parse(path: &Path, text: String) -> Result<Content> {
         return Ok(Content::Records(records(places.zip(values))?));
     }
     let first = begin.lines().next().unwrap_or_default();
-    if !named && serde_json::from_str::<Map<_, _>>(first).is_err() {
-        return Ok(Content::Plain(text));
-    }
-    if begin.lines().nth(1).is_some() && serde_json::from_str::<Map<_, _>>(begin).is_ok() {
-        bail!("one JSON object, where an array of records or one record a line is wanted")
+    if serde_json::from_str::<Map<_, _>>(first).is_err() {
+        if !named {
+            return Ok(Content::Plain(text));
+        }
+        if serde_json::from_str::<Map<_, _>>(begin).is_ok() {
+            bail!("one JSON object, where an array of records or one record a line is wanted")
+        }
     }
     let lines = (1..).zip(text.lines());
     let values = lines

@@ -6,7 +6,7 @@ use crate::common::fixture::{checkpoint, contents, Folder, TEXT};
 use crate::common::tokens::{Encoder, Sequence};
 use crate::data::{Data, Rules, Sequences};
 use crate::run::run;
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candle_cut_cross_entropy::models::Config;
 use clap::Parser;
 use serde_json::{json, Map, Value};
@@ -195,7 +195,8 @@ fn an_output_that_cannot_be_written_is_found_before_the_first_step() {
         place.0.write(name, "a file");
         let error = place.error(&["--lora", "2"]);
         assert!(
-            error.contains("cannot write") && error.contains(name),
+            (error.contains("cannot write") || error.contains("Not a directory"))
+                && error.contains(name),
             "{error}"
         );
         assert!(!place.path("out/metrics.jsonl").exists());
@@ -261,9 +262,6 @@ fn a_run_does_not_go_on_from_other_weights() {
         place.path("base/model.safetensors"),
     )
     .unwrap();
-    let lora = Some("lora_B").context("").unwrap();
-    assert!(!lora.is_empty());
-    // New adapters change nothing in two small steps unless the weights differ.
     let error = place.error(&["--lora", "2", "--steps", "4", "--resume"]);
     assert!(
         error.contains("weights in") && error.contains("others"),
@@ -535,14 +533,14 @@ fn epochs_and_validation_are_as_asked() {
 
 const CHATML: &str = "\
 {% for message in messages %}
-    {% if loop.first and message['role'] != 'system' %}
+    {%- if loop.first and message['role'] != 'system' %}
         {{- '<|im_start|>system\\nBe kind<|im_end|>\\n' }}
-    {% endif %}
+    {%- endif %}
     {{- '<|im_start|>' + message.role + '\\n' + message['content'].strip() + '<|im_end|>' + '\\n' }}
-{% endfor %}
-{% if add_generation_prompt %}
+{%- endfor %}
+{%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
-{% endif %}";
+{%- endif %}";
 
 fn template(source: &str) -> Template {
     Template::new(
