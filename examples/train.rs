@@ -333,10 +333,17 @@ mod tests {
     use common::fixture::{Folder, TEXT};
 
     const TINY: &str =
-        "train --vocab 300 --steps 2 --batch 2 --length 16 --hidden 16 --layers 1 --heads 2";
+        "--vocab=300 --steps=2 --batch=2 --length=16 --hidden=16 --layers=1 --heads=2";
 
     fn train(file: &std::path::Path, plot: &std::path::Path, more: &str) -> Result<()> {
-        let words = TINY.split(' ').chain(more.split_whitespace());
+        let given = more.split('=').next().filter(|name| !name.is_empty());
+        let usual = TINY
+            .split(' ')
+            .filter(|word| !given.is_some_and(|name| word.starts_with(name)));
+        let words = ["train"]
+            .into_iter()
+            .chain(usual)
+            .chain(more.split_whitespace());
         let (file, plot) = (file.to_str().unwrap(), plot.to_str().unwrap());
         run(Args::try_parse_from(words.chain([file, "--plot", plot]))?)
     }
@@ -366,16 +373,16 @@ mod tests {
         let file = folder.write("text.txt", format!("{TEXT}\n").repeat(800));
         for (arguments, said) in [
             (
-                "--learning-rate nan",
+                "--learning-rate=nan",
                 "--learning-rate must be positive and finite, got NaN",
             ),
-            ("--learning-rate 1e30", "lower --learning-rate"),
-            ("--hidden 0", "--hidden must be at least 1"),
+            ("--learning-rate=1e30", "lower --learning-rate"),
+            ("--hidden=0", "--hidden must be at least 1"),
             (
-                "--hidden 18",
+                "--hidden=18",
                 "--hidden must be a multiple of twice --heads",
             ),
-            ("--layers 0", "--layers must be at least 1"),
+            ("--layers=0", "--layers must be at least 1"),
         ] {
             let error = train(&file, &folder.0.join("loss.svg"), arguments).unwrap_err();
             assert!(error.to_string().contains(said), "{arguments}: {error}");

@@ -5,7 +5,7 @@ use crate::common::files::{
     check_checkpoint, check_description, check_file, check_kept, check_writable, replace,
 };
 use crate::common::{corpus, training};
-use anyhow::{Context, Result};
+use anyhow::{anyhow, Context, Result};
 use candle_cut_cross_entropy::models::Config;
 use serde_json::{json, Value};
 use std::fs::{self, File, OpenOptions};
@@ -123,9 +123,9 @@ impl Metrics {
 pub fn base(run: &Run, output: &Output, texts: &[&str], resumed: bool) -> Result<PathBuf> {
     match &run.checkpoint {
         Some(folder) if !run.random_weights => {
-            check_checkpoint(folder).context(
-                "--random-weights trains the model of a config.json from the start; it needs no weights",
-            )?;
+            check_checkpoint(folder).map_err(|e| {
+                anyhow!("{e:#} (--random-weights trains from the start, without weights)")
+            })?;
             return Ok(folder.clone());
         }
         Some(folder) => check_description(folder)?,

@@ -301,7 +301,7 @@ impl Setup<'_> {
                 speed.per_second()
             ));
             let last = step == state.steps;
-            if log_every.is_some_and(|every| step % every == 0 || last) {
+            if log_every.is_some_and(|every| step.is_multiple_of(every) || last) {
                 let left = speed.time.as_secs_f64() / speed.tokens as f64
                     * (tokens * (state.steps - step)) as f64;
                 bar.suspend(|| {
@@ -313,10 +313,10 @@ impl Setup<'_> {
                     )
                 });
             }
-            if step % validate_every == 0 || last {
+            if step.is_multiple_of(validate_every) || last {
                 bar.suspend(|| self.validate(state, &mut metrics))?;
             }
-            if step % self.args.save_every == 0 || last {
+            if step.is_multiple_of(self.args.save_every) || last {
                 let adapters = run.lora().is_some();
                 checkpoints::save(&self.output.folder, state, &self.model, adapters, optimizer)?;
             }
