@@ -79,7 +79,7 @@ fn run(args: Args) -> Result<()> {
     if args.length < 2 || args.batch == 0 || args.steps == 0 {
         bail!("--length must be at least 2, --batch and --steps at least 1");
     }
-    if args.hidden % (2 * args.heads).max(1) != 0 {
+    if !args.hidden.is_multiple_of((2 * args.heads).max(1)) {
         bail!(
             "--hidden must be a multiple of twice --heads, got {} and {}",
             args.hidden,
