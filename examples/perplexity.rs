@@ -4,19 +4,19 @@
 //! windows that overlap, so that every token but the first is predicted once, from at least
 //! `--length` less `--stride` tokens before it where the text has them.
 
-#[path = "common/tokens.rs"]
-mod tokens;
+mod common;
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::{DType, Device};
-use candle_cut_cross_entropy::models::{CausalLm, Decoder};
+use candle_cut_cross_entropy::models::{CausalLm, Config, Decoder};
 use candle_cut_cross_entropy::{Options, Reduction};
 use candle_nn::VarMap;
 use clap::{Parser, ValueEnum};
+use common::tokens::{self, Encoder, Sequence};
+use common::{files, memory};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::PathBuf;
 use std::time::Instant;
-use tokens::{Encoder, Sequence};
 
 /// Perplexity of a text under a Hugging Face checkpoint.
 #[derive(Parser)]
@@ -58,8 +58,16 @@ enum On {
 const FINE_TUNED: &str = "out/finetune/model";
 
 fn main() -> Result<()> {
-    let args = Args::parse();
+    memory::keep_freed();
+    let line = run(Args::parse())?;
+    println!("{line}");
+    Ok(())
+}
+
+/// Says what the perplexity is.
+fn run(args: Args) -> Result<String> {
     let (length, stride) = (args.length, args.stride.unwrap_or(args.length / 2));
+    ensure!(length > 1, "--length must be at least 2, got {length}");
     ensure!(
         stride > 0 && stride < length,
         "--stride must be at least 1 and less than --length {length}, got {stride}"
@@ -76,8 +84,18 @@ fn main() -> Result<()> {
         .data
         .unwrap_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/README.md").into());
     let name = path.display();
-    let text = std::fs::read_to_string(&path).with_context(|| format!("reading {name}"))?;
-    ensure!(!text.trim().is_empty(), "{name} is empty");
+    let text = files::read_text(&path)?;
+    files::check_checkpoint(&checkpoint)?;
+    let config = Config::from_file(checkpoint.join("config.json"))?;
+    tokens::check_length(length, &config)?;
+    let encoder = Encoder::load(&checkpoint, &config)?;
+    let tokens = encoder
+        .encode_from_begin(&text)
+        .with_context(|| name.to_string())?;
+    ensure!(
+        tokens.len() > 1,
+        "{name} is a single token, which nothing predicts"
+    );
     let dtype = match args.dtype {
         Type::F32 => DType::F32,
         Type::Bf16 => DType::BF16,
@@ -89,14 +107,6 @@ fn main() -> Result<()> {
 
     let model = Decoder::load(&checkpoint, &VarMap::new(), dtype, &device)?;
     let model = model.frozen()?;
-    let encoder = Encoder::load(&checkpoint, model.config())?;
-    let tokens = encoder
-        .encode(&text, true)
-        .with_context(|| name.to_string())?;
-    ensure!(
-        tokens.len() > 1,
-        "{name} is a single token, which nothing predicts"
-    );
     let windows = windows(&tokens, length, stride);
 
     let bar = ProgressBar::new(windows.len() as u64).with_style(ProgressStyle::with_template(
@@ -115,14 +125,18 @@ fn main() -> Result<()> {
     }
     bar.finish_and_clear();
     let mean = sum / positions as f64;
-    println!(
+    ensure!(
+        mean.is_finite(),
+        "the mean loss of {name} under {} is {mean}",
+        checkpoint.display()
+    );
+    Ok(format!(
         "{name} under {}: {positions} tokens predicted, mean loss {mean:.4}, perplexity {:.3}, {:.4} bits per byte, {:.0} tokens/s",
         checkpoint.display(),
         mean.exp(),
         sum / std::f64::consts::LN_2 / text.len() as f64,
         positions as f64 / started.elapsed().as_secs_f64(),
-    );
-    Ok(())
+    ))
 }
 
 /// Windows of which only the tokens that are new in each count.
@@ -130,11 +144,84 @@ fn windows(tokens: &[u32], length: usize, stride: usize) -> Vec<Sequence> {
     let (mut windows, mut start, mut read) = (Vec::new(), 0, 0);
     while read < tokens.len() {
         let stop = tokens.len().min(start + length);
-        windows.push(Sequence {
-            ids: tokens[start..stop].to_vec(),
-            ignored: read - start,
-        });
+        windows.push(Sequence::from(tokens[start..stop].to_vec(), read - start));
         (start, read) = (start + stride, stop);
     }
     windows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use common::fixture::{checkpoint, Folder, TEXT};
+    use std::fs;
+
+    /// Of a text under a tiny checkpoint, with these arguments after the usual ones.
+    fn perplexity(folder: &Folder, arguments: &[&str]) -> Result<String> {
+        let name = |name: &str| folder.0.join(name).to_string_lossy().into_owned();
+        let usual = ["--checkpoint", &name("base"), "--data", &name("text.txt")];
+        let all = ["perplexity"].iter().chain(&usual).chain(arguments);
+        run(Args::try_parse_from(all)?)
+    }
+
+    fn place(name: &str) -> Folder {
+        let folder = Folder::new(name);
+        checkpoint(&folder.0.join("base"));
+        folder.write("text.txt", TEXT.repeat(8));
+        folder
+    }
+
+    #[test]
+    fn each_token_is_predicted_once_after_one_that_begins_the_text() {
+        let folder = place("perplexity");
+        let first = |line: String| line.split(", mean").next().unwrap().to_owned();
+        let whole = ["--length", "64", "--stride", "32"];
+        let line = perplexity(&folder, &whole).unwrap();
+        let count = first(line.clone());
+        // `<s>` is there once, whoever wrote it, and a mark of the encoding is no text.
+        folder.write("text.txt", format!("\u{feff}<s>{}", TEXT.repeat(8)));
+        let marked = perplexity(&folder, &whole).unwrap();
+        assert_eq!(count, first(marked.clone()));
+        let loss = |line: &str| line.split("mean loss ").nth(1).unwrap()[..6].to_owned();
+        assert_eq!(loss(&line), loss(&marked));
+        let short = first(perplexity(&folder, &["--length", "8"]).unwrap());
+        assert_eq!(count, short);
+    }
+
+    #[test]
+    fn what_cannot_be_right_is_an_error() {
+        let folder = place("perplexity-errors");
+        let error =
+            |arguments: &[&str]| format!("{:#}", perplexity(&folder, arguments).unwrap_err());
+        for (arguments, said) in [
+            (["--length", "65"], "max_position_embeddings, 64"),
+            (["--length", "1"], "--length must be at least 2"),
+            (["--stride", "0"], "--stride"),
+            (["--batch", "0"], "--batch"),
+        ] {
+            assert!(error(&arguments).contains(said), "{}", error(&arguments));
+        }
+        let length = ["--length", "32"];
+        folder.write(
+            "base/model.safetensors",
+            "version https://git-lfs.github.com/spec/v1\n",
+        );
+        assert!(error(&length).contains("git-lfs pointer"));
+        let weights = folder.0.join("base/model.safetensors");
+        fs::rename(&weights, folder.0.join("base/pytorch_model.bin")).unwrap();
+        assert!(error(&length).contains("it has pytorch_model.bin"));
+    }
+
+    #[test]
+    fn weights_that_are_not_numbers_are_an_error() {
+        let folder = place("perplexity-nan");
+        let weights = folder.0.join("base/model.safetensors");
+        let tensors = candle_core::safetensors::load(&weights, &Device::Cpu).unwrap();
+        let tensors = tensors
+            .into_iter()
+            .map(|(name, t)| (name, (t * f64::NAN).unwrap()));
+        candle_core::safetensors::save(&tensors.collect(), &weights).unwrap();
+        let error = perplexity(&folder, &["--length", "32"]).unwrap_err();
+        assert!(error.to_string().contains("is NaN"), "{error}");
+    }
 }

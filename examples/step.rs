@@ -6,8 +6,6 @@
 //! --length 1024 --gradient-checkpointing` one of a billion parameters on a GPU.
 
 mod common;
-#[path = "common/meter.rs"]
-mod meter;
 
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
@@ -15,7 +13,7 @@ use candle_cut_cross_entropy::models::{AdamW, CausalLm, Config, Decoder, Lora};
 use candle_cut_cross_entropy::{backward, Options, Preset};
 use candle_nn::{Optimizer, ParamsAdamW, VarBuilder, VarMap};
 use clap::{Parser, ValueEnum};
-use meter::Meter;
+use common::meter::Meter;
 
 /// Time and memory of a training step: forward, backward and AdamW.
 ///

@@ -5,19 +5,14 @@
 //! a picture of the loss. The head is tied to the token embedding, and its logits are never stored.
 
 mod common;
-#[path = "common/corpus.rs"]
-mod corpus;
-#[path = "common/plot.rs"]
-mod plot;
-#[path = "common/training.rs"]
-mod training;
 
-use anyhow::{bail, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 use candle_core::{Device, Tensor, Var};
 use candle_cut_cross_entropy::models::{AdamW, CausalLm, Decoder};
 use candle_cut_cross_entropy::{backward, LinearCrossEntropy, Options, Preset};
 use candle_nn::{Optimizer, ParamsAdamW};
 use clap::{Parser, ValueEnum};
+use common::{corpus, files, memory, plot, training};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::PathBuf;
 use std::time::Instant;
@@ -76,17 +71,39 @@ const SECTION: usize = 2000;
 const MIB: f64 = (1 << 20) as f64;
 
 fn main() -> Result<()> {
-    let args = Args::parse();
+    memory::keep_freed();
+    run(Args::parse())
+}
+
+fn run(args: Args) -> Result<()> {
     if args.length < 2 || args.batch == 0 || args.steps == 0 {
         bail!("--length must be at least 2, --batch and --steps at least 1");
     }
-    if args.heads == 0 || args.hidden % (2 * args.heads) != 0 {
+    if !args.hidden.is_multiple_of((2 * args.heads).max(1)) {
         bail!(
             "--hidden must be a multiple of twice --heads, got {} and {}",
             args.hidden,
             args.heads
         );
     }
+    for (name, value) in [
+        ("heads", args.heads),
+        ("hidden", args.hidden),
+        ("layers", args.layers),
+        ("vocab", args.vocab),
+        ("workspace", args.workspace),
+    ] {
+        ensure!(value > 0, "--{name} must be at least 1, got 0");
+    }
+    ensure!(
+        args.learning_rate > 0. && args.learning_rate.is_finite(),
+        "--learning-rate must be positive and finite, got {}",
+        args.learning_rate
+    );
+    for file in corpus::sources(&args.files)? {
+        files::check_kept("the text", &file, &[&args.plot])?;
+    }
+    files::check_file(&args.plot)?;
     let started = Instant::now();
 
     let (train_text, validation_text) = split(&corpus::read_texts(&args.files)?);
@@ -143,6 +160,10 @@ fn main() -> Result<()> {
             let loss = frozen_head.loss(&frozen.hidden_states(&tokens)?, &tokens)?;
             sum += loss.to_scalar::<f32>()? as f64 * batch.len() as f64;
         }
+        ensure!(
+            sum.is_finite(),
+            "the validation loss is {sum}; try a lower --learning-rate"
+        );
         Ok(sum / sequences.len() as f64)
     };
     let some_validation = &validation[..validation.len().min(8 * args.batch)];
@@ -157,12 +178,19 @@ fn main() -> Result<()> {
         let indices = training::batch_indices(step, args.batch, train.len(), args.seed);
         tensor(&indices.iter().map(|&i| train[i]).collect::<Vec<_>>())
     };
+    let (schedule, warm_up) = (training::Schedule::Cosine, args.steps.div_ceil(15));
     for step in 0..args.steps {
-        optimizer.set_learning_rate(args.learning_rate * training::schedule(step, args.steps));
+        optimizer
+            .set_learning_rate(args.learning_rate * schedule.factor(step, args.steps, warm_up));
         let tokens = batch(step)?;
         let loss = head.loss(&model.hidden_states(&tokens)?, &tokens)?;
         optimizer.step(&backward(&loss)?)?;
         let loss = loss.to_scalar::<f32>()? as f64;
+        ensure!(
+            loss.is_finite(),
+            "step {}: the loss is {loss}; try a lower --learning-rate",
+            step + 1
+        );
         train_curve.push((step + 1, loss));
         bar.inc(1);
         bar.set_message(format!("train loss {loss:.3}"));
@@ -224,7 +252,7 @@ impl Head {
             Loss::CceExact => Preset::CceExact,
             Loss::Native => Preset::Native,
         };
-        let options = Options::preset(preset).workspace(args.workspace << 20);
+        let options = Options::preset(preset).workspace(args.workspace.saturating_mul(1 << 20));
         Ok(Self {
             layer: model.head(&options)?,
             stored_logits: args.loss == Loss::Baseline,
@@ -246,11 +274,11 @@ impl Head {
     /// gradients that they return.
     fn memory(&self, hidden: &Tensor, tokens: &Tensor) -> Result<usize> {
         let hidden = Var::from_tensor(&hidden.detach().contiguous()?)?;
-        let before = common::in_use();
-        common::reset_peak();
+        let before = memory::in_use();
+        memory::reset_peak();
         let loss = self.loss(&hidden, tokens)?;
         let gradients = backward(&loss)?;
-        let peak = common::peak();
+        let peak = memory::peak();
         let mut returned = 0;
         for tensor in [hidden.as_tensor(), self.layer.weight()] {
             let gradient = gradients.get(tensor).context("a gradient is missing")?;
@@ -297,4 +325,73 @@ fn encode(tokenizer: &Tokenizer, texts: &[String]) -> Result<Vec<u32>> {
         tokens.extend_from_slice(encoding.get_ids());
     }
     Ok(tokens)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use common::fixture::{Folder, TEXT};
+
+    const TINY: &str =
+        "--vocab=300 --steps=2 --batch=2 --length=16 --hidden=16 --layers=1 --heads=2";
+
+    fn train(file: &std::path::Path, plot: &std::path::Path, more: &str) -> Result<()> {
+        let given = more.split('=').next().filter(|name| !name.is_empty());
+        let usual = TINY
+            .split(' ')
+            .filter(|word| !given.is_some_and(|name| word.starts_with(name)));
+        let words = ["train"]
+            .into_iter()
+            .chain(usual)
+            .chain(more.split_whitespace());
+        let (file, plot) = (file.to_str().unwrap(), plot.to_str().unwrap());
+        run(Args::try_parse_from(words.chain([file, "--plot", plot]))?)
+    }
+
+    #[test]
+    fn the_text_is_not_drawn_over() {
+        let folder = Folder::new("train");
+        let text = format!("{TEXT}\n").repeat(800);
+        let file = folder.write("text.txt", &text);
+        let error = train(
+            &file,
+            &folder.0.join("../").join(&folder.0).join("text.txt"),
+            "",
+        );
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("would be written over"), "{error}");
+        let link = folder.0.join("loss.svg");
+        std::fs::hard_link(&file, &link).unwrap();
+        train(&file, &link, "").unwrap();
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), text);
+        assert!(std::fs::read_to_string(&link).unwrap().starts_with("<svg"));
+    }
+
+    #[test]
+    fn what_cannot_be_right_is_an_error() {
+        let folder = Folder::new("train-errors");
+        let file = folder.write("text.txt", format!("{TEXT}\n").repeat(800));
+        for (arguments, said) in [
+            (
+                "--learning-rate=nan",
+                "--learning-rate must be positive and finite, got NaN",
+            ),
+            ("--learning-rate=1e30", "lower --learning-rate"),
+            ("--hidden=0", "--hidden must be at least 1"),
+            (
+                "--hidden=18",
+                "--hidden must be a multiple of twice --heads",
+            ),
+            ("--layers=0", "--layers must be at least 1"),
+        ] {
+            let error = train(&file, &folder.0.join("loss.svg"), arguments).unwrap_err();
+            assert!(error.to_string().contains(said), "{arguments}: {error}");
+        }
+        let error = train(&file, &file.join("loss.svg"), "").unwrap_err();
+        assert!(
+            error.to_string().contains("cannot write")
+                || format!("{error:#}").contains("Not a directory"),
+            "{error:#}"
+        );
+    }
 }

@@ -4,18 +4,14 @@
 //! of them together;
 //! `--features nccl --example vocab_parallel -- --nccl --ranks 2` a process and a GPU for each.
 
-#[path = "common/mod.rs"]
 mod common;
-#[allow(dead_code)] // all of it is used by `bench`
-#[path = "common/meter.rs"]
-mod meter;
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_cut_cross_entropy::vocab_parallel::{Communicator, ThreadCommunicator, VocabParallel};
 use candle_cut_cross_entropy::{backward, linear_cross_entropy, Options, Preset};
 use clap::Parser;
-use meter::Meter;
+use common::meter::Meter;
 use rand::{rngs::StdRng, Rng, SeedableRng};
 use rand_distr::{Distribution, StandardNormal};
 use rayon::prelude::*;

@@ -6,8 +6,6 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod data;
-#[path = "../common/meter.rs"]
-mod meter;
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::backprop::GradStore;
@@ -16,7 +14,7 @@ use candle_cut_cross_entropy::{
     backward, linear_cross_entropy, Filter, Implementation, Options, Output, Preset, Strategy,
 };
 use clap::{Parser, ValueEnum};
-use meter::Meter;
+use common::meter::Meter;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::str::FromStr;

@@ -1,5 +1,6 @@
 //! Text to train on without downloading any, and a tokenizer made of it.
 
+use super::files;
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 use tokenizers::models::bpe::{BpeTrainer, BPE};
@@ -7,19 +8,20 @@ use tokenizers::models::TrainerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::Tokenizer;
 
-/// The texts of the files, or of the sources and documents of this crate where none is named.
-pub fn read_texts(files: &[PathBuf]) -> Result<Vec<String>> {
-    let mut own = Vec::new();
-    if files.is_empty() {
-        collect_own_files(Path::new(env!("CARGO_MANIFEST_DIR")), &mut own)?;
-        own.sort();
+/// The files that are named, or the sources and documents of this crate where none is.
+pub fn sources(named: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    let mut found = named.to_vec();
+    if named.is_empty() {
+        collect_own_files(Path::new(env!("CARGO_MANIFEST_DIR")), &mut found)?;
+        found.sort();
     }
-    own.iter()
-        .chain(files)
-        .map(|path| {
-            std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))
-        })
-        .collect()
+    Ok(found)
+}
+
+/// Their texts.
+pub fn read_texts(named: &[PathBuf]) -> Result<Vec<String>> {
+    let read = |path: &PathBuf| files::read_text(path);
+    sources(named)?.iter().map(read).collect()
 }
 
 /// The sources and documents below a folder of this crate.

@@ -1,6 +1,6 @@
 //! Time and memory, measured where the work is done.
 
-use crate::common;
+use super::memory;
 use candle_core::{Device, Result};
 use std::time::Instant;
 
@@ -25,8 +25,8 @@ impl Meter {
     pub fn start(&self) -> Result<usize> {
         match self {
             Self::Host => {
-                common::reset_peak();
-                Ok(common::in_use())
+                memory::reset_peak();
+                Ok(memory::in_use())
             }
             #[cfg(feature = "cuda")]
             Self::Cuda(pool) => pool.start(),
@@ -36,7 +36,7 @@ impl Meter {
     /// The most bytes in use since [`Meter::start`].
     pub fn peak(&self) -> Result<usize> {
         match self {
-            Self::Host => Ok(common::peak()),
+            Self::Host => Ok(memory::peak()),
             #[cfg(feature = "cuda")]
             Self::Cuda(pool) => pool.peak(),
         }

@@ -1,65 +1,14 @@
-//! A global allocator that counts: the memory figures of the examples are measured with it.
+//! What the examples share. Each uses a part of it.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+#![allow(dead_code)]
 
-struct Counting;
+pub mod corpus;
+pub mod files;
+pub mod memory;
+pub mod meter;
+pub mod plot;
+pub mod tokens;
+pub mod training;
 
-static IN_USE: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-fn add(bytes: usize) {
-    PEAK.fetch_max(IN_USE.fetch_add(bytes, Relaxed) + bytes, Relaxed);
-}
-
-// SAFETY: every request goes to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let block = System.alloc(layout);
-        if !block.is_null() {
-            add(layout.size());
-        }
-        block
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        let block = System.alloc_zeroed(layout);
-        if !block.is_null() {
-            add(layout.size());
-        }
-        block
-    }
-
-    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
-        System.dealloc(block, layout);
-        IN_USE.fetch_sub(layout.size(), Relaxed);
-    }
-
-    unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        let moved = System.realloc(block, layout, size);
-        if !moved.is_null() {
-            // A block that moves exists twice for a moment.
-            add(size);
-            IN_USE.fetch_sub(layout.size(), Relaxed);
-        }
-        moved
-    }
-}
-
-/// Bytes of host memory in use.
-pub fn in_use() -> usize {
-    IN_USE.load(Relaxed)
-}
-
-/// The most bytes in use since [`reset_peak`].
-pub fn peak() -> usize {
-    PEAK.load(Relaxed)
-}
-
-/// Starts a new peak at what is in use now.
-pub fn reset_peak() {
-    PEAK.store(in_use(), Relaxed);
-}
+#[cfg(test)]
+pub mod fixture;

@@ -1,20 +1,21 @@
 //! A picture of a run.
 
+use super::files;
 use anyhow::Result;
 use plotters::prelude::*;
 use std::path::Path;
 
 /// The curves of (step, loss) as an SVG.
 pub fn draw(path: &Path, train: &[(usize, f64)], validation: &[(usize, f64)]) -> Result<()> {
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder)?;
-    }
     let all = || train.iter().chain(validation).map(|&(_, loss)| loss);
     let (low, high) = (
         all().fold(f64::INFINITY, f64::min).floor(),
         all().fold(0., f64::max).ceil(),
     );
-    let root = SVGBackend::new(path, (720, 400)).into_drawing_area();
+    // The axis of a curve without height has one.
+    let high = high.max(low + 1.);
+    let mut picture = String::new();
+    let root = SVGBackend::with_string(&mut picture, (720, 400)).into_drawing_area();
     root.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&root)
         .margin(16)
@@ -52,5 +53,6 @@ pub fn draw(path: &Path, train: &[(usize, f64)], validation: &[(usize, f64)]) ->
         .label_font(("sans-serif", 16))
         .draw()?;
     root.present()?;
-    Ok(())
+    drop((chart, root));
+    files::replace(path, picture.as_bytes())
 }

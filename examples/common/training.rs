@@ -4,8 +4,10 @@ use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use candle_cut_cross_entropy::models::{Config, Decoder};
 use candle_nn::{VarBuilder, VarMap};
+use clap::ValueEnum;
 use rand::{rngs::StdRng, seq::SliceRandom, SeedableRng};
 use rand_distr::{Distribution, Normal};
+use serde::Serialize;
 
 /// A decoder with new weights in f32 on the CPU, and its variables. The seed determines them; those
 /// that Candle draws on the CPU cannot be seeded.
@@ -50,12 +52,28 @@ pub fn batch_indices(step: usize, size: usize, count: usize, seed: u64) -> Vec<u
         .collect()
 }
 
-/// What the learning rate is multiplied by: a linear warm-up, then a cosine down to a tenth.
-pub fn schedule(step: usize, steps: usize) -> f64 {
-    let warm_up = steps.div_ceil(15);
-    if step < warm_up {
-        return (step + 1) as f64 / warm_up as f64;
+/// How the learning rate goes on after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Schedule {
+    /// A cosine down to a tenth
+    Cosine,
+    /// A line down to a tenth
+    Linear,
+    Constant,
+}
+
+impl Schedule {
+    /// What the learning rate is multiplied by: a linear warm-up, then this.
+    pub fn factor(self, step: usize, steps: usize, warm_up: usize) -> f64 {
+        if step < warm_up {
+            return (step + 1) as f64 / warm_up as f64;
+        }
+        let done = (step - warm_up) as f64 / steps.saturating_sub(warm_up).max(1) as f64;
+        match self {
+            Self::Cosine => 0.1 + 0.45 * (1. + (std::f64::consts::PI * done).cos()),
+            Self::Linear => 1. - 0.9 * done,
+            Self::Constant => 1.,
+        }
     }
-    let done = (step - warm_up) as f64 / (steps - warm_up) as f64;
-    0.1 + 0.45 * (1. + (std::f64::consts::PI * done).cos())
 }

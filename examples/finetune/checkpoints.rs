@@ -16,6 +16,10 @@ const PREFIX: &str = "step-";
 #[derive(Serialize, Deserialize)]
 pub struct State {
     pub step: usize,
+    /// The steps of the whole run.
+    pub steps: usize,
+    /// The fingerprint of the weights that it began with.
+    pub base: u64,
     /// The arguments that determine the run.
     pub run: Map<String, Value>,
     /// The fingerprint of the data.
@@ -105,6 +109,14 @@ pub fn save(
     };
     write().with_context(|| format!("writing {}", path.display()))?;
     clear(output, Some(state.step))
+}
+
+/// The folders of all checkpoints.
+pub fn folders(output: &Path) -> Result<Vec<PathBuf>> {
+    let steps = steps(output)?.into_iter();
+    Ok(steps
+        .map(|step| output.join(format!("{PREFIX}{step}")))
+        .collect())
 }
 
 /// Removes all checkpoints but one, and what an interruption left of others.

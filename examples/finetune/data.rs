@@ -1,10 +1,13 @@
-//! What to learn from: records of a JSONL file, or plain text.
+//! What to learn from: sequences of tokens, made of records or of plain text.
 
-use crate::corpus::read_texts;
-use crate::tokens::{Encoder, Sequence};
+use crate::arguments::Learn;
+use crate::chat::Template;
+use crate::common::tokens::{Encoder, Sequence};
+use crate::common::{corpus, files};
+use crate::records::{self, Content, Example};
 use anyhow::{bail, ensure, Context, Result};
 use rand::{rngs::StdRng, seq::SliceRandom, SeedableRng};
-use serde::Deserialize;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 pub struct Data {
@@ -13,35 +16,25 @@ pub struct Data {
     content: Content,
 }
 
-enum Content {
-    Records(Vec<Record>),
-    Plain(String),
+/// How sequences are made.
+pub struct Rules<'a> {
+    pub encoder: &'a Encoder,
+    pub template: Option<&'a Template>,
+    pub learn: Learn,
+    /// The most tokens of a sequence.
+    pub length: usize,
+    /// Whether a record that cannot be used is an error.
+    pub strict: bool,
 }
 
-/// A text to learn, after a prompt that may be empty.
-struct Record {
-    line: usize,
-    prompt: String,
-    text: String,
-}
-
-/// A line of a JSONL file as it is written.
-#[derive(Deserialize)]
-struct Line {
-    instruction: Option<String>,
-    #[serde(default)]
-    input: String,
-    output: Option<String>,
-    text: Option<String>,
-}
-
-/// The text before an output. `Args::data` shows it to the user.
-fn prompt(instruction: &str, input: &str) -> String {
-    let input = match input {
-        "" => String::new(),
-        input => format!("### Input:\n{input}\n\n"),
-    };
-    format!("### Instruction:\n{instruction}\n\n{input}### Response:\n")
+/// Sequences, and what became of the records that are not whole in them.
+#[derive(Default)]
+pub struct Sequences {
+    pub sequences: Vec<Sequence>,
+    /// Records that were longer.
+    pub cut: usize,
+    /// Records that cannot be used, by why.
+    pub skipped: BTreeMap<String, Vec<String>>,
 }
 
 impl Data {
@@ -49,150 +42,216 @@ impl Data {
     pub fn read(path: Option<&Path>) -> Result<Self> {
         let Some(path) = path else {
             return Ok(Self {
-                name: "this crate".into(),
-                content: Content::Plain(read_texts(&[])?.concat()),
+                name: "the sources of this crate".into(),
+                content: Content::Plain(corpus::read_texts(&[])?.concat()),
             });
         };
         let name = path.display().to_string();
-        let text = std::fs::read_to_string(path).with_context(|| format!("reading {name}"))?;
-        ensure!(!text.trim().is_empty(), "{name} is empty");
-        let content = match path.extension().is_some_and(|e| e == "jsonl") {
-            true => Content::Records(records(&name, &text)?),
-            false => Content::Plain(text),
-        };
+        let content = records::parse(path, files::read_text(path)?).context(name.clone())?;
+        if let Content::Records(records) = &content {
+            ensure!(!records.records.is_empty(), "{name} has no records");
+        }
         Ok(Self { name, content })
+    }
+
+    /// What it was read as, and what of it is not read.
+    pub fn describe(&self) -> String {
+        match &self.content {
+            Content::Plain(text) => format!("{}: plain text, {} bytes", self.name, text.len()),
+            Content::Records(records) => {
+                let unread = records.unread.iter();
+                let unread = unread.map(|(name, n)| format!("; `{name}` of {n} is not read"));
+                let count = records.records.len();
+                format!(
+                    "{}: {count} records{}",
+                    self.name,
+                    unread.collect::<String>()
+                )
+            }
+        }
+    }
+
+    /// Whether there are conversations, which need a template.
+    pub fn has_chats(&self) -> bool {
+        match &self.content {
+            Content::Plain(_) => false,
+            Content::Records(records) => records
+                .records
+                .iter()
+                .any(|record| matches!(record.example, Example::Chat { .. })),
+        }
+    }
+
+    /// A text as a prompt: an instruction, where the records are instructions.
+    pub fn prompt(&self, text: &str) -> String {
+        match &self.content {
+            Content::Records(records) if records.instructions => {
+                records::instruction_prompt(text, "")
+            }
+            _ => text.to_owned(),
+        }
     }
 
     pub fn texts(&self) -> Vec<&str> {
         match &self.content {
             Content::Records(records) => records
+                .records
                 .iter()
-                .flat_map(|record| [&*record.prompt, &*record.text])
+                .flat_map(|record| match &record.example {
+                    Example::Text { prompt, text } => vec![&**prompt, &**text],
+                    Example::Chat { messages, .. } => messages
+                        .iter()
+                        .filter_map(|message| message["content"].as_str())
+                        .collect(),
+                })
                 .collect(),
             Content::Plain(text) => vec![text],
         }
     }
 
-    /// The sequences of at most `length` tokens, and how many records were longer. `end` ends a record.
-    pub fn sequences(
-        &self,
-        encoder: &Encoder,
-        end: Option<u32>,
-        length: usize,
-    ) -> Result<(Vec<Sequence>, usize)> {
-        let (mut sequences, mut cut) = (Vec::new(), 0);
+    /// The sequences of at most as many tokens as the rules say.
+    pub fn sequences(&self, rules: &Rules) -> Result<Sequences> {
+        let mut made = Sequences::default();
         match &self.content {
             Content::Plain(text) => {
-                let ids = encoder.encode(text, false).context(self.name.clone())?;
+                let ids = rules.encoder.encode(text).context(self.name.clone())?;
                 // Nothing can be learnt from a single token.
-                let windows = ids.chunks(length).filter(|window| window.len() > 1);
-                sequences.extend(windows.map(|window| Sequence {
-                    ids: window.to_vec(),
-                    ignored: 0,
-                }));
+                let windows = ids.chunks(rules.length).filter(|window| window.len() > 1);
+                made.sequences
+                    .extend(windows.map(|window| Sequence::from(window.to_vec(), 0)));
             }
             Content::Records(records) => {
-                for record in records {
-                    let sequence = record
-                        .sequence(encoder, end, length, &mut cut)
-                        .with_context(|| format!("{}, line {}", self.name, record.line))?;
-                    sequences.push(sequence);
+                for record in &records.records {
+                    let place = || format!("{}, {}", self.name, record.place);
+                    match record.example.sequence(rules).with_context(place)? {
+                        Ok((sequence, cut)) => {
+                            made.sequences.push(sequence);
+                            made.cut += usize::from(cut);
+                        }
+                        Err(why) if rules.strict => bail!("{}: {why}", place()),
+                        Err(why) => {
+                            let places = made.skipped.entry(why).or_default();
+                            places.push(record.place.clone());
+                        }
+                    }
                 }
             }
         }
-        Ok((sequences, cut))
-    }
-
-    /// Sets a share of the sequences apart, the same ones for the same seed: (to train on, to validate on).
-    pub fn hold_out(
-        &self,
-        mut sequences: Vec<Sequence>,
-        share: f64,
-        seed: u64,
-    ) -> Result<(Vec<Sequence>, Vec<Sequence>)> {
-        let count = sequences.len();
         ensure!(
-            count > 1,
-            "{}: {count} sequence, one to train on and one to validate on are the least",
-            self.name
+            !made.sequences.is_empty(),
+            "{}: nothing to learn{}",
+            self.name,
+            made.describe_skipped()
+                .map(|skipped| format!("; {skipped}"))
+                .unwrap_or_default()
         );
-        sequences.shuffle(&mut StdRng::seed_from_u64(seed));
-        let held_out = (count as f64 * share).round() as usize;
-        let validation = sequences.split_off(count - held_out.clamp(1, count - 1));
-        Ok((sequences, validation))
+        Ok(made)
     }
 }
 
-fn records(name: &str, text: &str) -> Result<Vec<Record>> {
-    let mut records = Vec::new();
-    for (i, line) in text.lines().enumerate() {
-        if line.trim().is_empty() {
-            continue;
-        }
-        let number = i + 1;
-        let parsed: Line = serde_json::from_str(line).map_err(|e| {
-            // To the parser every line is the first.
-            let error = e.to_string().replace(" at line 1 column", ", column");
-            anyhow::anyhow!("{name}, line {number}: {error}")
-        })?;
-        let (prompt, text) = match (parsed.instruction, parsed.output, parsed.text) {
-            (Some(instruction), Some(output), _) => (prompt(&instruction, &parsed.input), output),
-            (None, None, Some(text)) => (String::new(), text),
-            (Some(_), None, _) => bail!("{name}, line {number}: instruction without output"),
-            (None, Some(_), _) => bail!("{name}, line {number}: output without instruction"),
-            (None, None, None) => {
-                bail!("{name}, line {number}: neither instruction and output nor text")
+impl Sequences {
+    /// Which records are skipped and why.
+    pub fn describe_skipped(&self) -> Option<String> {
+        const NAMED: usize = 5;
+        let count: usize = self.skipped.values().map(Vec::len).sum();
+        let reasons: Vec<_> = self
+            .skipped
+            .iter()
+            .map(|(why, places)| {
+                let named = places[..places.len().min(NAMED)].join(", ");
+                match places.len().saturating_sub(NAMED) {
+                    0 => format!("{why} ({named})"),
+                    more => format!("{why} ({named} and {more} more)"),
+                }
+            })
+            .collect();
+        (count > 0).then(|| format!("{count} records skipped: {}", reasons.join("; ")))
+    }
+}
+
+impl Example {
+    /// Its sequence and whether it is cut, or why it cannot be used.
+    fn sequence(&self, rules: &Rules) -> Result<Result<(Sequence, bool), String>> {
+        let encoder = rules.encoder;
+        let mut sequence = match self {
+            Self::Text { text, .. } if text.is_empty() => {
+                return Ok(Err("the text to learn is empty".into()))
+            }
+            Self::Text { prompt, text } => {
+                let mut ids = Vec::new();
+                if !prompt.is_empty() {
+                    ids = encoder.encode_from_begin(prompt)?;
+                }
+                let start = ids.len();
+                // What begins a text begins the prompt, if there is one.
+                ids.extend(match prompt.is_empty() {
+                    true => encoder.encode_from_begin(text)?,
+                    false => encoder.encode(text)?,
+                });
+                encoder.end(&mut ids);
+                Sequence::from(ids, start)
+            }
+            Self::Chat { messages, tools } => {
+                let Some(template) = rules.template else {
+                    bail!("`messages` need a chat template: the tokenizer has none, --chat-template names one")
+                };
+                let (text, answers) = match template.answers(messages, tools) {
+                    Ok(rendered) => rendered,
+                    Err(e) => return Ok(Err(format!("{e:#}"))),
+                };
+                // The template writes the special tokens.
+                let tokens = encoder.encode_spans(&text)?;
+                let inside = |start: &usize| answers.iter().any(|answer| answer.contains(start));
+                let learnt = tokens.iter().map(|(_, start)| inside(start)).collect();
+                let ids = tokens.into_iter().map(|(id, _)| id).collect();
+                Sequence { ids, learnt }
             }
         };
-        records.push(Record {
-            line: number,
-            prompt,
-            text,
-        });
-    }
-    Ok(records)
-}
-
-impl Record {
-    fn sequence(
-        &self,
-        encoder: &Encoder,
-        end: Option<u32>,
-        length: usize,
-        cut: &mut usize,
-    ) -> Result<Sequence> {
-        ensure!(!self.text.is_empty(), "nothing to learn: the text is empty");
-        let mut ids = Vec::new();
-        if !self.prompt.is_empty() {
-            ids = encoder.encode(&self.prompt, true)?;
+        if rules.learn == Learn::All {
+            sequence.learnt.fill(true);
         }
-        let ignored = ids.len();
-        // What begins a text begins the prompt, if there is one.
-        ids.extend(encoder.encode(&self.text, self.prompt.is_empty())?);
-        ids.extend(end);
-        ensure!(
-            ignored < length,
-            "nothing to learn: the prompt has {ignored} tokens, --length is {length}"
-        );
-        ensure!(
-            ids.len() > 1,
-            "nothing to learn: the text is a single token"
-        );
-        if ids.len() > length {
-            *cut += 1;
-            ids.truncate(length);
+        if sequence.positions() == 0 {
+            return Ok(Err("no token to learn".into()));
         }
-        Ok(Sequence { ids, ignored })
+        let cut = sequence.ids.len() > rules.length;
+        sequence.ids.truncate(rules.length);
+        sequence.learnt.truncate(rules.length);
+        Ok(match sequence.positions() {
+            0 => Err("what comes before the text to learn fills --length".into()),
+            _ => Ok((sequence, cut)),
+        })
     }
 }
 
-/// A number that tells whether data is the same, by FNV-1a.
+/// Sets a share of the sequences apart, the same ones for the same seed: (to train on, to validate on).
+pub fn hold_out(
+    mut sequences: Vec<Sequence>,
+    share: f64,
+    seed: u64,
+) -> Result<(Vec<Sequence>, Vec<Sequence>)> {
+    let count = sequences.len();
+    if share == 0. {
+        return Ok((sequences, Vec::new()));
+    }
+    ensure!(
+        count > 1,
+        "{count} sequence, one to train on and one to validate on are the least; --validation 0 does without"
+    );
+    sequences.shuffle(&mut StdRng::seed_from_u64(seed));
+    let held_out = (count as f64 * share).round() as usize;
+    let validation = sequences.split_off(count - held_out.clamp(1, count - 1));
+    Ok((sequences, validation))
+}
+
+/// A number that tells whether data is the same.
 pub fn fingerprint(sequences: &[Sequence]) -> u64 {
-    let numbers = sequences.iter().flat_map(|s| {
-        let sizes = [s.ids.len() as u32, s.ignored as u32];
-        sizes.into_iter().chain(s.ids.iter().copied())
-    });
-    numbers.fold(0xcbf2_9ce4_8422_2325, |hash, number| {
-        (hash ^ u64::from(number)).wrapping_mul(0x0100_0000_01b3)
-    })
+    let mut hash = files::Fnv::default();
+    for sequence in sequences {
+        hash.add(&(sequence.ids.len() as u64).to_le_bytes());
+        for (id, &learnt) in sequence.ids.iter().zip(&sequence.learnt) {
+            hash.add(&id.to_le_bytes());
+            hash.add(&[u8::from(learnt)]);
+        }
+    }
+    hash.0
 }
