@@ -206,7 +206,7 @@ impl Reference {
     /// that is the tolerance of the terms it has a part in.
     pub fn averaged(&self, upstream: &Upstream, eps: (f64, f64), tile: Tile) -> Gradients {
         let (rows, vocab) = (self.counting.len(), self.inputs.vocab);
-        let (groups, tiles) = (rows.div_ceil(tile.rows), vocab.div_ceil(tile.classes));
+        let tiles = vocab.div_ceil(tile.classes);
         let largest = self.largest(tile);
         // Of a tile and a gradient: whether it is averaged, and whether that is certain.
         let averaged = |group: usize, t: usize, eps: f64| {
