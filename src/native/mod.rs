@@ -315,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn a_filter_skips_tiles_and_loses_little() {
+    fn a_filter_averages_tiles_and_loses_little() {
         let case = Case {
             time: 100,
             hidden: 32,
@@ -426,6 +426,34 @@ mod tests {
                 assert!(de[..2 * case.hidden].iter().all(|x| x.is_finite()));
                 assert!(gradients[1].as_ref().unwrap().iter().all(|x| x.is_nan()));
                 assert!(gradients[2].as_ref().unwrap().iter().all(|x| x.is_nan()));
+            }
+        }
+    }
+    #[test]
+    fn logits_of_ten_thousand_lose_no_bits_to_a_rounded_lse() {
+        // Logits that f32 holds exactly: 10000 and 2, 1, 0, -1 for the first row, the negatives for the second. Their
+        // lse is rounded by up to 5e-4; loss and softmax must not be.
+        let e = Tensor::new(&[[5000f32, 1.], [5000., -1.]], &Device::Cpu).unwrap();
+        let c = Tensor::new(&[[2f32, 2.], [2., 1.], [2., 0.], [2., -1.]], &Device::Cpu).unwrap();
+        let targets = Tensor::new(&[1i64, 1], &Device::Cpu).unwrap();
+        let problem = Problem::new(&e, &c, &targets, &exact()).unwrap();
+        let rows = [[2f64, 1., 0., -1.], [-2., -1., 0., 1.]];
+        let sums = rows.map(|row| row.map(f64::exp).iter().sum::<f64>());
+        let want = (sums[0].ln() - 1. + sums[1].ln() + 1.) / 2.;
+        for forward in [run_tensor(&problem), run_cpu(&problem)] {
+            let loss = values(&forward.packed)[4];
+            assert!((loss - want).abs() < 2e-6, "loss {loss}, want {want}");
+            let upstream = Tensor::new(&[0f32, 0., 0., 0., 1.], &Device::Cpu).unwrap();
+            let gradients = backward(&problem, &forward, &upstream, wanted(&problem));
+            let dc = gradients[1].as_ref().unwrap();
+            for class in 0..4 {
+                // The second column of E is 1 and -1; the targets cancel.
+                let p = |row: usize| rows[row][class].exp() / sums[row];
+                let (got, want) = (dc[class * 2 + 1], (p(0) - p(1)) / 2.);
+                assert!(
+                    (got - want).abs() < 1e-6,
+                    "dC of {class}: {got}, want {want}"
+                );
             }
         }
     }

@@ -1,7 +1,7 @@
 //! Blocks of rows and classes in Candle tensor operations, for any device.
 //!
-//! Half-precision inputs are converted block by block, so every product is an f32 one. Nothing is
-//! filtered here: to skip a block, the host would have to wait for the device.
+//! Half-precision inputs are converted block by block, so every product is an f32 one. The gradients are exact
+//! whatever the filter: to average a block instead, the host would have to wait for the device.
 
 use super::rows::Rows;
 use super::DEFAULT_WORKSPACE;
@@ -26,8 +26,10 @@ fn accumulator(dtype: DType) -> DType {
 
 struct Saved {
     rows: Arc<RowsOnDevice>,
-    /// `(n, 1)`, accumulator dtype.
-    lse: Tensor,
+    /// A row's softmax is `exp(z - max) / sum`: no rounded lse comes between the two. Both `(n, 1)`, accumulator
+    /// dtype.
+    max: Tensor,
+    sum: Tensor,
     settings: Settings,
     kept: Arc<KeptTiles>,
 }
@@ -153,10 +155,11 @@ pub(super) fn forward(problem: &Problem, rows: Rows, kept: Arc<KeptTiles>) -> Re
     let positions = rows.rows.positions;
     if n == 0 {
         let packed = Tensor::zeros(2 * positions + 1, DType::F32, device)?;
-        let lse = Tensor::zeros((0, 1), dtype, device)?;
+        let none = Tensor::zeros((0, 1), dtype, device)?;
         let backward = Box::new(Saved {
             rows,
-            lse,
+            max: none.clone(),
+            sum: none,
             settings: settings.clone(),
             kept,
         });
@@ -210,8 +213,9 @@ pub(super) fn forward(problem: &Problem, rows: Rows, kept: Arc<KeptTiles>) -> Re
             all
         }
     };
-    let lse = (all.max + all.sum.log()?)?.unsqueeze(1)?;
-    let nll = (&lse - all.target.unsqueeze(1)?)?;
+    let log_sum = all.sum.log()?;
+    let lse = (&all.max + &log_sum)?.unsqueeze(1)?;
+    let nll = ((&all.max - all.target)? + log_sum)?.unsqueeze(1)?;
     let losses = match settings.z_loss {
         0. => nll,
         weight => (nll + (lse.sqr()? * weight)?)?,
@@ -230,7 +234,8 @@ pub(super) fn forward(problem: &Problem, rows: Rows, kept: Arc<KeptTiles>) -> Re
     )?;
     let backward = Box::new(Saved {
         rows,
-        lse,
+        max: all.max.unsqueeze(1)?,
+        sum: all.sum.unsqueeze(1)?,
         settings: settings.clone(),
         kept,
     });
@@ -289,7 +294,8 @@ impl Backward for Saved {
                 ..self.backward(matrices, upstream, others)?
             });
         }
-        let (p_scale, target_scale) = self.row_scales(upstream)?;
+        let (softmax_scale, target_scale) = self.row_scales(upstream)?;
+        let exp_scale = (softmax_scale / &self.sum)?;
         let size = Blocks::new(n, vocab, hidden, acc.size_in_bytes(), workspace);
 
         let de = Tensor::zeros(
@@ -326,9 +332,9 @@ impl Backward for Saved {
                 let e = self.rows.embeddings(matrices.embeddings, &row_block)?;
                 let z = logits(&e, matrices, &classes, self.settings.softcap)?;
                 let mut g = z
-                    .broadcast_sub(&pick(&self.lse)?)?
+                    .broadcast_sub(&pick(&self.max)?)?
                     .exp()?
-                    .broadcast_mul(&pick(&p_scale)?)?;
+                    .broadcast_mul(&pick(&exp_scale)?)?;
                 if let Some((index, inside)) = self.rows.targets(&row_block, &classes)? {
                     let one_hot = pick(&target_scale)?;
                     let one_hot = inside.where_cond(&one_hot.neg()?, &one_hot.zeros_like()?)?;
@@ -382,7 +388,7 @@ impl Saved {
     /// there is a z-loss.
     fn row_scales(&self, upstream: &Tensor) -> Result<(Tensor, Tensor)> {
         let n = self.rows.rows.positions;
-        let upstream = upstream.to_dtype(self.lse.dtype())?;
+        let upstream = upstream.to_dtype(self.max.dtype())?;
         let pick = |start: usize| -> Result<Tensor> {
             upstream
                 .narrow(0, start, n)?
@@ -393,7 +399,10 @@ impl Saved {
         let of_lse = pick(n)?.unsqueeze(1)?;
         let in_softmax = match self.settings.z_loss {
             0. => of_loss.clone(),
-            weight => (&of_loss * self.lse.affine(2. * weight, 1.)?)?,
+            weight => {
+                let lse = (&self.max + self.sum.log()?)?;
+                (&of_loss * lse.affine(2. * weight, 1.)?)?
+            }
         };
         Ok(((in_softmax + of_lse)?, of_loss))
     }

@@ -2,7 +2,9 @@
 //! device and implementation.
 
 use super::reference::{Gradients, Reduced, Reference};
-use super::{auto_threshold, gradients_close, output_close, weighted, with_thresholds, Case};
+use super::{
+    auto_threshold, dropped, gradients_close, halving, output_close, tile, weighted, Case,
+};
 use candle_core::{DType, Device};
 use candle_cut_cross_entropy::{
     backward, linear_cross_entropy, Filter, Implementation, Options, Preset, Strategy,
@@ -14,30 +16,59 @@ pub struct Grid {
     pub device: Device,
     pub implementation: Implementation,
     pub dtypes: Vec<DType>,
-    /// Takes every `step`-th of the cases of a problem. Best prime to their number, 3 x 7 x 3.
+    /// Takes every `step`-th of the cases of a problem. Best prime to their number, 3 x 9 x 3.
     pub step: usize,
 }
 
-/// A threshold at which the small problems of the grid have entries on both sides.
-const THRESHOLD: f64 = 0.05;
+/// A threshold below which a filter drops: the small problems of the grid have entries on both sides.
+const DROPPED: f64 = 0.05;
 
-/// Ways to choose the filters: options, and the thresholds for embeddings and classifier.
-fn filters(dtype: DType) -> Vec<(String, Options, (f64, f64))> {
+/// What a filter does.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Does {
+    /// With thresholds for embeddings and classifier; 0 is exact.
+    Average(f64, f64),
+    Drop(f64),
+}
+
+/// Ways to choose the filters. `eps` is a threshold at which some tiles are averaged.
+fn filters(dtype: DType, eps: f64) -> Vec<(String, Options, Does)> {
     let auto = auto_threshold(dtype);
     let mut filters: Vec<_> = Preset::ALL
         .into_iter()
         .map(|preset| {
-            let eps = match preset {
-                Preset::Cce | Preset::CceKahan => (auto, auto),
-                Preset::CceKahanFullC => (auto, 0.),
-                Preset::CceKahanFullE => (0., auto),
-                Preset::CceExact | Preset::Native => (0., 0.),
+            let does = match preset {
+                Preset::Cce | Preset::CceKahan => Does::Average(auto, auto),
+                Preset::CceKahanFullC => Does::Average(auto, 0.),
+                Preset::CceKahanFullE => Does::Average(0., auto),
+                Preset::CceExact | Preset::Native => Does::Average(0., 0.),
             };
-            (preset.name().to_owned(), Options::preset(preset), eps)
+            (preset.name().to_owned(), Options::preset(preset), does)
         })
         .collect();
-    let options = Options::default().filter(Filter::Threshold(THRESHOLD));
-    filters.push(("threshold".to_owned(), options, (THRESHOLD, THRESHOLD)));
+    let mut add = |name: &str, embeddings: Filter, classifier: Filter, does| {
+        let options = Options::default().filter_embeddings(embeddings);
+        filters.push((name.to_owned(), options.filter_classifier(classifier), does));
+    };
+    let threshold = Filter::Threshold;
+    add(
+        "averaged",
+        threshold(eps),
+        threshold(eps),
+        Does::Average(eps, eps),
+    );
+    add(
+        "averaged more in dC",
+        threshold(eps / 2.),
+        threshold(eps),
+        Does::Average(eps / 2., eps),
+    );
+    add(
+        "dropped",
+        Filter::Drop(DROPPED),
+        Filter::Drop(DROPPED),
+        Does::Drop(DROPPED),
+    );
     filters
 }
 
@@ -140,20 +171,36 @@ fn run_problem(
     wrong: &mut Vec<String>,
 ) {
     let reference = Reference::new(case.inputs.clone());
+    let tile = tile(&grid.device);
+    // Tensor operations on another device than the CPU average nothing.
+    let averages = grid.implementation != Implementation::Native || grid.device.is_cpu();
+    let eps = halving(&reference, tile).unwrap_or(0.);
+    let tiles = reference.largest(tile);
+    let kept = tiles.iter().filter(|p| **p >= eps).count() as f64 / tiles.len() as f64;
+    let certain = eps > 0. && tiles.iter().all(|p| (p - eps).abs() > 0.02 * eps + 2e-7);
     for (of_loss, of_lse) in [(true, false), (false, true), (true, true)] {
         let upstream = case.upstream(*turn as u64, of_loss, of_lse);
-        let mut known: Vec<((f64, f64), Gradients)> = Vec::new();
-        for (name, options, eps) in filters(case.dtype) {
+        let mut known: Vec<(Does, Gradients)> = Vec::new();
+        for (name, options, does) in filters(case.dtype, eps) {
+            let does = if averages {
+                does
+            } else {
+                Does::Average(0., 0.)
+            };
             for strategy in STRATEGIES {
                 *turn += 1;
                 if !turn.is_multiple_of(step) {
                     continue;
                 }
                 *computed += 1;
-                if !known.iter().any(|(of, _)| *of == eps) {
-                    known.push((eps, with_thresholds(&reference, &upstream, eps)));
+                if !known.iter().any(|(of, _)| *of == does) {
+                    let gradients = match does {
+                        Does::Average(e, c) => reference.averaged(&upstream, (e, c), tile),
+                        Does::Drop(eps) => dropped(&reference, &upstream, eps),
+                    };
+                    known.push((does, gradients));
                 }
-                let want = &known.iter().find(|(of, _)| *of == eps).unwrap().1;
+                let want = &known.iter().find(|(of, _)| *of == does).unwrap().1;
                 let options = match name.as_str() {
                     "native" => options.clone(),
                     _ => options.clone().implementation(grid.implementation),
@@ -177,6 +224,10 @@ fn run_problem(
                         _ => backward(&loss),
                     };
                     let grads = grads.map_err(text)?;
+                    let share = output.kept_tiles().map_err(text)?;
+                    if name == "averaged" && averages && certain && share != Some(kept) {
+                        return Err(format!("kept {share:?} of the tiles, want {kept}"));
+                    }
                     gradients_close(&grads, &tensors, want, case.dtype, reference.logit_scale)
                 };
                 if let Err(error) = attempt() {

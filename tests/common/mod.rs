@@ -8,7 +8,9 @@ pub mod shards;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_cut_cross_entropy::{Filter, Options, Output, Reduction};
 use half::{bf16, f16};
-use reference::{Gradient, Gradients, Inputs, Reduced, Reference, Upstream};
+use reference::{
+    Gradient, Gradients, Inputs, Reduced, Reference, Tile, Upstream, CPU_TILE, CUDA_TILE,
+};
 
 /// SplitMix64: the same numbers on every machine.
 pub struct Random(u64);
@@ -66,13 +68,19 @@ pub fn gradient_tolerance(dtype: DType) -> f64 {
 
 /// The threshold [`Filter::Auto`] is documented to have.
 pub fn auto_threshold(dtype: DType) -> f64 {
-    let machine_epsilon = match dtype {
-        DType::BF16 => 2f64.powi(-7),
-        DType::F16 => 2f64.powi(-10),
-        DType::F32 => f32::EPSILON as f64,
-        _ => f64::EPSILON,
-    };
-    machine_epsilon / 32.
+    match dtype {
+        DType::BF16 | DType::F16 => 2f64.powi(-10),
+        DType::F32 => 2f64.powi(-28),
+        _ => 2f64.powi(-57),
+    }
+}
+
+/// The tiles of the kernels for a device.
+pub fn tile(device: &Device) -> Tile {
+    match device.is_cpu() {
+        true => CPU_TILE,
+        false => CUDA_TILE,
+    }
 }
 
 /// Inputs of a loss, and the dtypes and shape their tensors have.
@@ -425,7 +433,7 @@ pub fn gradients_close(
 }
 
 /// Computes a case with these options and compares everything with the reference. `eps` are the
-/// thresholds of the filters of embeddings and classifier that the options set.
+/// thresholds of the averaging filters of embeddings and classifier that the options set.
 pub fn check(
     case: &Case,
     options: Options,
@@ -434,7 +442,7 @@ pub fn check(
     eps: (f64, f64),
 ) -> std::result::Result<(), String> {
     let reference = Reference::new(case.inputs.clone());
-    let want = with_thresholds(&reference, upstream, eps);
+    let want = reference.averaged(upstream, eps, tile(device));
     check_against(case, options, device, upstream, &reference, &want)
 }
 
@@ -464,18 +472,30 @@ pub fn check_against(
     gradients_close(&grads, &tensors, want, case.dtype, reference.logit_scale)
 }
 
-/// The reference's gradients, with what filters of these thresholds may drop.
-pub fn with_thresholds(reference: &Reference, upstream: &Upstream, eps: (f64, f64)) -> Gradients {
+/// The reference's gradients, with what a filter that drops below `eps` may drop.
+pub fn dropped(reference: &Reference, upstream: &Upstream, eps: f64) -> Gradients {
     // Rounding decides for an entry that is at the threshold.
-    let above = |eps: f64| if eps > 0. { eps * 1.02 + 2e-7 } else { 0. };
-    let of_classifier = reference.gradients(upstream, above(eps.1));
-    if eps.0 == eps.1 {
-        return of_classifier;
-    }
-    Gradients {
-        embeddings: reference.gradients(upstream, above(eps.0)).embeddings,
-        ..of_classifier
-    }
+    reference.gradients(upstream, if eps > 0. { eps * 1.02 + 2e-7 } else { 0. })
+}
+
+/// A threshold at which about half of the tiles are kept, far from the largest probability of any; where there is one
+/// tile, one at which it is not. `None` where that is no threshold.
+pub fn halving(reference: &Reference, tile: Tile) -> Option<f64> {
+    let mut largest = reference.largest(tile);
+    largest.sort_by(f64::total_cmp);
+    let eps = match largest.len() {
+        0 => return None,
+        1 => largest[0] * 1.1 + 1e-5,
+        len => {
+            // The widest of the gaps in the middle half.
+            let ratio = |i: &usize| largest[*i] / largest[i - 1];
+            let middle = len / 4 + 1..(len * 3 / 4).max(len / 4 + 1) + 1;
+            let middle = middle.filter(|i| *i < len);
+            let i = middle.max_by(|a, b| ratio(a).total_cmp(&ratio(b)))?;
+            (largest[i] * largest[i - 1]).sqrt()
+        }
+    };
+    (eps < 1.).then_some(eps)
 }
 
 /// Options with nothing filtered.

@@ -6,6 +6,7 @@ mod common;
 mod autograd;
 mod edges;
 mod errors;
+mod filter;
 mod golden;
 mod grid;
 mod objectives;

@@ -15,10 +15,9 @@ mod vocab_parallel;
 use candle_core::{DType, Device, Result};
 use candle_cut_cross_entropy::{linear_cross_entropy, Implementation, Options, Strategy};
 use common::grid::{self, Grid};
-use common::reference::{Reduced, Reference, Upstream};
+use common::reference::{Reduced, Reference, Upstream, CUDA_TILE};
 use common::{
-    auto_threshold, check_against, close, exact, gradient_tolerance, norm, numbers, weighted,
-    with_thresholds, Case,
+    auto_threshold, check_against, close, exact, gradient_tolerance, norm, numbers, weighted, Case,
 };
 use std::io::Write;
 use std::sync::OnceLock;
@@ -56,7 +55,7 @@ fn wrong(case: &Case, upstream: &Upstream, strategy: Strategy, device: &Device) 
     let reference = Reference::new(case.inputs.clone());
     let mut wrong = Vec::new();
     for (filter, options, eps) in filters(case.dtype) {
-        let want = with_thresholds(&reference, upstream, (eps, eps));
+        let want = reference.averaged(upstream, (eps, eps), CUDA_TILE);
         for implementation in KERNELS {
             let options = options.clone().strategy(strategy);
             let options = options.implementation(implementation);

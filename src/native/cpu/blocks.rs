@@ -1,10 +1,11 @@
-//! Blocks of the logits, and the gradients they contribute.
+//! Blocks of the logits, and what they sum up to.
 //!
 //! A block is a range of rows by a range of tiles, a tile being [`TILE`] classes. It is stored tile by
 //! tile, `(rows, TILE)` each, so that the threads, which take a tile each, write to slices of their own
 //! and find what they wrote in their cache.
 
 use super::element::{Element, Real};
+use super::kept::Kept;
 use super::passes;
 use super::product::{multiply, Matrix};
 use crate::native::rows::Rows;
@@ -12,9 +13,9 @@ use rayon::prelude::*;
 use std::borrow::Cow;
 use std::ops::Range;
 
-/// Classes that one task multiplies, and that the filter keeps or skips together.
+/// Classes that one task multiplies, and that the filter keeps or averages together.
 pub(super) const TILE: usize = 256;
-/// Rows that the filter keeps or skips together.
+/// Rows that the filter keeps or averages together.
 pub(super) const GROUP: usize = 32;
 
 pub(super) fn blocks(len: usize, block: usize) -> impl Iterator<Item = Range<usize>> {
@@ -28,6 +29,8 @@ pub(super) fn blocks(len: usize, block: usize) -> impl Iterator<Item = Range<usi
 pub(super) struct Softmax<R> {
     pub max: R,
     pub inverse_sum: R,
+    /// The target's logit.
+    pub target: R,
 }
 
 /// What a row's softmax and its one-hot are multiplied by.
@@ -59,6 +62,7 @@ impl<R: Real> RowSum<R> {
         Softmax {
             max: self.max,
             inverse_sum: R::from_f64(1. / self.sum),
+            target: self.target,
         }
     }
 
@@ -71,139 +75,21 @@ impl<R: Real> RowSum<R> {
     }
 }
 
+/// What a row is over the classes of a tile, its target left out.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct TileSum<R> {
+    pub max: R,
+    /// `sum_j exp(z_j - max)`
+    pub sum: R,
+    /// The same with the derivative of the softcap in each term, for the filter.
+    pub mass: R,
+}
+
 /// What a block of rows is over all classes here.
 pub(super) struct BlockSums<R> {
-    /// `(tiles, rows)`: the largest logit of a tile and its sum of exponentials.
-    pub tiles: Vec<(R, R)>,
+    /// `(tiles, rows)`
+    pub tiles: Vec<TileSum<R>>,
     pub rows: Vec<RowSum<R>>,
-}
-
-/// Whether `x` is to be kept: a NaN is.
-fn at_least(x: f64, threshold: f64) -> bool {
-    x >= threshold || x.is_nan()
-}
-
-/// The tiles of a gradient: bits of [`Kept`].
-pub(super) const EMBEDDINGS: u8 = 1;
-pub(super) const CLASSIFIER: u8 = 2;
-
-/// Which gradients take which groups of rows of which tiles.
-#[derive(Debug)]
-pub(super) struct Kept {
-    /// `(tiles, groups)`, or nothing where every tile is kept.
-    flags: Vec<u8>,
-    groups: usize,
-    /// Thresholds of the two gradients; 0 keeps everything.
-    eps: [(u8, f64); 2],
-}
-
-impl Kept {
-    pub fn new(
-        rows: usize,
-        tiles: usize,
-        embeddings: Option<f64>,
-        classifier: Option<f64>,
-    ) -> Self {
-        let groups = rows.div_ceil(GROUP);
-        let filtered = embeddings.is_some() || classifier.is_some();
-        Self {
-            flags: vec![0; if filtered { groups * tiles } else { 0 }],
-            groups,
-            eps: [
-                (EMBEDDINGS, embeddings.unwrap_or(0.)),
-                (CLASSIFIER, classifier.unwrap_or(0.)),
-            ],
-        }
-    }
-
-    /// Decides for a block of rows. A tile's row is negligible if its largest softmax is and its
-    /// target lies elsewhere: a target's gradient is `p - 1` from the loss and `p` from the lse, and
-    /// one of them is never small. A NaN is not negligible.
-    fn decide<R: Real>(
-        &mut self,
-        rows: &Range<usize>,
-        statistics: &[(R, R)],
-        targets: &[u32],
-        losses: &[RowLoss],
-    ) {
-        if !self.filters() {
-            return;
-        }
-        let count = rows.len();
-        let groups = self.groups;
-        let first = rows.start / GROUP;
-        for (bit, eps) in self.eps {
-            let log_eps = eps.ln();
-            let tiles = statistics.chunks(count).zip(self.flags.chunks_mut(groups));
-            for (tile, (statistics, flags)) in tiles.enumerate() {
-                for (group, flag) in blocks(count, GROUP).zip(&mut flags[first..]) {
-                    let keeps = |row: usize| {
-                        targets[rows.start + row] as usize / TILE == tile
-                            || at_least(statistics[row].0.to_f64() - losses[row].lse, log_eps)
-                    };
-                    if group.into_iter().any(keeps) {
-                        *flag |= bit;
-                    }
-                }
-            }
-        }
-    }
-
-    /// The runs of rows, within these, that one of the gradients takes of a tile.
-    fn runs(
-        &self,
-        tile: usize,
-        rows: Range<usize>,
-        gradients: u8,
-    ) -> impl Iterator<Item = Range<usize>> + '_ {
-        let mut next = rows.start;
-        let kept = move |row: usize| match self.flags.get(tile * self.groups + row / GROUP) {
-            Some(flag) => flag & gradients != 0,
-            None => gradients != 0,
-        };
-        let after = move |row: usize| {
-            if self.flags.is_empty() {
-                rows.end
-            } else {
-                ((row / GROUP + 1) * GROUP).min(rows.end)
-            }
-        };
-        std::iter::from_fn(move || {
-            while next < rows.end && !kept(next) {
-                next = after(next);
-            }
-            let start = next;
-            while next < rows.end && kept(next) {
-                next = after(next);
-            }
-            (start < next).then_some(start..next)
-        })
-    }
-
-    /// Whether a tile may be skipped.
-    pub fn filters(&self) -> bool {
-        !self.flags.is_empty()
-    }
-
-    /// Of one gradient: tiles kept, tiles there are.
-    pub fn count(&self, gradient: u8) -> (usize, usize) {
-        if self.flags.is_empty() {
-            return (1, 1);
-        }
-        let kept = self.flags.iter().filter(|f| *f & gradient != 0).count();
-        (kept, self.flags.len())
-    }
-}
-
-/// Where a block adds its gradients, `None` for one that is not wanted.
-pub(super) struct Sums<'a, R> {
-    /// The block's rows.
-    pub embeddings: Option<&'a mut [R]>,
-    /// The block's classes.
-    pub classifier: Option<&'a mut [R]>,
-    pub bias: Option<&'a mut [R]>,
-    /// Nothing but zeros is in `classifier` yet.
-    pub first: bool,
 }
 
 /// The operands of a call.
@@ -248,7 +134,11 @@ impl<T: Element> Inputs<'_, T> {
     }
 
     /// The classes of a tile in the type that is computed in.
-    fn tile_classifier<'b>(&'b self, tile: usize, scratch: &'b mut Vec<T::Real>) -> &'b [T::Real] {
+    pub fn tile_classifier<'b>(
+        &'b self,
+        tile: usize,
+        scratch: &'b mut Vec<T::Real>,
+    ) -> &'b [T::Real] {
         let classes = self.classes(&(tile..tile + 1));
         let values = &self.classifier[classes.start * self.hidden..classes.end * self.hidden];
         match T::as_real(values) {
@@ -262,7 +152,7 @@ impl<T: Element> Inputs<'_, T> {
     }
 
     /// Logits `(rows, TILE)` of some rows.
-    fn logits(
+    pub fn logits(
         &self,
         embeddings: &[T::Real],
         classifier: &[T::Real],
@@ -284,7 +174,7 @@ impl<T: Element> Inputs<'_, T> {
     }
 
     /// Tasks that one thread takes in a row, so that no more than `lanes` threads work.
-    fn tasks_at_least(&self, tasks: usize) -> usize {
+    pub fn tasks_at_least(&self, tasks: usize) -> usize {
         if self.lanes < rayon::current_num_threads() {
             tasks.div_ceil(self.lanes)
         } else {
@@ -299,10 +189,10 @@ impl<T: Element> Inputs<'_, T> {
         embeddings: &[T::Real],
         rows: &Range<usize>,
         logits: Option<&mut [T::Real]>,
-        kept: &mut Kept,
+        kept: &mut Kept<T::Real>,
         softmax: &mut Vec<Softmax<T::Real>>,
     ) -> Vec<RowLoss> {
-        let sums = self.sums(embeddings, rows, logits);
+        let sums = self.sums(embeddings, rows, logits, kept.averaging());
         self.finish(rows, &sums.tiles, &sums.rows, kept, softmax)
     }
 
@@ -310,28 +200,31 @@ impl<T: Element> Inputs<'_, T> {
     pub fn finish(
         &self,
         rows: &Range<usize>,
-        tiles: &[(T::Real, T::Real)],
+        tiles: &[TileSum<T::Real>],
         sums: &[RowSum<T::Real>],
-        kept: &mut Kept,
+        kept: &mut Kept<T::Real>,
         softmax: &mut Vec<Softmax<T::Real>>,
     ) -> Vec<RowLoss> {
         softmax.extend(sums.iter().map(RowSum::softmax));
         let losses: Vec<RowLoss> = sums.iter().map(RowSum::loss).collect();
-        kept.decide(rows, tiles, &self.rows.target, &losses);
+        kept.decide(rows, tiles, &self.rows.target, softmax, &losses);
         losses
     }
 
-    /// The sums of a block of rows; leaves the logits in `logits` where that is given.
+    /// The sums of a block of rows, with masses of tiles if `masses`; leaves the logits in `logits` where that is
+    /// given.
     pub fn sums(
         &self,
         embeddings: &[T::Real],
         rows: &Range<usize>,
         logits: Option<&mut [T::Real]>,
+        masses: bool,
     ) -> BlockSums<T::Real> {
         let count = rows.len();
         let tiles = self.tiles();
         let targets = &self.rows.target[rows.clone()];
-        let mut statistics = vec![(T::Real::default(), T::Real::default()); tiles * count];
+        let softcap = self.softcap.filter(|_| masses);
+        let mut statistics = vec![TileSum::default(); tiles * count];
         let mut stored = logits.map(|logits| logits.chunks_mut(count * TILE));
         let tasks: Vec<_> = statistics
             .chunks_mut(count)
@@ -354,154 +247,49 @@ impl<T: Element> Inputs<'_, T> {
                     let classifier = self.tile_classifier(tile, wide);
                     self.logits(embeddings, classifier, tile, logits);
                     let classes = self.classes(&(tile..tile + 1));
-                    passes::statistics(logits, TILE, classes.len(), statistics);
-                    let here = |target: &u32| classes.contains(&(*target as usize));
-                    targets
+                    // A target is no part of its tile here: the filter asks for the others.
+                    let found: Vec<(usize, usize, T::Real)> = targets
                         .iter()
                         .enumerate()
-                        .filter(|(_, target)| here(target))
+                        .filter(|(_, target)| classes.contains(&(**target as usize)))
                         .map(|(row, target)| {
-                            (row, logits[row * TILE + *target as usize - classes.start])
+                            let at = row * TILE + *target as usize - classes.start;
+                            let left_out = T::Real::from_f64(f64::NEG_INFINITY);
+                            (row, at, std::mem::replace(&mut logits[at], left_out))
                         })
-                        .collect()
+                        .collect();
+                    passes::statistics(logits, TILE, classes.len(), softcap, statistics);
+                    let put_back = |(row, at, logit)| {
+                        logits[at] = logit;
+                        (row, logit)
+                    };
+                    found.into_iter().map(put_back).collect()
                 },
             )
             .collect();
-        let mut target_logits = vec![T::Real::default(); count];
+        let mut target_logits = vec![None; count];
         for (row, logit) in found.into_iter().flatten() {
-            target_logits[row] = logit;
+            target_logits[row] = Some(logit);
         }
-        let sum_up = |(row, target): (usize, T::Real)| {
+        let sum_up = |(row, target): (usize, Option<T::Real>)| {
             let of_row = || statistics[row..].iter().step_by(count);
-            let max = of_row().fold(
-                T::Real::LOWEST,
-                |max, (m, _)| if *m > max { *m } else { max },
-            );
-            let sum: f64 = of_row()
-                .map(|(m, sum)| sum.to_f64() * (m.to_f64() - max.to_f64()).exp())
+            let larger = |max, z| if z > max { z } else { max };
+            let max = of_row().fold(T::Real::LOWEST, |max, tile| larger(max, tile.max));
+            let max = target.map_or(max, |target| larger(max, target));
+            let share = |z: T::Real| (z.to_f64() - max.to_f64()).exp();
+            let others: f64 = of_row()
+                .map(|tile| tile.sum.to_f64() * share(tile.max))
                 .sum();
-            RowSum { max, sum, target }
+            RowSum {
+                max,
+                sum: others + target.map_or(0., share),
+                target: target.unwrap_or_default(),
+            }
         };
         let rows = target_logits.into_iter().enumerate().map(sum_up).collect();
         BlockSums {
             tiles: statistics,
             rows,
-        }
-    }
-
-    /// Adds the gradients of a block to `sums`. The block's logits are computed first if `recompute`,
-    /// else they are there. `softmax` and `scales` are those of all rows.
-    #[allow(clippy::too_many_arguments)]
-    pub fn backward(
-        &self,
-        embeddings: &[T::Real],
-        rows: &Range<usize>,
-        tiles: &Range<usize>,
-        logits: &mut [T::Real],
-        recompute: bool,
-        kept: &Kept,
-        softmax: &[Softmax<T::Real>],
-        scales: &[Scale<T::Real>],
-        sums: &mut Sums<'_, T::Real>,
-    ) {
-        let hidden = self.hidden;
-        let count = rows.len();
-        let of_embeddings = if sums.embeddings.is_some() {
-            EMBEDDINGS
-        } else {
-            0
-        };
-        let of_classifier = if sums.classifier.is_some() || sums.bias.is_some() {
-            CLASSIFIER
-        } else {
-            0
-        };
-        let local = |run: &Range<usize>| run.start - rows.start..run.end - rows.start;
-        let mut classifier_sums = sums
-            .classifier
-            .as_mut()
-            .map(|s| s.chunks_mut(TILE * hidden));
-        let mut bias_sums = sums.bias.as_mut().map(|s| s.chunks_mut(TILE));
-        let tasks: Vec<_> = logits
-            .chunks_mut(count * TILE)
-            .zip(tiles.clone())
-            .map(|(logits, tile)| {
-                let classifier = classifier_sums.as_mut().and_then(Iterator::next);
-                let bias = bias_sums.as_mut().and_then(Iterator::next);
-                (tile, logits, classifier, bias)
-            })
-            .collect();
-        let first = sums.first;
-        tasks
-            .into_par_iter()
-            .with_min_len(self.tasks_at_least(tiles.len()))
-            .for_each_init(
-                Vec::new,
-                |wide, (tile, logits, mut classifier_sum, mut bias_sum)| {
-                    let classes = self.classes(&(tile..tile + 1));
-                    for run in kept.runs(tile, rows.clone(), of_embeddings | of_classifier) {
-                        let at = local(&run);
-                        let logits = &mut logits[at.start * TILE..at.end * TILE];
-                        if recompute {
-                            let classifier = self.tile_classifier(tile, wide);
-                            let embeddings = &embeddings[at.start * hidden..at.end * hidden];
-                            self.logits(embeddings, classifier, tile, logits);
-                        }
-                        let of_rows = run.map(|row| {
-                            let target = self.rows.target[row] as usize;
-                            passes::Row {
-                                max: softmax[row].max,
-                                inverse_sum: softmax[row].inverse_sum,
-                                scale: scales[row].softmax,
-                                one_hot_scale: scales[row].one_hot,
-                                target: classes.contains(&target).then(|| target - classes.start),
-                            }
-                        });
-                        passes::gradient(logits, TILE, classes.len(), self.softcap, of_rows);
-                    }
-                    let mut accumulate = !first;
-                    for run in kept.runs(tile, rows.clone(), of_classifier) {
-                        let at = local(&run);
-                        let gradient = &logits[at.start * TILE..at.end * TILE];
-                        if let Some(sum) = &mut classifier_sum {
-                            let embeddings = &embeddings[at.start * hidden..at.end * hidden];
-                            multiply(
-                                sum,
-                                hidden,
-                                accumulate,
-                                Matrix::new(gradient, at.len(), classes.len(), TILE).t(),
-                                Matrix::new(embeddings, at.len(), hidden, hidden),
-                            );
-                            accumulate = true;
-                        }
-                        if let Some(sum) = &mut bias_sum {
-                            passes::add_rows(gradient, TILE, sum);
-                        }
-                    }
-                },
-            );
-        if let Some(sum) = &mut sums.embeddings {
-            let part = count.div_ceil(self.lanes).next_multiple_of(GROUP);
-            sum.par_chunks_mut(part * hidden)
-                .zip(blocks(count, part).collect::<Vec<_>>())
-                .for_each_init(Vec::new, |wide, (sum, part)| {
-                    for (tile, logits) in tiles.clone().zip(logits.chunks(count * TILE)) {
-                        let classes = self.classes(&(tile..tile + 1)).len();
-                        let part_rows = rows.start + part.start..rows.start + part.end;
-                        for run in kept.runs(tile, part_rows, EMBEDDINGS) {
-                            let at = local(&run);
-                            let gradient = &logits[at.start * TILE..at.end * TILE];
-                            let classifier = self.tile_classifier(tile, wide);
-                            multiply(
-                                &mut sum[(at.start - part.start) * hidden..],
-                                hidden,
-                                true,
-                                Matrix::new(gradient, at.len(), classes, TILE),
-                                Matrix::new(classifier, classes, hidden, hidden),
-                            );
-                        }
-                    }
-                });
         }
     }
 }

@@ -5,8 +5,12 @@
 //! Tiles are handed to the threads in any order, but every sum has one order: a run repeats bit by bit on
 //! the same machine with as many threads, on which the sizes of the blocks depend.
 
+mod average;
+mod backward;
 mod blocks;
 mod element;
+mod gradients;
+mod kept;
 mod passes;
 mod plan;
 mod product;
@@ -15,15 +19,16 @@ use super::rows::Rows;
 use crate::op::{Backward, Forward, Gradients, KeptTiles, Wanted};
 use crate::problem::{Matrices, Problem, Settings};
 use crate::vocab_parallel::ShardRows;
-use blocks::{
-    blocks, Inputs, Kept, RowLoss, RowSum, Scale, Softmax, Sums, CLASSIFIER, EMBEDDINGS, TILE,
-};
+use average::Averages;
+use backward::{gradients, Known, Sums};
+use blocks::{blocks, Inputs, RowLoss, RowSum, Scale, Softmax, TILE};
 use candle_core::{DType, Device, Result, Storage, Tensor};
 use element::{Element, Real};
+use gradients::{ClassesGradient, EmbeddingsGradient};
 use half::{bf16, f16};
+use kept::{Kept, CLASSIFIER, EMBEDDINGS};
 use plan::Plan;
 use rayon::prelude::*;
-use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 pub(super) fn forward(
@@ -99,7 +104,7 @@ struct Formed<T> {
 struct Saved<T: Element> {
     rows: Rows,
     softmax: Vec<Softmax<T::Real>>,
-    kept: Kept,
+    kept: Kept<T::Real>,
     settings: Settings,
     plan: Plan,
     formed: Mutex<Option<Formed<T>>>,
@@ -128,8 +133,8 @@ fn forward_of<T: Element>(
     let mut kept = Kept::new(
         n,
         vocab.div_ceil(TILE),
-        settings.filter_embeddings,
-        settings.filter_classifier,
+        plan.thresholds,
+        !settings.drop_filtered,
     );
     let mut softmax = Vec::with_capacity(n);
     let mut losses = Vec::with_capacity(n);
@@ -204,7 +209,7 @@ fn sharded<T: Element>(
     inputs: &Inputs<'_, T>,
     block_rows: usize,
     problem: &Problem,
-    kept: &mut Kept,
+    kept: &mut Kept<T::Real>,
     softmax: &mut Vec<Softmax<T::Real>>,
 ) -> Result<Vec<RowLoss>> {
     let n = inputs.rows.len();
@@ -212,7 +217,7 @@ fn sharded<T: Element>(
     let mut tiles = Vec::new();
     for block in blocks(n, block_rows) {
         let embeddings = inputs.block_embeddings(&block);
-        let sums = inputs.sums(&embeddings, &block, None);
+        let sums = inputs.sums(&embeddings, &block, None, kept.averaging());
         here.extend(sums.rows);
         // What is kept is decided once lse is known.
         tiles.push(match kept.filters() {
@@ -273,7 +278,7 @@ fn fused<T: Element>(
     block_rows: usize,
     settings: &Settings,
     wanted: Wanted,
-    kept: &mut Kept,
+    kept: &mut Kept<T::Real>,
     softmax: &mut Vec<Softmax<T::Real>>,
     losses: &mut Vec<RowLoss>,
 ) -> Formed<T> {
@@ -283,6 +288,7 @@ fn fused<T: Element>(
     let mut classifier = zeros(wanted.classifier, inputs.vocab * inputs.hidden);
     let mut bias = zeros(wanted.bias, inputs.vocab);
     let mut embeddings = wanted.embeddings.then(|| EmbeddingsGradient::new(inputs));
+    let gradients = gradients(wanted.embeddings, wanted.classifier || wanted.bias);
     let scale = inputs.rows.scale(settings.reduction);
     let mut scales = Vec::with_capacity(n);
     let mut logits = vec![T::Real::default(); block_rows * tiles.len() * TILE];
@@ -303,9 +309,17 @@ fn fused<T: Element>(
             bias: bias.as_deref_mut(),
             first: block.start == 0,
         };
-        inputs.backward(
-            &values, &block, &tiles, logits, false, kept, softmax, &scales, &mut sums,
-        );
+        let averages = Averages::begin(inputs, kept, &block, gradients).map(|mut averages| {
+            averages.add(inputs, kept, &values, &block);
+            averages.finish(inputs)
+        });
+        let known = Known {
+            kept,
+            softmax,
+            scales: &scales,
+            averages: averages.as_ref(),
+        };
+        inputs.backward(&values, &block, &tiles, logits, false, known, &mut sums);
         if let Some(embeddings) = &mut embeddings {
             embeddings.end(inputs);
         }
@@ -315,56 +329,6 @@ fn fused<T: Element>(
         embeddings: embeddings.map(EmbeddingsGradient::finish),
         classifier: classifier.map(T::from_real),
         bias: bias.map(T::from_real),
-    }
-}
-
-/// The gradient of the embeddings while it is summed up.
-struct EmbeddingsGradient<T: Element> {
-    hidden: usize,
-    /// Sums of the rows that count, from row `start` on.
-    sums: Vec<T::Real>,
-    start: usize,
-    /// Where they go when complete; `None` where the sums are themselves the gradient.
-    out: Option<Vec<T>>,
-}
-
-impl<T: Element> EmbeddingsGradient<T> {
-    fn new(inputs: &Inputs<'_, T>) -> Self {
-        let len = inputs.embeddings.len();
-        let direct = T::REAL && inputs.rows.all;
-        Self {
-            hidden: inputs.hidden,
-            sums: vec![T::Real::default(); if direct { len } else { 0 }],
-            start: 0,
-            out: (!direct).then(|| vec![T::from_f64(0.); len]),
-        }
-    }
-
-    fn begin(&mut self, rows: &Range<usize>) {
-        if self.out.is_some() {
-            self.start = rows.start;
-            self.sums.clear();
-            self.sums
-                .resize(rows.len() * self.hidden, T::Real::default());
-        }
-    }
-
-    fn block(&mut self, rows: &Range<usize>) -> &mut [T::Real] {
-        let start = (rows.start - self.start) * self.hidden;
-        &mut self.sums[start..start + rows.len() * self.hidden]
-    }
-
-    fn end(&mut self, inputs: &Inputs<'_, T>) {
-        if let Some(out) = &mut self.out {
-            let rows = &inputs.rows.embedding[self.start..];
-            for (sum, row) in self.sums.chunks(self.hidden).zip(rows) {
-                T::narrow(sum, &mut out[*row as usize * self.hidden..][..self.hidden]);
-            }
-        }
-    }
-
-    fn finish(self) -> Vec<T> {
-        self.out.unwrap_or_else(|| T::from_real(self.sums))
     }
 }
 
@@ -455,12 +419,19 @@ impl<T: Element> Saved<T> {
     fn recompute(&self, inputs: &Inputs<'_, T>, upstream: &[f32], wanted: Wanted) -> Formed<T> {
         let scales = self.scales(upstream);
         let classes_too = wanted.classifier || wanted.bias;
+        let averages = self.averages(inputs, gradients(wanted.embeddings, classes_too));
+        let known = Known {
+            kept: &self.kept,
+            softmax: &self.softmax,
+            scales: &scales,
+            averages: averages.as_ref(),
+        };
         if !classes_too || (wanted.embeddings && !self.plan.one_sweep) {
             return Formed {
-                embeddings: wanted.embeddings.then(|| self.sweep_rows(inputs, &scales)),
+                embeddings: wanted.embeddings.then(|| self.sweep_rows(inputs, known)),
                 ..self.sweep_classes(
                     inputs,
-                    &scales,
+                    known,
                     Wanted {
                         embeddings: false,
                         ..wanted
@@ -468,11 +439,22 @@ impl<T: Element> Saved<T> {
                 )
             };
         }
-        self.sweep_classes(inputs, &scales, wanted)
+        self.sweep_classes(inputs, known, wanted)
+    }
+
+    /// What all rows have in common in the tiles that are averaged.
+    fn averages(&self, inputs: &Inputs<'_, T>, gradients: u8) -> Option<Averages<T::Real>> {
+        let rows = 0..self.rows.len();
+        let mut averages = Averages::begin(inputs, &self.kept, &rows, gradients)?;
+        for block in blocks(rows.len(), self.plan.rows) {
+            let values = inputs.block_embeddings(&block);
+            averages.add(inputs, &self.kept, &values, &block);
+        }
+        Some(averages.finish(inputs))
     }
 
     /// The gradient of the embeddings alone, block of rows by block of rows.
-    fn sweep_rows(&self, inputs: &Inputs<'_, T>, scales: &[Scale<T::Real>]) -> Vec<T> {
+    fn sweep_rows(&self, inputs: &Inputs<'_, T>, known: Known<'_, T::Real>) -> Vec<T> {
         let mut gradient = EmbeddingsGradient::new(inputs);
         let mut logits = Vec::new();
         for block in blocks(self.rows.len(), self.plan.rows) {
@@ -486,17 +468,7 @@ impl<T: Element> Saved<T> {
                     bias: None,
                     first: false,
                 };
-                inputs.backward(
-                    &values,
-                    &block,
-                    &tiles,
-                    &mut logits,
-                    true,
-                    &self.kept,
-                    &self.softmax,
-                    scales,
-                    &mut sums,
-                );
+                inputs.backward(&values, &block, &tiles, &mut logits, true, known, &mut sums);
             }
             gradient.end(inputs);
         }
@@ -507,7 +479,7 @@ impl<T: Element> Saved<T> {
     fn sweep_classes(
         &self,
         inputs: &Inputs<'_, T>,
-        scales: &[Scale<T::Real>],
+        known: Known<'_, T::Real>,
         wanted: Wanted,
     ) -> Formed<T> {
         let n = self.rows.len();
@@ -539,17 +511,7 @@ impl<T: Element> Saved<T> {
                     bias: bias.range(&classes),
                     first: block.start == 0,
                 };
-                inputs.backward(
-                    &values,
-                    &block,
-                    &tiles,
-                    &mut logits,
-                    true,
-                    &self.kept,
-                    &self.softmax,
-                    scales,
-                    &mut sums,
-                );
+                inputs.backward(&values, &block, &tiles, &mut logits, true, known, &mut sums);
             }
             classifier.end(&of_classes);
             bias.end(&classes);
@@ -585,59 +547,5 @@ impl<T: Element> Saved<T> {
             .zip(&self.softmax)
             .map(scale)
             .collect()
-    }
-}
-
-/// The gradient of the classifier or the bias while it is summed up, range of classes by range.
-struct ClassesGradient<T: Element> {
-    wanted: bool,
-    /// All of the gradient, or of the range at hand what is then rounded into `out`.
-    sums: Vec<T::Real>,
-    out: Vec<T>,
-}
-
-impl<T: Element> ClassesGradient<T> {
-    fn new(wanted: bool, len: usize) -> Self {
-        let len = if wanted { len } else { 0 };
-        Self {
-            wanted,
-            sums: vec![T::Real::default(); if T::REAL { len } else { 0 }],
-            out: vec![T::from_f64(0.); if T::REAL { 0 } else { len }],
-        }
-    }
-
-    fn begin(&mut self, len: usize) {
-        if self.wanted && !T::REAL {
-            self.sums.clear();
-            self.sums.resize(len, T::Real::default());
-        }
-    }
-
-    fn range(&mut self, range: &Range<usize>) -> Option<&mut [T::Real]> {
-        let sums = if T::REAL {
-            self.sums.get_mut(range.clone())
-        } else {
-            Some(self.sums.as_mut_slice())
-        };
-        sums.filter(|_| self.wanted)
-    }
-
-    fn end(&mut self, range: &Range<usize>) {
-        if self.wanted && !T::REAL {
-            self.out[range.clone()]
-                .par_chunks_mut(1 << 14)
-                .zip(self.sums.par_chunks(1 << 14))
-                .for_each(|(out, sums)| T::narrow(sums, out));
-        }
-    }
-
-    fn finish(self) -> Option<Vec<T>> {
-        self.wanted.then(|| {
-            if T::REAL {
-                T::from_real(self.sums)
-            } else {
-                self.out
-            }
-        })
     }
 }

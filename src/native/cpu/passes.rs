@@ -2,6 +2,7 @@
 //!
 //! Sums run in a fixed number of lanes whatever the width of the machine's vectors.
 
+use super::blocks::TileSum;
 use super::element::Real;
 
 const LANES: usize = 32;
@@ -38,26 +39,40 @@ pub(super) fn finish<R: Real>(
     )
 }
 
-/// The maximum of each row and the sum of `exp(z - maximum)`. A NaN is in the sum.
+/// The maximum of each row and the sum of `exp(z - maximum)`. A NaN is in the sum. With a softcap the terms of the
+/// mass have its derivative; without, the mass is the sum.
 pub(super) fn statistics<R: Real>(
     logits: &[R],
     stride: usize,
     classes: usize,
-    statistics: &mut [(R, R)],
+    softcap: Option<R>,
+    statistics: &mut [TileSum<R>],
 ) {
+    let inverse = softcap.map(|softcap| R::ONE / softcap);
     pulp::Arch::new().dispatch(
         #[inline(always)]
         || {
             for (row, out) in logits.chunks(stride).zip(statistics) {
                 let row = &row[..classes];
+                let add = |a, b| a + b;
                 let max = reduce(row, R::LOWEST, |max, z| if z > max { z } else { max });
-                let sum = reduce_by(
-                    row,
-                    R::default(),
-                    |sum, z| sum + (z - max).exp(),
-                    |a, b| a + b,
-                );
-                *out = (max, sum);
+                let sum = reduce_by(row, R::default(), |sum, z| sum + (z - max).exp(), add);
+                let mass = match inverse {
+                    None => sum,
+                    Some(inverse) => {
+                        // A class that is left out has no finite logit, and no share.
+                        let term = |z: R| {
+                            let p = (z - max).exp();
+                            if p > R::default() {
+                                p * slope(z, inverse)
+                            } else {
+                                p
+                            }
+                        };
+                        reduce_by(row, R::default(), |mass, z| mass + term(z), add)
+                    }
+                };
+                *out = TileSum { max, sum, mass };
             }
         },
     )
@@ -109,6 +124,16 @@ pub(super) struct Row<R> {
     pub target: Option<usize>,
 }
 
+impl<R: Real> Row<R> {
+    /// The gradient of the target's logit, which is `z` after the softcap.
+    #[inline(always)]
+    pub fn of_target(&self, z: R, softcap: Option<R>) -> R {
+        let p = (z - self.max).exp() * self.inverse_sum;
+        let slope = softcap.map_or(R::ONE, |softcap| slope(z, R::ONE / softcap));
+        (p * self.scale - self.one_hot_scale) * slope
+    }
+}
+
 /// Replaces the logits of each row by their gradient.
 pub(super) fn gradient<R: Real>(
     logits: &mut [R],
@@ -124,11 +149,7 @@ pub(super) fn gradient<R: Real>(
             for (values, row) in logits.chunks_mut(stride).zip(rows) {
                 let values = &mut values[..classes];
                 let factor = row.inverse_sum * row.scale;
-                let at_target = row.target.map(|t| {
-                    let p = (values[t] - row.max).exp() * row.inverse_sum;
-                    let slope = inverse.map_or(R::ONE, |inverse| slope(values[t], inverse));
-                    (t, (p * row.scale - row.one_hot_scale) * slope)
-                });
+                let at_target = row.target.map(|t| (t, row.of_target(values[t], softcap)));
                 match inverse {
                     None => {
                         for z in values.iter_mut() {
@@ -177,6 +198,61 @@ pub(super) fn scale<R: Real>(values: &mut [R], factor: R) {
         || {
             for value in values {
                 *value *= factor;
+            }
+        },
+    )
+}
+
+/// `sums += factor * values`
+pub(super) fn add_scaled<R: Real>(sums: &mut [R], values: &[R], factor: R) {
+    pulp::Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for (sum, value) in sums.iter_mut().zip(values) {
+                *sum += factor * *value;
+            }
+        },
+    )
+}
+
+/// The products of the rows of a matrix with a vector of their length.
+pub(super) fn dots<R: Real>(rows: &[R], vector: &[R], out: &mut [R]) {
+    pulp::Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for (row, out) in rows.chunks(vector.len()).zip(out) {
+                let mut lanes = [R::default(); LANES];
+                let (a, b) = (row.chunks_exact(LANES), vector.chunks_exact(LANES));
+                let (rest_a, rest_b) = (a.remainder(), b.remainder());
+                for (a, b) in a.zip(b) {
+                    for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
+                        *lane += *a * *b;
+                    }
+                }
+                for ((lane, a), b) in lanes.iter_mut().zip(rest_a).zip(rest_b) {
+                    *lane += *a * *b;
+                }
+                *out = lanes.iter().fold(R::default(), |sum, lane| sum + *lane);
+            }
+        },
+    )
+}
+
+/// Replaces logits by their softmax, or by zeros where all are -inf.
+pub(super) fn softmax<R: Real>(logits: &mut [R]) {
+    pulp::Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            let max = reduce(logits, R::LOWEST, |max, z| if z > max { z } else { max });
+            for z in logits.iter_mut() {
+                *z = (*z - max).exp();
+            }
+            let sum = reduce(logits, R::default(), |a, b| a + b);
+            if sum > R::default() {
+                let inverse = R::ONE / sum;
+                for z in logits.iter_mut() {
+                    *z *= inverse;
+                }
             }
         },
     )

@@ -2,6 +2,7 @@
 
 use super::blocks::{GROUP, TILE};
 use super::element::Element;
+use super::kept::thresholds;
 use crate::native::rows::Rows;
 use crate::native::DEFAULT_WORKSPACE;
 use crate::op::Wanted;
@@ -22,6 +23,9 @@ const PACKING: usize = 5 << 18;
 pub(super) struct Plan {
     /// Threads that work at once: each has memory of its own.
     pub lanes: usize,
+    /// Those of the filter; `None` where all is exact, be it that what averaging has to know of every row and tile is
+    /// too much for the workspace.
+    pub thresholds: Option<(f64, f64)>,
     /// Rows of a block whose logits of all classes fit; `None` where the backward recomputes them.
     pub fused_rows: Option<usize>,
     /// Rows of a block elsewhere.
@@ -50,17 +54,25 @@ impl Plan {
         // A lane widens a tile of the classifier.
         let lane = PACKING + when(!T::REAL, TILE * hidden * real);
         let lanes = (workspace / 2 / lane).clamp(1, rayon::current_num_threads());
-        let filtered = settings.filter_embeddings.is_some() || settings.filter_classifier.is_some();
+        let thresholds = thresholds(settings);
+        // Masses of all rows and tiles, and of each tile its shares and its mean.
+        let averages = (n * all_tiles + vocab + all_tiles * (hidden + 1)) * real;
+        let room = workspace.saturating_sub(lanes * lane) / 4 * 3;
+        let thresholds = thresholds.filter(|_| settings.drop_filtered || averages <= room);
+        let averages = when(!settings.drop_filtered, averages);
         let fixed = lanes * lane
-            + when(filtered, n.div_ceil(GROUP) * all_tiles)
+            + when(
+                thresholds.is_some(),
+                n.div_ceil(GROUP) * all_tiles + averages,
+            )
             + when(bias, vocab * real)
             + when(wanted.bias && !T::REAL, vocab * real)
             // Lists of rows, their scales, softmax and losses.
-            + n * (12 + 4 * real + 24);
+            + n * (12 + 5 * real + 24);
         let left = workspace.saturating_sub(fixed);
         // A row has a copy where it is gathered or widened, and so has its gradient.
         let row = when(!direct, hidden * real);
-        let statistics = all_tiles * 2 * real;
+        let statistics = all_tiles * 3 * real;
 
         let fused_row = all_tiles * TILE * real + statistics + 2 * row;
         let sums = when(!T::REAL && wanted.classifier, vocab * hidden * real);
@@ -84,10 +96,11 @@ impl Plan {
         let left = left
             .saturating_sub(block_rows * 2 * row)
             .saturating_sub(when(one_sweep, all_sums));
-        let tile =
-            block_rows * TILE * real + when(!T::REAL && wanted.classifier, TILE * hidden * real);
+        let tile = block_rows * (TILE + 1) * real
+            + when(!T::REAL && wanted.classifier, TILE * hidden * real);
         Self {
             lanes,
+            thresholds,
             fused_rows,
             rows: block_rows,
             tiles: (left / tile).clamp(1, all_tiles),

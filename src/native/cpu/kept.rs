@@ -1,0 +1,185 @@
+//! Which tiles of the gradient are computed entry by entry, and what stands for the others.
+
+use super::blocks::{blocks, RowLoss, Softmax, TileSum, GROUP, TILE};
+use super::element::Real;
+use crate::problem::Settings;
+use std::ops::Range;
+
+/// The tiles of a gradient: bits of [`Kept`].
+pub(super) const EMBEDDINGS: u8 = 1;
+pub(super) const CLASSIFIER: u8 = 2;
+
+/// The thresholds of the gradients of the embeddings and the classifier, 0 for one that is exact; `None` where both
+/// are.
+pub(super) fn thresholds(settings: &Settings) -> Option<(f64, f64)> {
+    let of_embeddings = settings.filter_embeddings.unwrap_or(0.);
+    let of_classifier = settings.filter_classifier.unwrap_or(0.);
+    (of_embeddings > 0. || of_classifier > 0.).then_some((of_embeddings, of_classifier))
+}
+
+/// Whether `x` is to be kept: a NaN is.
+fn at_least(x: f64, threshold: f64) -> bool {
+    x >= threshold || x.is_nan()
+}
+
+/// Which gradients take which groups of rows of which tiles entry by entry. The others are averaged or, without
+/// masses, dropped.
+#[derive(Debug)]
+pub(super) struct Kept<R> {
+    /// `(tiles, groups)`, or nothing where every tile is kept.
+    flags: Vec<u8>,
+    /// `(tiles, rows)`: a row's probability in a tile without its target's, each times the derivative of the softcap.
+    masses: Vec<R>,
+    rows: usize,
+    groups: usize,
+    /// Thresholds of the two gradients; 0 keeps everything.
+    eps: [(u8, f64); 2],
+}
+
+impl<R: Real> Kept<R> {
+    /// No thresholds keep every tile. What is below them is averaged or dropped.
+    pub fn new(rows: usize, tiles: usize, thresholds: Option<(f64, f64)>, averages: bool) -> Self {
+        let groups = rows.div_ceil(GROUP);
+        let filters = thresholds.is_some();
+        let (embeddings, classifier) = thresholds.unwrap_or((0., 0.));
+        let masses = if filters && averages { rows * tiles } else { 0 };
+        Self {
+            flags: vec![0; if filters { groups * tiles } else { 0 }],
+            masses: vec![R::default(); masses],
+            rows,
+            groups,
+            eps: [(EMBEDDINGS, embeddings), (CLASSIFIER, classifier)],
+        }
+    }
+
+    /// Decides for a block of rows, of which `sums` has what they are in each tile without their targets. A NaN is
+    /// kept. Where nothing is averaged, so is a tile with a target: its gradient is `p - 1` from the loss and `p` from
+    /// the lse, and one of them is never small.
+    pub fn decide(
+        &mut self,
+        rows: &Range<usize>,
+        sums: &[TileSum<R>],
+        targets: &[u32],
+        softmax: &[Softmax<R>],
+        losses: &[RowLoss],
+    ) {
+        if !self.filters() {
+            return;
+        }
+        let count = rows.len();
+        let groups = self.groups;
+        let first = rows.start / GROUP;
+        let drops = self.masses.is_empty();
+        for (bit, eps) in self.eps {
+            let log_eps = eps.ln();
+            let tiles = sums.chunks(count).zip(self.flags.chunks_mut(groups));
+            for (tile, (sums, flags)) in tiles.enumerate() {
+                for (group, flag) in blocks(count, GROUP).zip(&mut flags[first..]) {
+                    let keeps = |row: usize| {
+                        (drops && targets[rows.start + row] as usize / TILE == tile)
+                            || at_least(sums[row].max.to_f64() - losses[row].lse, log_eps)
+                    };
+                    if group.into_iter().any(keeps) {
+                        *flag |= bit;
+                    }
+                }
+            }
+        }
+        if drops {
+            return;
+        }
+        for (masses, sums) in self.masses.chunks_mut(self.rows).zip(sums.chunks(count)) {
+            let of_rows = sums.iter().zip(&softmax[rows.clone()]);
+            for (mass, (sum, row)) in masses[rows.clone()].iter_mut().zip(of_rows) {
+                *mass = sum.mass * (sum.max - row.max).exp() * row.inverse_sum;
+            }
+        }
+    }
+
+    /// The runs of rows, within these, that at least one of the gradients takes of a tile.
+    pub fn runs(
+        &self,
+        tile: usize,
+        rows: Range<usize>,
+        gradients: u8,
+    ) -> impl Iterator<Item = Range<usize>> + '_ {
+        self.runs_where(tile, rows, move |flag| flag & gradients != 0)
+    }
+
+    /// The runs of rows, within these, of which at least one of the gradients averages a tile.
+    pub fn averaged(
+        &self,
+        tile: usize,
+        mut rows: Range<usize>,
+        gradients: u8,
+    ) -> impl Iterator<Item = Range<usize>> + '_ {
+        if self.masses.is_empty() {
+            rows.end = rows.start;
+        }
+        self.runs_where(tile, rows, move |flag| flag & gradients != gradients)
+    }
+
+    fn runs_where<'a>(
+        &'a self,
+        tile: usize,
+        rows: Range<usize>,
+        of_flag: impl Fn(u8) -> bool + 'a,
+    ) -> impl Iterator<Item = Range<usize>> + 'a {
+        let mut next = rows.start;
+        let matches = move |row: usize| {
+            let flag = self.flags.get(tile * self.groups + row / GROUP);
+            of_flag(flag.copied().unwrap_or(u8::MAX))
+        };
+        let after = move |row: usize| {
+            if self.flags.is_empty() {
+                rows.end
+            } else {
+                ((row / GROUP + 1) * GROUP).min(rows.end)
+            }
+        };
+        std::iter::from_fn(move || {
+            while next < rows.end && !matches(next) {
+                next = after(next);
+            }
+            let start = next;
+            while next < rows.end && matches(next) {
+                next = after(next);
+            }
+            (start < next).then_some(start..next)
+        })
+    }
+
+    /// A row's mass in a tile that is averaged.
+    pub fn mass(&self, tile: usize, row: usize) -> R {
+        self.masses[tile * self.rows + row]
+    }
+
+    /// Whether at least one of the gradients averages something of these rows.
+    pub fn averages(&self, rows: &Range<usize>, gradients: u8) -> bool {
+        let groups = rows.start / GROUP..rows.end.div_ceil(GROUP);
+        !self.masses.is_empty()
+            && self.flags.chunks(self.groups).any(|flags| {
+                let mut flags = flags[groups.clone()].iter();
+                flags.any(|flag| flag & gradients != gradients)
+            })
+    }
+
+    /// Whether what is not kept is averaged.
+    pub fn averaging(&self) -> bool {
+        !self.masses.is_empty()
+    }
+
+    /// Whether a tile may be other than exact.
+    pub fn filters(&self) -> bool {
+        !self.flags.is_empty()
+    }
+
+    /// Of one gradient: tiles kept, tiles there are.
+    pub fn count(&self, gradient: u8) -> (usize, usize) {
+        if self.flags.is_empty() {
+            return (1, 1);
+        }
+        let kept = self.flags.iter().filter(|f| *f & gradient != 0).count();
+        (kept, self.flags.len())
+    }
+}
