@@ -69,9 +69,6 @@ struct Args {
     /// That of the presets but native: auto, native, cuda or cuda-portable
     #[arg(long, default_value = "auto", value_parser = parse_implementation)]
     implementation: Implementation,
-    /// The filter's threshold for cce, in place of that of the dtype
-    #[arg(long)]
-    threshold: Option<f64>,
     /// Workspaces in MiB, one after the other [default: the implementation's]
     #[arg(long, value_delimiter = ',')]
     workspace: Vec<usize>,
@@ -451,9 +448,6 @@ impl<'a> Bench<'a> {
         let mut options = Options::preset(preset)
             .softcap(self.args.softcap)
             .strategy(self.args.strategy);
-        if let (Some(threshold), Preset::Cce) = (self.args.threshold, preset) {
-            options = options.filter(Filter::Threshold(threshold));
-        }
         if let Some(bias) = &bias {
             options = options.bias(bias);
         }

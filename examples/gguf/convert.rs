@@ -62,7 +62,7 @@ impl Metadata<'_> {
 
     pub fn texts(&self, key: &str) -> Result<Vec<&str>> {
         let text = |value| match value {
-            &Value::String(ref text) => Ok(text.as_str()),
+            Value::String(text) => Ok(text.as_str()),
             _ => bail!("{key} has an entry that is no text: {value:?}"),
         };
         self.list(key)?.iter().map(text).collect()

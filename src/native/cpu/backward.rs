@@ -37,6 +37,9 @@ pub(super) fn gradients(embeddings: bool, classifier_or_bias: bool) -> u8 {
     of_embeddings | of_classifier
 }
 
+/// The sums of classifier and bias for the classes of a tile, where wanted.
+type OfClasses<'a, R> = (Option<&'a mut [R]>, Option<&'a mut [R]>);
+
 impl<T: Element> Inputs<'_, T> {
     /// A row, as one of the rows of a tile's classes.
     fn row(
@@ -193,7 +196,7 @@ impl<T: Element> Inputs<'_, T> {
         tile: usize,
         known: Known<'_, T::Real>,
         sum: &mut Vec<T::Real>,
-        (mut classifier, mut bias): (Option<&mut [T::Real]>, Option<&mut [T::Real]>),
+        (mut classifier, mut bias): OfClasses<'_, T::Real>,
     ) {
         let hidden = self.hidden;
         let classes = self.classes(&(tile..tile + 1));
