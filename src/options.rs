@@ -41,8 +41,9 @@ pub enum Reduction {
 /// - `w_tj = softmax_j(C_j . e_t + b_j)` over the tile's classes (logits capped where there is a softcap), with
 ///   `e_t = sum_i M_it E_i / sum_i M_it`, the mean row that sees the tile.
 ///
-/// The entry of a row's target is always exact. So every row of the gradient still sums to zero, as
-/// `softmax - onehot` does, and training goes as with the exact gradient. Dropping such tiles instead, as
+/// The entry of a row's target is computed exactly and added to its class's share. So every row of the gradient
+/// still sums to zero, as `softmax - onehot` does. An implementation that goes through the rows in chunks may take
+/// each chunk's own mean row. Dropping such tiles instead, as
 /// the reference implementation does, loses a push that always has the same direction: see [`Filter::Drop`].
 ///
 /// ```
