@@ -3,7 +3,10 @@
 use super::convert::{number, Metadata};
 use anyhow::{bail, Context, Result};
 use serde_json::{json, Map, Value};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
+
+/// SentencePiece's sign for a space.
+const SPACE: &str = "▁";
 
 /// GGUF's kinds of tokens that a text is searched for as a whole: control tokens and those of the user.
 const CONTROL: f64 = 3.;
@@ -18,7 +21,17 @@ const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N
 /// A kind of tokenizer, or a way of splitting texts, that is not known.
 pub fn files(metadata: &Metadata) -> Result<(Value, Value)> {
     let key = |name: &str| format!("tokenizer.ggml.{name}");
+    let model = metadata.text(&key("model")).unwrap_or("none");
+    let of_spaces = |token: &str| model == "llama" && token.bytes().all(|byte| byte == b' ');
     let tokens = metadata.texts(&key("tokens"))?;
+    // llama.cpp writes SentencePiece's sign for a space as a space in the tokens of users.
+    let marked: Vec<String> = (tokens.iter())
+        .map(|token| match of_spaces(token) {
+            true => token.replace(' ', SPACE),
+            false => (*token).to_owned(),
+        })
+        .collect();
+    let tokens: Vec<&str> = marked.iter().map(String::as_str).collect();
     let kinds = metadata.list(&key("token_type"))?;
     let added: Vec<Value> = (tokens.iter().zip(kinds).enumerate())
         .filter_map(|(id, (token, kind))| {
@@ -34,10 +47,13 @@ pub fn files(metadata: &Metadata) -> Result<(Value, Value)> {
         Some((id, *tokens.get(id)?))
     };
     let pre = metadata.text(&key("pre")).unwrap_or("default");
-    let (mut json, begins) = match metadata.text(&key("model")) {
-        Some("gpt2") => (byte_level(metadata, &tokens, pre)?, pre == "llama-bpe"),
-        Some("llama") => (sentence_piece(metadata, &tokens, token("unknown"))?, true),
-        other => bail!("tokenizer {other:?} is not supported, expected gpt2 or llama"),
+    let (mut json, begins) = match model {
+        "gpt2" => (byte_level(metadata, &tokens, pre)?, pre == "llama-bpe"),
+        "llama" => {
+            let unknown = token("unknown").map(|(_, token)| token);
+            (sentence_piece(metadata, &tokens, unknown), true)
+        }
+        _ => bail!("tokenizer {model:?} is not supported, expected gpt2 or llama"),
     };
     json["version"] = "1.0".into();
     json["truncation"] = Value::Null;
@@ -94,12 +110,9 @@ pub fn files(metadata: &Metadata) -> Result<(Value, Value)> {
     Ok((json, config))
 }
 
-fn vocabulary<'a>(tokens: &[&'a str]) -> BTreeMap<&'a str, usize> {
-    tokens
-        .iter()
-        .enumerate()
-        .map(|(id, token)| (*token, id))
-        .collect()
+fn vocabulary<'a>(tokens: &[&'a str]) -> HashMap<&'a str, usize> {
+    let numbered = tokens.iter().enumerate();
+    numbered.map(|(id, token)| (*token, id)).collect()
 }
 
 /// The BPE over bytes of GPT-2 and what came after it.
@@ -134,49 +147,41 @@ fn byte_level(metadata: &Metadata, tokens: &[&str], pre: &str) -> Result<Value> 
     }))
 }
 
-/// SentencePiece's BPE, whose merges are those that its scores order.
-fn sentence_piece(
-    metadata: &Metadata,
-    tokens: &[&str],
-    unknown: Option<(usize, &str)>,
-) -> Result<Value> {
-    let scores = metadata.list("tokenizer.ggml.scores")?;
-    let ids: HashMap<&str, usize> = tokens.iter().enumerate().map(|(id, t)| (*t, id)).collect();
+/// SentencePiece's BPE, which numbers its tokens in the order of their merges.
+fn sentence_piece(metadata: &Metadata, tokens: &[&str], unknown: Option<&str>) -> Value {
+    let ids = vocabulary(tokens);
     let mut merges = Vec::new();
-    for (token, score) in tokens.iter().zip(scores) {
-        let score = number(score).context("a score is no number")?;
-        for (at, _) in token.char_indices().skip(1) {
+    for token in tokens {
+        for (at, _) in token.char_indices().rev().filter(|(at, _)| *at > 0) {
             let (left, right) = token.split_at(at);
-            if let (Some(&l), Some(&r)) = (ids.get(left), ids.get(right)) {
-                merges.push((score, l, r, (left, right)));
+            if ids.contains_key(left) && ids.contains_key(right) {
+                merges.push((left, right));
             }
         }
     }
-    merges.sort_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
-    let merges: Vec<_> = merges.into_iter().map(|merge| merge.3).collect();
 
-    let spaces = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
+    let spaces = json!({"type": "Replace", "pattern": {"String": " "}, "content": SPACE});
     let prefix = metadata
         .flag("tokenizer.ggml.add_space_prefix")
         .unwrap_or(true);
     let mut decoders = vec![
-        json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
+        json!({"type": "Replace", "pattern": {"String": SPACE}, "content": " "}),
         json!({"type": "ByteFallback"}),
         json!({"type": "Fuse"}),
     ];
     let mut normalizers = vec![spaces];
     if prefix {
-        normalizers.insert(0, json!({"type": "Prepend", "prepend": "▁"}));
+        normalizers.insert(0, json!({"type": "Prepend", "prepend": SPACE}));
         decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
     }
-    Ok(json!({
+    json!({
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": null,
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": {
             "type": "BPE", "vocab": vocabulary(tokens), "merges": merges, "ignore_merges": false,
-            "byte_fallback": true, "fuse_unk": true, "unk_token": unknown.map(|(_, token)| token), "dropout": null,
+            "byte_fallback": true, "fuse_unk": true, "unk_token": unknown, "dropout": null,
             "continuing_subword_prefix": null, "end_of_word_suffix": null,
         },
-    }))
+    })
 }
