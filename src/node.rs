@@ -88,7 +88,8 @@ impl<N: Node> Computed<N> {
     ) -> Result<[Option<Tensor>; COUNT]> {
         let gradients = self.node.backward(&arguments, upstream)?;
         let mut delivered = [const { None }; COUNT];
-        for ((to_candle, argument), gradient) in delivered.iter_mut().zip(arguments).zip(gradients) {
+        for ((to_candle, argument), gradient) in delivered.iter_mut().zip(arguments).zip(gradients)
+        {
             *to_candle = deliver(result, argument, gradient)?;
         }
         Ok(delivered)

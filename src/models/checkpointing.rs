@@ -167,7 +167,8 @@ mod tests {
             Ok(())
         };
         std::thread::scope(|scope| {
-            let threads = [true, false, true, false].map(|ours| scope.spawn(move || differentiate(ours)));
+            let threads =
+                [true, false, true, false].map(|ours| scope.spawn(move || differentiate(ours)));
             threads.into_iter().try_for_each(|t| t.join().unwrap())
         })
     }

@@ -72,7 +72,11 @@ pub fn ppo_loss(
 /// What is clipped never becomes a ratio: an infinite one would make its gradient 0 times infinity.
 fn clipped(log_ratio: &Tensor, advantages: &Tensor, (low, high): (f64, f64)) -> Result<Tensor> {
     let bound = |bound: f64| log_ratio.zeros_like()?.affine(1., bound.ln());
-    let at_most = log_ratio.gt(high.ln())?.where_cond(&bound(high)?, log_ratio)?;
-    let at_least = log_ratio.lt(low.ln())?.where_cond(&bound(low)?, log_ratio)?;
+    let at_most = log_ratio
+        .gt(high.ln())?
+        .where_cond(&bound(high)?, log_ratio)?;
+    let at_least = log_ratio
+        .lt(low.ln())?
+        .where_cond(&bound(low)?, log_ratio)?;
     advantages.ge(0.)?.where_cond(&at_most, &at_least)
 }
