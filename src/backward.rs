@@ -1,20 +1,33 @@
 //! A backward pass that spares the large gradients Candle's accumulation.
 
 use candle_core::backprop::GradStore;
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, TensorId};
 use std::cell::RefCell;
+use std::collections::{HashMap, HashSet};
 
 thread_local! {
-    /// Variables and their gradients, while [`backward`] runs on this thread.
-    static COLLECTED: RefCell<Option<Vec<(Tensor, Tensor)>>> = const { RefCell::new(None) };
+    /// What the [`backward`] that runs on this thread collects.
+    static COLLECTED: RefCell<Option<Collected>> = const { RefCell::new(None) };
+}
+
+struct Collected {
+    /// The nodes of the graph that is differentiated. A node of another graph, one that an op
+    /// differentiates in its own backward, hands its gradients to Candle.
+    nodes: HashSet<TensorId>,
+    /// Variables and the sums of their gradients so far.
+    sums: HashMap<TensorId, (Tensor, Tensor)>,
 }
 
 /// `loss.backward()` at a third of the memory for the gradients of this crate's losses.
 ///
 /// Candle adds every gradient it is handed to a tensor of zeros, so that three tensors of the size of
 /// the classifier exist for a moment. Here the gradient of a `Var` that enters a loss of this crate
-/// directly (a head, most of all) goes into the returned store as it is. Everything else is as in
-/// [`Tensor::backward`], and works for any graph.
+/// directly (a head, most of all) goes into the returned store as it is; where it enters several, they
+/// are added up as they come. Everything else is as in [`Tensor::backward`], and works for any graph,
+/// also one with ops that run a backward of their own.
+///
+/// Several threads may differentiate one graph at once. On a GPU see
+/// [Threads and GPUs](crate#threads-and-gpus).
 ///
 /// ```
 /// # use candle_core::{Device, Tensor, Var};
@@ -34,19 +47,22 @@ thread_local! {
 /// Those of [`Tensor::backward`].
 pub fn backward(loss: &Tensor) -> Result<GradStore> {
     /// Puts back what was there, whatever way the scope is left.
-    struct Restore(Option<Vec<(Tensor, Tensor)>>);
+    struct Restore(Option<Collected>);
     impl Drop for Restore {
         fn drop(&mut self) {
             COLLECTED.with(|c| *c.borrow_mut() = self.0.take());
         }
     }
-    let restore = Restore(COLLECTED.with(|c| c.borrow_mut().replace(Vec::new())));
+    let collected = Collected {
+        nodes: loss.sorted_nodes().iter().map(|node| node.id()).collect(),
+        sums: HashMap::new(),
+    };
+    let restore = Restore(COLLECTED.with(|c| c.borrow_mut().replace(collected)));
     let mut grads = loss.backward()?;
-    let collected = COLLECTED
-        .with(|c| c.borrow_mut().take())
-        .unwrap_or_default();
+    let collected = COLLECTED.with(|c| c.borrow_mut().take());
     drop(restore);
-    for (variable, grad) in collected {
+    let sums = collected.map(|c| c.sums).unwrap_or_default();
+    for (variable, grad) in sums.into_values() {
         let grad = match grads.get(&variable) {
             Some(other) => (other + grad)?,
             None => grad,
@@ -56,14 +72,28 @@ pub fn backward(loss: &Tensor) -> Result<GradStore> {
     Ok(grads)
 }
 
-/// Hands a gradient to Candle, or to [`backward`] where that runs and the argument is a `Var`.
-pub(crate) fn deliver(argument: &Tensor, grad: Option<Tensor>) -> Option<Tensor> {
-    let grad = grad?;
-    COLLECTED.with(|c| match c.borrow_mut().as_mut() {
-        Some(collected) if argument.is_variable() => {
-            collected.push((argument.clone(), grad));
-            None
+/// Hands a gradient that `node` has for its argument to Candle, or to [`backward`] where that is what
+/// differentiates the node and the argument is a `Var`.
+pub(crate) fn deliver(
+    node: &Tensor,
+    argument: &Tensor,
+    grad: Option<Tensor>,
+) -> Result<Option<Tensor>> {
+    COLLECTED.with(|c| {
+        let mut collected = c.borrow_mut();
+        let (Some(grad), Some(collected)) = (&grad, collected.as_mut()) else {
+            return Ok(grad);
+        };
+        if !argument.is_variable() || !collected.nodes.contains(&node.id()) {
+            return Ok(Some(grad.clone()));
         }
-        _ => Some(grad),
+        let sum = match collected.sums.remove(&argument.id()) {
+            Some((_, sum)) => (sum + grad)?,
+            None => grad.clone(),
+        };
+        collected
+            .sums
+            .insert(argument.id(), (argument.clone(), sum));
+        Ok(None)
     })
 }

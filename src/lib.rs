@@ -29,6 +29,15 @@
 //! Features: `cuda` for this crate's kernels on NVIDIA GPUs, `nccl` for a head sharded over several of them,
 //! `metal` for Candle's Metal backend. Without any, the loss runs on the CPU, on all threads.
 //!
+//! # Threads and GPUs
+//!
+//! A loss may be computed and differentiated in any thread. But `Device::new_cuda` gives every thread a CUDA
+//! stream of its own, and neither Candle nor this crate makes one wait for another: a tensor that one thread
+//! has computed may not be finished when another thread reads it, or still be read when the other frees it.
+//! So on such a device make the inputs, the loss and the backward in one thread, or call
+//! `Device::synchronize` in the thread that hands a tensor (or a loss that is to be differentiated) over.
+//! The one stream of a `Device::new_cuda_with_stream` serves all threads that use the device or its clones.
+//!
 //! The method is that of Wijmans et al., *Cut Your Losses in Large-Vocabulary Language Models*,
 //! [arXiv 2411.09009](https://arxiv.org/abs/2411.09009).
 #![deny(missing_docs)]

@@ -83,10 +83,16 @@ impl<N: Node> Computed<N> {
     fn gradients<const COUNT: usize>(
         &self,
         arguments: [&Tensor; COUNT],
+        result: &Tensor,
         upstream: &Tensor,
     ) -> Result<[Option<Tensor>; COUNT]> {
-        let mut gradients = self.node.backward(&arguments, upstream)?.into_iter();
-        Ok(arguments.map(|argument| deliver(argument, gradients.next().flatten())))
+        let gradients = self.node.backward(&arguments, upstream)?;
+        let mut delivered = [const { None }; COUNT];
+        for ((to_candle, argument), gradient) in delivered.iter_mut().zip(arguments).zip(gradients)
+        {
+            *to_candle = deliver(result, argument, gradient)?;
+        }
+        Ok(delivered)
     }
 }
 
@@ -107,8 +113,8 @@ impl<N: Node> CustomOp1 for Computed<N> {
         self.metal()
     }
 
-    fn bwd(&self, a: &Tensor, _res: &Tensor, upstream: &Tensor) -> Result<Option<Tensor>> {
-        let [a] = self.gradients([a], upstream)?;
+    fn bwd(&self, a: &Tensor, result: &Tensor, upstream: &Tensor) -> Result<Option<Tensor>> {
+        let [a] = self.gradients([a], result, upstream)?;
         Ok(a)
     }
 }
@@ -152,10 +158,10 @@ impl<N: Node> CustomOp2 for Computed<N> {
         &self,
         a: &Tensor,
         b: &Tensor,
-        _res: &Tensor,
+        result: &Tensor,
         upstream: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let [a, b] = self.gradients([a, b], upstream)?;
+        let [a, b] = self.gradients([a, b], result, upstream)?;
         Ok((a, b))
     }
 }
@@ -206,10 +212,10 @@ impl<N: Node> CustomOp3 for Computed<N> {
         a: &Tensor,
         b: &Tensor,
         c: &Tensor,
-        _res: &Tensor,
+        result: &Tensor,
         upstream: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [a, b, c] = self.gradients([a, b, c], upstream)?;
+        let [a, b, c] = self.gradients([a, b, c], result, upstream)?;
         Ok((a, b, c))
     }
 }

@@ -223,7 +223,10 @@ impl Problem {
                 Some(bias) => Some(bias.contiguous()?),
                 None => None,
             },
-            targets: targets.flatten_all()?.contiguous()?,
+            targets: match targets.is_contiguous() {
+                true => targets.flatten_all()?,
+                false => copyable(targets)?.flatten_all()?.contiguous()?,
+            },
             positions,
             shape,
             settings: Settings {
@@ -253,6 +256,12 @@ impl Problem {
 
     pub fn vocab(&self) -> usize {
         self.classifier.dims()[0]
+    }
+
+    /// A target by its index among all targets. On a GPU this waits for the device.
+    #[cfg(feature = "cuda")]
+    pub fn target(&self, flat: usize) -> Result<i64> {
+        to_i64(&self.targets.get(flat)?)?.to_scalar()
     }
 
     /// The error that names a target, given by its index among all targets.
@@ -323,6 +332,21 @@ fn same_device(name: &str, tensor: &Tensor, embeddings: &Tensor) -> Result<()> {
         )
     }
     Ok(())
+}
+
+/// Targets as i64.
+pub(crate) fn to_i64(targets: &Tensor) -> Result<Tensor> {
+    copyable(targets)?.to_dtype(DType::I64)
+}
+
+/// Targets in a dtype that Candle can cast, copy and compare where they are: it has no kernels for i32 on
+/// a GPU, so these go through the host, which waits for the device.
+fn copyable(targets: &Tensor) -> Result<Tensor> {
+    if targets.dtype() != DType::I32 || targets.device().is_cpu() {
+        return Ok(targets.clone());
+    }
+    let on_host = targets.to_device(&Device::Cpu)?.to_dtype(DType::I64)?;
+    on_host.to_device(targets.device())
 }
 
 /// The positions of the result and its shape under [`Reduction::None`].

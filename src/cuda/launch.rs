@@ -1,4 +1,6 @@
-//! Memory and kernel launches on a Candle device. Everything runs on the device's one stream, in order.
+//! Memory and kernel launches on a Candle device. All that one thread asks for runs on one stream, in order. That of
+//! `Device::new_cuda` is another one in every thread, and nothing here orders the one after the other: the
+//! documentation of the crate tells users.
 
 use candle_core::cuda_backend::cudarc::driver::{
     sys::{

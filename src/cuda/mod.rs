@@ -257,8 +257,8 @@ impl Rows {
             // Waits for the device.
             let index = gpu.to_host(&rows.count)?[1];
             if index != u32::MAX {
-                let target = problem.targets.get(index as usize)?.to_dtype(DType::I64)?;
-                return Err(problem.bad_target(index as usize, target.to_scalar()?));
+                let target = problem.target(index as usize)?;
+                return Err(problem.bad_target(index as usize, target));
             }
         }
         Ok(rows)

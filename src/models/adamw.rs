@@ -1,10 +1,12 @@
 //! AdamW whose weights and moments are f32 whatever the variables are.
 
 use super::checkpoint::Pending;
+use super::files::write_tensors;
+use super::gradients::summed_in;
 use candle_core::backprop::GradStore;
-use candle_core::{bail, DType, Device, Error, Result, Tensor, Var};
+use candle_core::{bail, Device, Result, Tensor, Var};
 use candle_nn::{Optimizer, ParamsAdamW, VarMap};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 /// AdamW with moments, and for bf16 and f16 variables also weights, in f32.
@@ -18,6 +20,10 @@ use std::path::Path;
 /// m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2
 /// w <- (1 - lr weight_decay) w - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 /// ```
+///
+/// Variables of fewer than two dimensions, norms and biases, are not decayed;
+/// [`AdamW::with_groups`] gives each variable its own weight decay and learning rate. A variable that is
+/// listed twice is stepped once.
 ///
 /// It takes 8 bytes a weight, 12 for bf16 and f16. A variable without a gradient stays as it is. A
 /// bf16 or f16 variable that is set to other values between two steps gets them taken back by the next
@@ -45,11 +51,49 @@ pub struct AdamW {
     params: ParamsAdamW,
 }
 
+/// What variables that are trained alike have of their own, beside [`ParamsAdamW`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Group {
+    /// What the learning rate is multiplied by, whatever it is set to.
+    pub lr_factor: f64,
+    /// In place of the weight decay in [`ParamsAdamW`].
+    pub weight_decay: f64,
+}
+
+impl Group {
+    /// The group of a variable where nothing else is said: decayed as the parameters say if it has two
+    /// dimensions or more, else, as norms and biases, not at all.
+    ///
+    /// Source: the rule of Hugging Face transformers' `Trainer`.
+    pub fn of(var: &Var, params: &ParamsAdamW) -> Self {
+        Self {
+            lr_factor: 1.,
+            weight_decay: match var.rank() {
+                0 | 1 => 0.,
+                _ => params.weight_decay,
+            },
+        }
+    }
+
+    fn validate(&self, name: &str) -> Result<()> {
+        for (what, value) in [
+            ("lr_factor", self.lr_factor),
+            ("weight_decay", self.weight_decay),
+        ] {
+            if !(value >= 0. && value.is_finite()) {
+                bail!("{what} of {name} must be at least 0 and finite, got {value}")
+            }
+        }
+        Ok(())
+    }
+}
+
 /// A variable and its state.
 #[derive(Debug)]
 struct Slot {
     name: String,
     var: Var,
+    group: Group,
     /// The weights, where the variable is narrower.
     master: Option<Tensor>,
     first_moment: Tensor,
@@ -58,11 +102,9 @@ struct Slot {
 }
 
 impl Slot {
-    fn new(name: String, var: Var) -> Result<Self> {
-        let dtype = match var.dtype() {
-            DType::F64 => DType::F64,
-            _ => DType::F32,
-        };
+    fn new(name: String, var: Var, group: Group) -> Result<Self> {
+        group.validate(&name)?;
+        let dtype = summed_in(var.dtype());
         let zeros = Tensor::zeros(var.shape(), dtype, var.device())?;
         Ok(Self {
             master: match var.dtype() == dtype {
@@ -74,6 +116,7 @@ impl Slot {
             steps: 0,
             name,
             var,
+            group,
         })
     }
 
@@ -83,8 +126,10 @@ impl Slot {
             beta1,
             beta2,
             eps,
-            weight_decay,
+            weight_decay: _,
         } = params;
+        let lr = lr * self.group.lr_factor;
+        let decay = lr * self.group.weight_decay;
         let gradient = gradient.detach().to_dtype(self.first_moment.dtype())?;
         let steps = self.steps + 1;
         let first = ((&self.first_moment * beta1)? + (&gradient * (1. - beta1))?)?;
@@ -97,7 +142,7 @@ impl Slot {
             Some(master) => master.clone(),
             None => self.var.detach(),
         };
-        let weights = ((weights * (1. - lr * weight_decay))? - update)?;
+        let weights = ((weights * (1. - decay))? - update)?;
         self.var.set(&weights.to_dtype(self.var.dtype())?)?;
         if let Some(master) = &mut self.master {
             *master = weights;
@@ -113,19 +158,57 @@ impl AdamW {
     /// # Errors
     /// A lock that another thread has poisoned; memory that runs out.
     pub fn from_varmap(vars: &VarMap, params: ParamsAdamW) -> Result<Self> {
+        Self::with_groups(vars, params.clone(), |_, var| Group::of(var, &params))
+    }
+
+    /// Like [`AdamW::from_varmap`], with a group for each variable by its name and itself. Of a variable
+    /// with several names the first counts.
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Var};
+    /// use candle_cut_cross_entropy::models::{AdamW, Group};
+    /// use candle_nn::{ParamsAdamW, VarMap};
+    ///
+    /// # fn main() -> candle_core::Result<()> {
+    /// # let vars = VarMap::new();
+    /// let params = ParamsAdamW { lr: 1e-4, weight_decay: 0.1, ..ParamsAdamW::default() };
+    /// let optimizer = AdamW::with_groups(&vars, params.clone(), |name, var| match name {
+    ///     "lm_head.weight" => Group { lr_factor: 0.1, weight_decay: 0. },
+    ///     _ => Group::of(var, &params),
+    /// })?;
+    /// # let _ = optimizer;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// A factor or weight decay that is negative or not finite, and those of [`AdamW::from_varmap`].
+    pub fn with_groups(
+        vars: &VarMap,
+        params: ParamsAdamW,
+        group: impl Fn(&str, &Var) -> Group,
+    ) -> Result<Self> {
         let named = match vars.data().lock() {
             Ok(vars) => vars.clone(),
             Err(_) => bail!("the VarMap's lock is poisoned"),
         };
         let named: BTreeMap<String, Var> = named.into_iter().collect();
-        Self::named(named, params)
+        Self::named(named, params, group)
     }
 
-    fn named(vars: impl IntoIterator<Item = (String, Var)>, params: ParamsAdamW) -> Result<Self> {
+    fn named(
+        vars: impl IntoIterator<Item = (String, Var)>,
+        params: ParamsAdamW,
+        group: impl Fn(&str, &Var) -> Group,
+    ) -> Result<Self> {
+        let mut seen = HashSet::new();
         let slots = vars
             .into_iter()
-            .filter(|(_, var)| var.dtype().is_float())
-            .map(|(name, var)| Slot::new(name, var))
+            .filter(|(_, var)| var.dtype().is_float() && seen.insert(var.id()))
+            .map(|(name, var)| {
+                let group = group(&name, &var);
+                Slot::new(name, var, group)
+            })
             .collect::<Result<_>>()?;
         Ok(Self { slots, params })
     }
@@ -160,8 +243,7 @@ impl AdamW {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let folder = path.parent().unwrap_or(Path::new(""));
         let file = Pending::new(folder, &name);
-        safetensors::serialize_to_file(&tensors, None, &file.temporary)
-            .map_err(|e| Error::wrap(e).with_path(&file.temporary))?;
+        write_tensors(&file.temporary, &tensors)?;
         file.commit()
     }
 
@@ -198,6 +280,7 @@ impl AdamW {
             slots.push(Slot {
                 name: slot.name.clone(),
                 var: slot.var.clone(),
+                group: slot.group,
                 master: match &slot.master {
                     Some(master) => Some(read("master", master)?),
                     None => None,
@@ -224,7 +307,8 @@ impl Optimizer for AdamW {
     /// another order in every run, so that [`AdamW::from_varmap`] is what a map needs.
     fn new(vars: Vec<Var>, params: ParamsAdamW) -> Result<Self> {
         let named = vars.into_iter().enumerate();
-        Self::named(named.map(|(i, var)| (i.to_string(), var)), params)
+        let named = named.map(|(i, var)| (i.to_string(), var));
+        Self::named(named, params.clone(), |_, var| Group::of(var, &params))
     }
 
     fn step(&mut self, gradients: &GradStore) -> Result<()> {

@@ -126,7 +126,9 @@ pub fn generate(
     for _ in 0..sampling.max_new_tokens {
         let ids = Tensor::new(tokens.as_slice(), model.device())?.unsqueeze(0)?;
         let logits = model.next_token_logits(&ids)?.squeeze(0)?;
-        let logits: Vec<f64> = logits.to_dtype(DType::F64)?.to_vec1()?;
+        // On the host: Metal has no f64.
+        let logits = logits.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+        let logits: Vec<f64> = logits.to_vec1()?;
         let Some(token) = choose(&logits, sampling.temperature, &mut rng) else {
             bail!("the logits of token {} are not finite", tokens.len())
         };

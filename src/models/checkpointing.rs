@@ -3,7 +3,9 @@
 use crate::backward;
 use crate::node::{attach, Node};
 use candle_core::{bail, DType, Result, Tensor, Var};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, ThreadId};
 
 /// A function of a tensor and of variables that it owns.
 pub(super) trait Layer: Send + Sync + 'static {
@@ -32,7 +34,7 @@ pub(super) fn checkpoint(layer: impl Layer, x: &Tensor, variables: Vec<Tensor>) 
         )
     }
     let value = layer.forward(&x.detach())?.detach();
-    let formed = Arc::new(Mutex::new(vec![None; variables.len()]));
+    let formed = Formed::default();
     let mut chain: Option<Tensor> = None;
     for (i, pair) in variables.chunks(2).enumerate() {
         let link = Link {
@@ -56,8 +58,9 @@ pub(super) fn checkpoint(layer: impl Layer, x: &Tensor, variables: Vec<Tensor>) 
     }
 }
 
-/// The gradients of the variables, from when they are formed to when they are handed out.
-type Formed = Arc<Mutex<Vec<Option<Tensor>>>>;
+/// The gradients of the variables, from when they are formed to when they are handed out. Each thread has its own:
+/// several may differentiate one graph at once.
+type Formed = Arc<Mutex<HashMap<ThreadId, Vec<Option<Tensor>>>>>;
 
 struct Checkpoint<L> {
     layer: L,
@@ -72,10 +75,11 @@ impl<L: Layer> Node for Checkpoint<L> {
         let x = Var::from_tensor(&arguments[0].detach())?;
         let y = self.layer.forward(&x)?;
         let mut gradients = backward(&(y * upstream)?.sum_all()?)?;
+        let of_variables = self.variables.iter().map(|v| gradients.remove(v));
+        let of_variables = of_variables.collect();
         let mut formed = self.formed.lock().unwrap_or_else(PoisonError::into_inner);
-        for (variable, formed) in self.variables.iter().zip(formed.iter_mut()) {
-            *formed = gradients.remove(variable);
-        }
+        formed.insert(thread::current().id(), of_variables);
+        drop(formed);
         let of_x = match arguments[0].track_op() {
             true => gradients.remove(&x),
             false => None,
@@ -99,7 +103,11 @@ impl Node for Link {
     const NAME: &'static str = "checkpoint-variables";
 
     fn backward(&self, arguments: &[&Tensor], upstream: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        let thread = thread::current().id();
         let mut formed = self.formed.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(of_variables) = formed.get_mut(&thread) else {
+            bail!("the gradients of a checkpointed layer were handed out before: does an op in the graph run a backward over the same graph?")
+        };
         let mut gradients = Vec::with_capacity(arguments.len());
         let mut variables = arguments.len();
         if self.continues {
@@ -107,7 +115,61 @@ impl Node for Link {
             variables -= 1;
         }
         let end = self.first + variables;
-        gradients.extend(formed[self.first..end].iter_mut().map(Option::take));
+        gradients.extend(of_variables[self.first..end].iter_mut().map(Option::take));
+        if !self.continues {
+            // The chain has come to its beginning.
+            formed.remove(&thread);
+        }
         Ok(gradients)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    /// The sum of the variables, each times its number, times `x`.
+    struct Weighted(Vec<Tensor>);
+
+    impl Layer for Weighted {
+        fn forward(&self, x: &Tensor) -> Result<Tensor> {
+            let mut y = x.zeros_like()?;
+            for (i, variable) in self.0.iter().enumerate() {
+                y = (y + (variable * x)?.affine(i as f64, 0.)?)?;
+            }
+            Ok(y)
+        }
+    }
+
+    #[test]
+    fn threads_that_differentiate_one_graph_get_every_gradient() -> Result<()> {
+        let vars = (0..40)
+            .map(|_| Var::ones(2, DType::F32, &Device::Cpu))
+            .collect::<Result<Vec<_>>>()?;
+        let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+        let x = Tensor::new(&[1f32, 2.], &Device::Cpu)?;
+        let loss = checkpoint(Weighted(tensors.clone()), &x, tensors)?.sum_all()?;
+        let differentiate = |ours: bool| -> Result<()> {
+            for _ in 0..200 {
+                let gradients = match ours {
+                    true => backward(&loss)?,
+                    false => loss.backward()?,
+                };
+                for (i, var) in vars.iter().enumerate() {
+                    let Some(gradient) = gradients.get(var) else {
+                        bail!("variable {i} has no gradient")
+                    };
+                    let want = [i as f32, 2. * i as f32];
+                    assert_eq!(gradient.to_vec1::<f32>()?, want, "variable {i}");
+                }
+            }
+            Ok(())
+        };
+        std::thread::scope(|scope| {
+            let threads =
+                [true, false, true, false].map(|ours| scope.spawn(move || differentiate(ours)));
+            threads.into_iter().try_for_each(|t| t.join().unwrap())
+        })
     }
 }

@@ -1,10 +1,12 @@
 //! What is done with gradients between a backward and an optimizer's step.
 
 use candle_core::backprop::GradStore;
-use candle_core::{bail, DType, Result, Tensor, Var};
+use candle_core::{bail, DType, Device, Result, Tensor, Var, D};
+use std::collections::HashSet;
 
 /// Scales the gradients of these variables so that the norm of all together is at most `max_norm`, and
-/// returns the norm before. Variables without a gradient are passed over.
+/// returns the norm before. Variables without a gradient are passed over, one that is listed twice
+/// counts once.
 ///
 /// A norm that is not finite is returned and nothing is scaled: skip that step.
 ///
@@ -26,33 +28,35 @@ pub fn clip_gradients(gradients: &mut GradStore, vars: &[Var], max_norm: f64) ->
     if max_norm.is_nan() || max_norm <= 0. {
         bail!("max_norm must be positive, got {max_norm}")
     }
-    let mut sum: Option<Tensor> = None;
-    for gradient in vars.iter().filter_map(|var| gradients.get(var)) {
-        let wide = match gradient.dtype() {
-            DType::F64 => DType::F64,
-            _ => DType::F32,
-        };
-        let squares = gradient.to_dtype(wide)?.sqr()?.sum_all()?;
-        // Metal has no f64, so only the numbers that are f64 already stay it.
-        let squares = squares.to_dtype(DType::F32)?;
-        sum = Some(match sum {
-            Some(sum) => (sum + squares)?,
-            None => squares,
-        });
+    let vars = distinct(vars);
+    let squares = vars
+        .iter()
+        .filter_map(|var| gradients.get(var))
+        .map(sum_of_squares)
+        .collect::<Result<Vec<_>>>()?;
+    let mut sum = 0.;
+    for squares in squares {
+        sum += squares
+            .to_device(&Device::Cpu)?
+            .to_dtype(DType::F64)?
+            .to_scalar::<f64>()?;
     }
-    let norm = match sum {
-        Some(sum) => f64::from(sum.to_scalar::<f32>()?).sqrt(),
-        None => 0.,
-    };
+    let norm = sum.sqrt();
     if norm.is_finite() && norm > max_norm {
-        scale(gradients, vars, max_norm / norm)?;
+        for var in vars {
+            if let Some(gradient) = gradients.get(var) {
+                let scaled = (gradient * (max_norm / norm))?;
+                gradients.insert(var, scaled);
+            }
+        }
     }
     Ok(norm)
 }
 
 /// The sum of the gradients of several backward passes: a batch larger than memory holds.
 ///
-/// Sums are in the gradients' dtype. Let the losses be sums ([`Reduction::Sum`](crate::Reduction::Sum))
+/// Sums are in f32 (f64 for f64), and come back in the gradients' dtype: a sum of bf16 numbers in bf16 would
+/// stop to grow at 256 times a number. Let the losses be sums ([`Reduction::Sum`](crate::Reduction::Sum))
 /// and divide by the number of positions that count at the end: means of batches that differ in it do
 /// not add up to the mean of all.
 ///
@@ -73,31 +77,51 @@ pub fn clip_gradients(gradients: &mut GradStore, vars: &[Var], max_norm: f64) ->
 #[derive(Debug)]
 pub struct Accumulator {
     vars: Vec<Var>,
-    sum: Option<GradStore>,
+    /// By variable; one gradient alone is kept in its dtype.
+    sums: Vec<Option<Tensor>>,
+    anything: bool,
 }
 
 impl Accumulator {
-    /// An empty sum for these variables.
+    /// An empty sum for these variables. One that is listed twice counts once.
     pub fn new(vars: Vec<Var>) -> Self {
-        Self { vars, sum: None }
+        let vars: Vec<Var> = distinct(&vars).into_iter().cloned().collect();
+        Self {
+            sums: vec![None; vars.len()],
+            vars,
+            anything: false,
+        }
     }
 
-    /// Adds the gradients of a backward.
+    /// Adds the gradients of a backward; those of other variables are dropped.
     ///
     /// # Errors
-    /// Gradients whose shapes or dtypes changed.
+    /// A gradient whose shape or dtype is not its variable's, and nothing is added.
     pub fn add(&mut self, mut gradients: GradStore) -> Result<()> {
-        if let Some(sum) = self.sum.take() {
-            for var in &self.vars {
-                let total = match (sum.get(var), gradients.get(var)) {
-                    (Some(sum), Some(new)) => (sum + new)?,
-                    (Some(sum), None) => sum.clone(),
-                    (None, _) => continue,
-                };
-                gradients.insert(var, total);
+        for var in &self.vars {
+            if let Some(gradient) = gradients.get(var) {
+                if gradient.shape() != var.shape() || gradient.dtype() != var.dtype() {
+                    bail!(
+                        "the gradient of a variable {:?} {:?} is {:?} {:?}",
+                        var.dtype(),
+                        var.dims(),
+                        gradient.dtype(),
+                        gradient.dims()
+                    )
+                }
             }
         }
-        self.sum = Some(gradients);
+        for (var, sum) in self.vars.iter().zip(&mut self.sums) {
+            let Some(new) = gradients.remove(var) else {
+                continue;
+            };
+            let wide = summed_in(var.dtype());
+            *sum = Some(match sum.take() {
+                Some(sum) => (sum.to_dtype(wide)? + new.to_dtype(wide)?)?,
+                None => new,
+            });
+        }
+        self.anything = true;
         Ok(())
     }
 
@@ -107,22 +131,40 @@ impl Accumulator {
     /// # Errors
     /// Those of Candle's multiplication.
     pub fn take(&mut self, factor: f64) -> Result<Option<GradStore>> {
-        let Some(mut sum) = self.sum.take() else {
+        if !std::mem::take(&mut self.anything) {
             return Ok(None);
-        };
-        if factor != 1. {
-            scale(&mut sum, &self.vars, factor)?;
         }
-        Ok(Some(sum))
+        let mut all = GradStore::default();
+        for (var, sum) in self.vars.iter().zip(&mut self.sums) {
+            let Some(mut sum) = sum.take() else { continue };
+            if factor != 1. {
+                sum = (sum.to_dtype(summed_in(var.dtype()))? * factor)?;
+            }
+            all.insert(var, sum.to_dtype(var.dtype())?);
+        }
+        Ok(Some(all))
     }
 }
 
-fn scale(gradients: &mut GradStore, vars: &[Var], factor: f64) -> Result<()> {
-    for var in vars {
-        if let Some(gradient) = gradients.get(var) {
-            let scaled = (gradient * factor)?;
-            gradients.insert(var, scaled);
-        }
+/// The variables without repetitions, in their order.
+pub(super) fn distinct(vars: &[Var]) -> Vec<&Var> {
+    let mut seen = HashSet::new();
+    vars.iter().filter(|var| seen.insert(var.id())).collect()
+}
+
+/// What sums of numbers of this dtype are formed in.
+pub(super) fn summed_in(dtype: DType) -> DType {
+    match dtype {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
     }
-    Ok(())
+}
+
+/// Of each row first: one f32 sum over hundreds of millions of numbers would stop to grow.
+fn sum_of_squares(gradient: &Tensor) -> Result<Tensor> {
+    let squares = gradient.to_dtype(summed_in(gradient.dtype()))?.sqr()?;
+    match squares.rank() {
+        0 | 1 => squares.sum_all(),
+        _ => squares.sum(D::Minus1)?.sum_all(),
+    }
 }

@@ -1,6 +1,7 @@
 //! Low-rank adapters (LoRA): small trainable matrices beside frozen weights.
 
 use super::checkpoint::Pending;
+use super::files::write_tensors;
 use super::layers::Loader;
 use super::{CausalLm, Config, Decoder};
 use crate::node::{attach, Node};
@@ -276,8 +277,7 @@ impl Decoder {
             }
         }
         let weights = Pending::new(folder, "adapter_model.safetensors");
-        safetensors::serialize_to_file(&tensors, None, &weights.temporary)
-            .map_err(|e| Error::wrap(e).with_path(&weights.temporary))?;
+        write_tensors(&weights.temporary, &tensors)?;
         file.commit()?;
         weights.commit()
     }

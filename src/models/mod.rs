@@ -28,6 +28,7 @@ mod checkpoint;
 mod checkpointing;
 mod config;
 mod decoder;
+mod files;
 mod gradients;
 mod layers;
 mod lora;
@@ -35,7 +36,7 @@ mod rope;
 #[cfg(feature = "candle-transformers")]
 mod with_head;
 
-pub use adamw::AdamW;
+pub use adamw::{AdamW, Group};
 pub use causal_lm::{generate, CausalLm, Sampling};
 pub use config::{Config, Family, LayerConfig};
 pub use decoder::Decoder;

@@ -85,8 +85,8 @@ pub trait Communicator: Send + Sync {
     /// The elementwise maximum or sum of the ranks' tensors, the same bits on every rank, with the shape, dtype and
     /// device of `tensor`.
     ///
-    /// On a GPU the result is ordered like that of any Candle operation: after what was launched before this call,
-    /// before what is launched after it. The memory of `tensor` is the callee's: it may hold the result.
+    /// On a GPU the result is ordered like that of any Candle operation: after what this thread launched before the
+    /// call, before what it launches after it. The memory of `tensor` is the callee's: it may hold the result.
     ///
     /// # Errors
     /// Another rank failed, or did not come within a time that the transport sets: no call hangs.
@@ -234,10 +234,40 @@ pub(crate) struct ShardRows {
     pub ranks: Tensor,
 }
 
+/// Where the id is written before it is renamed to `path`: beside it, and another file for every name.
+#[cfg(any(feature = "nccl", test))]
+fn draft(path: &std::path::Path) -> Result<std::path::PathBuf> {
+    let Some(name) = path.file_name() else {
+        bail!("the ranks meet at a file, {} is none", path.display())
+    };
+    let mut name = name.to_owned();
+    name.push(".draft");
+    Ok(path.with_file_name(name))
+}
+
 /// What gradients and statistics are summed in for inputs of this dtype.
 fn accumulator(dtype: DType) -> DType {
     match dtype {
         DType::F64 => DType::F64,
         _ => DType::F32,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::draft;
+    use std::path::Path;
+
+    #[test]
+    fn every_name_has_a_draft_of_its_own() {
+        for (path, want) in [
+            ("/shared/run.17", "/shared/run.17.draft"),
+            ("/shared/run.18", "/shared/run.18.draft"),
+            ("run", "run.draft"),
+        ] {
+            assert_eq!(draft(Path::new(path)).unwrap(), Path::new(want));
+        }
+        let error = draft(Path::new("/shared/..")).unwrap_err().to_string();
+        assert!(error.contains("/shared/.."), "{error}");
     }
 }

@@ -1,6 +1,6 @@
 //! Ranks on GPUs of their own, over NCCL.
 
-use super::{Communicator, ReduceOp};
+use super::{draft, Communicator, ReduceOp};
 use candle_core::cuda_backend::cudarc::driver::{result, sys as cuda, CudaContext, DevicePtrMut};
 use candle_core::cuda_backend::cudarc::nccl::sys as nccl;
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
@@ -159,9 +159,9 @@ impl NcclCommunicator {
         }
         let id = NcclId::new()?;
         // Renamed, so that no rank reads half of it.
-        let draft = path.with_extension("draft");
-        std::fs::write(&draft, id.to_string()).map_err(Error::wrap)?;
-        std::fs::rename(&draft, path).map_err(Error::wrap)?;
+        let draft = draft(path)?;
+        std::fs::write(&draft, id.to_string()).map_err(|e| Error::from(e).with_path(&draft))?;
+        std::fs::rename(&draft, path).map_err(|e| Error::from(e).with_path(path))?;
         let joined = Self::new(id, device, rank, world_size, timeout);
         let removed = std::fs::remove_file(path).map_err(Error::wrap);
         let joined = joined?;

@@ -1,10 +1,17 @@
 //! What is made of a loss's outputs: z-loss, perplexity, log-probabilities of sequences, DPO, PPO.
 //!
-//! All are ordinary, differentiable Candle operations on tensors of one number a position.
+//! All are ordinary, differentiable Candle operations on tensors of one number a position. They compute
+//! in f32, in f64 where their input is; bf16 and f16 come out as f32.
 
-use crate::problem::pick_positions;
+mod policy;
+mod preferences;
+
+use crate::problem::{pick_positions, to_i64};
 use crate::{Options, Reduction};
 use candle_core::{bail, DType, Result, Tensor, D};
+
+pub use policy::ppo_loss;
+pub use preferences::{dpo_loss, Preferences};
 
 /// Which positions of a result count: 1 where the target is not the `ignore_index` of the options,
 /// else 0.
@@ -31,10 +38,7 @@ pub fn counted(targets: &Tensor, options: &Options) -> Result<Tensor> {
         0 => targets.clone(),
         shift => targets.narrow(D::Minus1, shift, shape[shape.len() - 1])?,
     };
-    targets
-        .to_dtype(DType::I64)?
-        .contiguous()?
-        .ne(options.ignore_index)
+    to_i64(&targets)?.contiguous()?.ne(options.ignore_index)
 }
 
 /// The z-loss: the square of the log-partition, `lse_i^2`, of the positions that count, reduced as the
@@ -67,7 +71,8 @@ pub fn counted(targets: &Tensor, options: &Options) -> Result<Tensor> {
 /// the mean by the share of positions that count where this divides by it.
 pub fn z_loss(lse: &Tensor, targets: &Tensor, options: &Options) -> Result<Tensor> {
     let counted = counted(targets, options)?;
-    let squares = keep("lse", &lse.sqr()?, &counted)?;
+    // Masked before the square: an infinite lse there would make its gradient NaN.
+    let squares = keep("lse", &wide(lse)?, &counted)?.sqr()?;
     match options.reduction {
         Reduction::None => Ok(squares),
         Reduction::Sum => squares.sum_all(),
@@ -100,6 +105,7 @@ pub fn z_loss(lse: &Tensor, targets: &Tensor, options: &Options) -> Result<Tenso
 /// `shift >= T`; a `loss` whose shape is not the one the options give it.
 pub fn perplexity(loss: &Tensor, targets: &Tensor, options: &Options) -> Result<Tensor> {
     let counted = counted(targets, options)?;
+    let loss = &wide(loss)?;
     if options.reduction == Reduction::None {
         return mean_over(&keep("loss", loss, &counted)?, &counted)?.exp();
     }
@@ -146,127 +152,20 @@ pub fn sequence_log_probs(nll: &Tensor, mask: Option<&Tensor>) -> Result<Tensor>
     if nll.rank() == 0 {
         bail!("nll must have shape (.., T), got a scalar: is the reduction Reduction::None?")
     }
+    let nll = wide(nll)?;
     let nll = match mask {
-        Some(mask) => keep("nll", nll, mask)?,
-        None => nll.clone(),
+        Some(mask) => keep("nll", &nll, mask)?,
+        None => nll,
     };
     nll.sum(D::Minus1)?.neg()
 }
 
-/// The log-probabilities, `(B)` each, that one model gives to pairs of answers.
-#[derive(Debug, Clone, Copy)]
-pub struct Preferences<'a> {
-    /// Of the answers that were preferred.
-    pub chosen: &'a Tensor,
-    /// Of the others.
-    pub rejected: &'a Tensor,
-}
-
-/// The loss of direct preference optimisation, a scalar: the mean over the pairs of
-/// `-log sigmoid(beta ((chosen - rejected) - (reference chosen - reference rejected)))`.
-///
-/// The log-probabilities come from [`sequence_log_probs`]; those of the reference model should be
-/// detached. `beta` (often 0.1) weighs staying close to it.
-///
-/// ```
-/// # use candle_core::{Device, Tensor};
-/// use candle_cut_cross_entropy::objectives::{dpo_loss, Preferences};
-/// # fn main() -> candle_core::Result<()> {
-/// // Log-probabilities of the chosen and rejected half of a batch.
-/// let policy = Tensor::new(&[-10f32, -12., -11., -12.], &Device::Cpu)?;
-/// let (chosen, rejected) = (policy.narrow(0, 0, 2)?, policy.narrow(0, 2, 2)?);
-/// let policy = Preferences { chosen: &chosen, rejected: &rejected };
-/// // A policy that is its reference has loss ln 2.
-/// let loss = dpo_loss(policy, policy, 0.1)?.to_scalar::<f32>()?;
-/// assert!((loss - 2f32.ln()).abs() < 1e-6);
-/// # Ok(())
-/// # }
-/// ```
-///
-/// # Errors
-/// Shapes that differ, no pairs, a `beta` that is not positive and finite.
-///
-/// Source: Rafailov et al., *Direct Preference Optimization*,
-/// [arXiv 2305.18290](https://arxiv.org/abs/2305.18290), equation 7.
-pub fn dpo_loss(policy: Preferences<'_>, reference: Preferences<'_>, beta: f64) -> Result<Tensor> {
-    if !(beta > 0. && beta.is_finite()) {
-        bail!("beta must be positive and finite, got {beta}")
+/// In a dtype that can be summed: a bf16 sum of ones ends at 256.
+fn wide(values: &Tensor) -> Result<Tensor> {
+    match values.dtype() {
+        DType::F64 => Ok(values.clone()),
+        _ => values.to_dtype(DType::F32),
     }
-    let shape = policy.chosen.dims();
-    if policy.chosen.elem_count() == 0 {
-        bail!("empty input: policy.chosen {shape:?}")
-    }
-    for (name, tensor) in [
-        ("policy.rejected", policy.rejected),
-        ("reference.chosen", reference.chosen),
-        ("reference.rejected", reference.rejected),
-    ] {
-        same_shape(name, tensor, "policy.chosen", shape)?;
-    }
-    let policy = (policy.chosen - policy.rejected)?;
-    let reference = (reference.chosen - reference.rejected)?;
-    softplus(&((policy - reference)? * -beta)?)?.mean_all()
-}
-
-/// The clipped policy loss of proximal policy optimisation, a scalar: with the ratio
-/// `r = exp(log_probs - old_log_probs)` and advantages `A`, the mean of
-/// `-min(r A, clip(r, 1 - clip, 1 + clip) A)` over the tokens that count.
-///
-/// All of one shape, one number a token. `log_probs` are `-nll`, the negative
-/// [`Output::loss`](crate::Output::loss) under [`Reduction::None`]; `old_log_probs` and `advantages`
-/// should be detached. `mask`, u8, says which tokens count (see [`counted`]); `None` is all.
-///
-/// ```
-/// # use candle_core::{DType, Device, Tensor, Var};
-/// use candle_cut_cross_entropy::{
-///     linear_cross_entropy, objectives::{counted, ppo_loss}, Options, Reduction,
-/// };
-/// # fn main() -> candle_core::Result<()> {
-/// # let hidden = Tensor::randn(0f32, 1., (4, 16, 64), &Device::Cpu)?;
-/// # let head = Var::randn(0f32, 0.02, (1000, 64), &Device::Cpu)?;
-/// # let tokens = Tensor::zeros((4, 16), DType::I64, &Device::Cpu)?;
-/// # let advantages = Tensor::ones((4, 15), DType::F32, &Device::Cpu)?;
-/// let options = Options::default().shift(1).reduction(Reduction::None);
-/// let log_probs = linear_cross_entropy(&hidden, &head, &tokens, &options)?.loss.neg()?;
-/// let old_log_probs = log_probs.detach(); // in the first step the policy is the old one
-/// let mask = counted(&tokens, &options)?;
-/// let loss = ppo_loss(&log_probs, &old_log_probs, &advantages, Some(&mask), 0.2)?;
-/// assert_eq!(loss.to_scalar::<f32>()?, -1.);
-/// # Ok(())
-/// # }
-/// ```
-///
-/// # Errors
-/// Shapes that differ, a mask of another dtype, a `clip` outside `(0, 1)`.
-///
-/// Source: Schulman et al., *Proximal Policy Optimization Algorithms*,
-/// [arXiv 1707.06347](https://arxiv.org/abs/1707.06347), equation 7.
-pub fn ppo_loss(
-    log_probs: &Tensor,
-    old_log_probs: &Tensor,
-    advantages: &Tensor,
-    mask: Option<&Tensor>,
-    clip: f64,
-) -> Result<Tensor> {
-    if !(clip > 0. && clip < 1.) {
-        bail!("clip must be in (0, 1), got {clip}")
-    }
-    let shape = log_probs.dims();
-    same_shape("old_log_probs", old_log_probs, "log_probs", shape)?;
-    same_shape("advantages", advantages, "log_probs", shape)?;
-    let all;
-    let mask = match mask {
-        Some(mask) => mask,
-        None => {
-            all = Tensor::ones(shape, DType::U8, log_probs.device())?;
-            &all
-        }
-    };
-    // Masked before the exponential: an infinite ratio there would make its gradient NaN.
-    let ratio = keep("log_probs", &(log_probs - old_log_probs)?, mask)?.exp()?;
-    let clipped = ratio.clamp(1. - clip, 1. + clip)?;
-    let worse = (&ratio * advantages)?.minimum(&(clipped * advantages)?)?;
-    mean_over(&keep("advantages", &worse, mask)?, mask)?.neg()
 }
 
 /// `values` where the mask is not 0, else 0, whatever (NaN, infinity) stands there.
@@ -297,11 +196,4 @@ fn number_of(mask: &Tensor, dtype: DType) -> Result<Tensor> {
 /// The mean of values that are 0 where the mask is.
 fn mean_over(values: &Tensor, mask: &Tensor) -> Result<Tensor> {
     values.sum_all()? / number_of(mask, values.dtype())?
-}
-
-/// `log(1 + e^x)`, whose gradient is the sigmoid for every `x`.
-fn softplus(x: &Tensor) -> Result<Tensor> {
-    let larger = x.detach().relu()?;
-    let one = larger.neg()?.exp()?;
-    (one + (x - &larger)?.exp()?)?.log()? + larger
 }
