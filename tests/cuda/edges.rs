@@ -201,7 +201,7 @@ fn of_loss(case: &Case, options: Options, device: &Device) -> Result<(f64, Vec<f
 }
 
 #[test]
-fn a_filter_drops_every_tile_without_a_target_at_the_highest_threshold() -> Result<()> {
+fn a_filter_that_drops_keeps_the_tiles_of_targets_at_the_highest_threshold() -> Result<()> {
     let Some(device) = device() else {
         return Ok(());
     };
@@ -217,7 +217,7 @@ fn a_filter_drops_every_tile_without_a_target_at_the_highest_threshold() -> Resu
             let what = format!("{implementation:?} {dtype:?}");
             let options = Options::default()
                 .implementation(implementation)
-                .filter(Filter::Threshold(0.999));
+                .filter(Filter::Drop(0.999));
             let (kept, dc) = of_loss(&case, options, &device)?;
             assert!((kept - 1. / tiles).abs() < 1e-12, "{what}: kept {kept}");
             for (class, grad) in dc.chunks(hidden).enumerate() {

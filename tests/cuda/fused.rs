@@ -263,7 +263,7 @@ fn at_the_highest_threshold_only_the_targets_are_left() -> Result<()> {
     for workspace in [1 << 30, (15 << 20) + (600 << 10)] {
         let tensors = case.tensors(&device)?;
         let options = Options::default()
-            .filter(Filter::Threshold(0.999))
+            .filter(Filter::Drop(0.999))
             .strategy(Strategy::Fused)
             .workspace(workspace);
         let options = case.options(options, &tensors);
