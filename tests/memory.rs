@@ -113,6 +113,35 @@ fn forward_and_backward_stay_within_the_workspace() -> Result<()> {
 }
 
 #[test]
+fn losses_on_one_head_share_its_gradient() -> Result<()> {
+    let _alone = COUNTING.lock().unwrap_or_else(PoisonError::into_inner);
+    let (rows, hidden, vocab, losses) = (16, 128, 16000, 8);
+    let head = Var::randn(0f32, 0.05, (vocab, hidden), &Device::Cpu)?;
+    let targets = Tensor::zeros(rows, DType::I64, &Device::Cpu)?;
+    let options = Options::default()
+        .strategy(Strategy::Recompute)
+        .workspace(2 * MIB);
+    let mut total = Tensor::zeros((), DType::F32, &Device::Cpu)?;
+    for _ in 0..losses {
+        let x = Tensor::randn(0f32, 1., (rows, hidden), &Device::Cpu)?;
+        total = (total + linear_cross_entropy(&x, &head, &targets, &options)?.loss)?;
+    }
+    let before = IN_USE.load(Relaxed);
+    PEAK.store(before, Relaxed);
+    let gradients = backward(&total)?;
+    let peak = PEAK.load(Relaxed) - before;
+    assert!(gradients.get(&head).is_some());
+    let one = vocab * hidden * 4;
+    // The sum, a new gradient and the new sum.
+    assert!(
+        (2 * one..3 * one + 4 * MIB).contains(&peak),
+        "{:.1} gradients",
+        peak as f64 / one as f64
+    );
+    Ok(())
+}
+
+#[test]
 fn checkpointed_layers_keep_their_inputs_only() -> Result<()> {
     let _alone = COUNTING.lock().unwrap_or_else(PoisonError::into_inner);
     let (layers, batch, time, hidden) = (8, 4, 64, 64);

@@ -129,14 +129,14 @@ mod tests {
     use super::*;
     use candle_core::Device;
 
-    /// The sum of the variables, each times its number, times `x`.
+    /// The sum of the variables, each times its number from 1 on, times `x`.
     struct Weighted(Vec<Tensor>);
 
     impl Layer for Weighted {
         fn forward(&self, x: &Tensor) -> Result<Tensor> {
             let mut y = x.zeros_like()?;
             for (i, variable) in self.0.iter().enumerate() {
-                y = (y + (variable * x)?.affine(i as f64, 0.)?)?;
+                y = (y + (variable * x)?.affine(i as f64 + 1., 0.)?)?;
             }
             Ok(y)
         }
@@ -160,7 +160,7 @@ mod tests {
                     let Some(gradient) = gradients.get(var) else {
                         bail!("variable {i} has no gradient")
                     };
-                    let want = [i as f32, 2. * i as f32];
+                    let want = [1., 2.].map(|x| (i as f32 + 1.) * x);
                     assert_eq!(gradient.to_vec1::<f32>()?, want, "variable {i}");
                 }
             }

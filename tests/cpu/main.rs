@@ -4,6 +4,7 @@
 mod common;
 
 mod autograd;
+mod backward;
 mod edges;
 mod errors;
 mod filter;

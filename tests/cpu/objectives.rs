@@ -178,6 +178,64 @@ fn ppo_loss_stops_the_gradient_of_clipped_ratios() -> Result<()> {
 }
 
 #[test]
+fn ppo_loss_of_an_infinite_ratio_has_the_gradient_of_the_clipped_one() -> Result<()> {
+    let zeros = Tensor::zeros(2, DType::F32, &Device::Cpu)?;
+    let ones = Tensor::ones(2, DType::F32, &Device::Cpu)?;
+    for huge in [100f32, f32::INFINITY] {
+        let log_probs = Var::new(&[huge, 0.], &Device::Cpu)?;
+        let loss = ppo_loss(&log_probs, &zeros, &ones, None, 0.2)?;
+        assert_close("loss", &loss, &[-1.1]);
+        let grads = loss.backward()?;
+        assert_close("d log_probs", grads.get(&log_probs).unwrap(), &[0., -0.5]);
+    }
+    // With a negative advantage nothing stops a ratio: 0 is clipped to 0.8, NaN stays one.
+    let log_probs = Var::new(&[f32::NEG_INFINITY, 0.], &Device::Cpu)?;
+    let loss = ppo_loss(&log_probs, &zeros, &ones.neg()?, None, 0.2)?;
+    assert_close("loss", &loss, &[0.9]);
+    let grads = loss.backward()?;
+    assert_close("d log_probs", grads.get(&log_probs).unwrap(), &[0., 0.5]);
+    let log_probs = Tensor::new(&[f32::NAN, 0.], &Device::Cpu)?;
+    let loss = ppo_loss(&log_probs, &zeros, &ones, None, 0.2)?;
+    assert!(loss.to_scalar::<f32>()?.is_nan(), "{loss}");
+    Ok(())
+}
+
+#[test]
+fn an_infinite_lse_that_does_not_count_has_no_gradient() -> Result<()> {
+    let targets = Tensor::new(&[1i64, -100], &Device::Cpu)?;
+    let lse = Var::new(&[3f32, f32::INFINITY], &Device::Cpu)?;
+    let z = z_loss(&lse, &targets, &Options::default())?;
+    assert_close("z", &z, &[9.]);
+    assert_close("d lse", z.backward()?.get(&lse).unwrap(), &[6., 0.]);
+    Ok(())
+}
+
+#[test]
+fn half_precision_numbers_are_summed_in_f32() -> Result<()> {
+    for dtype in [DType::BF16, DType::F16] {
+        // A bf16 sum of ones ends at 256, an f16 one at 2048.
+        let ones = Tensor::ones((1, 3000), dtype, &Device::Cpu)?;
+        let log_probs = sequence_log_probs(&ones, None)?;
+        assert_close("log-probability", &log_probs, &[-3000.]);
+        let targets = Tensor::zeros((1, 3000), DType::I64, &Device::Cpu)?;
+        let z = z_loss(&ones, &targets, &Options::default())?;
+        assert_close("z-loss", &z, &[1.]);
+        let none = Options::default().reduction(Reduction::None);
+        let e = perplexity(&ones, &targets, &none)?;
+        assert_close("perplexity", &e, &[std::f64::consts::E]);
+        let loss = ppo_loss(&ones, &ones, &ones, None, 0.2)?;
+        assert_close("ppo", &loss, &[-1.]);
+    }
+    // 4 - 1000 and 1 - 1000: apart in f32, not in bf16.
+    let tensor = |x: f32| Tensor::new(&[x], &Device::Cpu)?.to_dtype(DType::BF16);
+    let (four, one, thousand) = (tensor(4.)?, tensor(1.)?, tensor(1000.)?);
+    let pair = |chosen, rejected| Preferences { chosen, rejected };
+    let loss = dpo_loss(pair(&four, &thousand), pair(&one, &thousand), 1.)?;
+    assert_close("dpo", &loss, &[(-3f64).exp().ln_1p()]);
+    Ok(())
+}
+
+#[test]
 fn ppo_loss_ignores_what_stands_under_the_mask() -> Result<()> {
     let log_probs = Var::new(&[0f32, f32::INFINITY, f32::NAN], &Device::Cpu)?;
     let zeros = Tensor::zeros(3, DType::F32, &Device::Cpu)?;

@@ -10,6 +10,7 @@ mod fused;
 mod nccl;
 mod repeat;
 mod sizes;
+mod targets;
 mod vocab_parallel;
 
 use candle_core::{DType, Device, Result};

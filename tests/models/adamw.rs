@@ -1,7 +1,7 @@
 //! AdamW against its definition in f64, its master weights, its saved state.
 
-use candle_core::{DType, Device, Result, Tensor};
-use candle_cut_cross_entropy::models::AdamW;
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_cut_cross_entropy::models::{AdamW, Group};
 use candle_nn::{Init, Optimizer, ParamsAdamW, VarMap};
 
 const START: f64 = 0.75;
@@ -16,7 +16,7 @@ fn params() -> ParamsAdamW {
 
 fn variable(dtype: DType) -> Result<(VarMap, Tensor)> {
     let vars = VarMap::new();
-    let w = vars.get(3, "w", Init::Const(START), dtype, &Device::Cpu)?;
+    let w = vars.get((1, 3), "w", Init::Const(START), dtype, &Device::Cpu)?;
     vars.get(2, "unused", Init::Const(START), dtype, &Device::Cpu)?;
     Ok((vars, w))
 }
@@ -27,12 +27,12 @@ fn gradient(t: usize) -> [f64; 3] {
 }
 
 fn step(optimizer: &mut AdamW, w: &Tensor, t: usize) -> Result<()> {
-    let gradient = Tensor::new(&gradient(t), &Device::Cpu)?.to_dtype(w.dtype())?;
+    let gradient = Tensor::new(&[gradient(t)], &Device::Cpu)?.to_dtype(w.dtype())?;
     optimizer.step(&(w * gradient)?.sum_all()?.backward()?)
 }
 
 fn values(tensor: &Tensor) -> Result<Vec<f64>> {
-    tensor.to_dtype(DType::F64)?.to_vec1()
+    tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
 }
 
 /// The weights after so many steps.
@@ -137,5 +137,124 @@ fn a_saved_state_goes_on_with_the_same_bits() -> Result<()> {
         "{message}"
     );
     std::fs::remove_file(&path)?;
+    Ok(())
+}
+
+/// One step on `sum(w)` from 1 with a learning rate of 0.1: what is left of 1, of which Adam takes 0.1 times the
+/// factor.
+fn after_a_step(var: &Var, optimizer: &mut AdamW) -> Result<f64> {
+    optimizer.step(&var.sum_all()?.backward()?)?;
+    Ok(values(var)?[0])
+}
+
+fn decayed() -> ParamsAdamW {
+    ParamsAdamW {
+        lr: 0.1,
+        weight_decay: 0.5,
+        ..ParamsAdamW::default()
+    }
+}
+
+#[test]
+fn norms_and_biases_are_not_decayed() -> Result<()> {
+    for (shape, want) in [
+        (vec![], 0.9),
+        (vec![2], 0.9),
+        (vec![1, 2], 0.85),
+        (vec![1, 1, 2], 0.85),
+    ] {
+        let var = Var::ones(shape.clone(), DType::F64, &Device::Cpu)?;
+        let vars = VarMap::new();
+        vars.data()
+            .lock()
+            .unwrap()
+            .insert("w".to_owned(), var.clone());
+        let got = after_a_step(&var, &mut AdamW::from_varmap(&vars, decayed())?)?;
+        assert!((got - want).abs() < 1e-6, "{shape:?}: {got}");
+        var.set(&var.ones_like()?)?;
+        let mut optimizer = AdamW::new(vec![var.clone()], decayed())?;
+        let got = after_a_step(&var, &mut optimizer)?;
+        assert!((got - want).abs() < 1e-6, "{shape:?}: {got}");
+    }
+    Ok(())
+}
+
+#[test]
+fn groups_have_their_own_rate_and_decay() -> Result<()> {
+    let vars = VarMap::new();
+    for name in ["fast", "slow", "usual"] {
+        vars.get((1, 1), name, Init::Const(1.), DType::F64, &Device::Cpu)?;
+    }
+    let group = |name: &str, var: &Var| match name {
+        "fast" => Group {
+            lr_factor: 2.,
+            weight_decay: 0.25,
+        },
+        "slow" => Group {
+            lr_factor: 0.5,
+            weight_decay: 0.,
+        },
+        _ => Group::of(var, &decayed()),
+    };
+    let mut optimizer = AdamW::with_groups(&vars, decayed(), group)?;
+    let path = std::env::temp_dir().join(format!("cce-groups-{}.safetensors", std::process::id()));
+    optimizer.save(&path)?;
+    optimizer.load(&path)?;
+    std::fs::remove_file(&path)?;
+    for (name, want) in [
+        ("fast", 1. - 0.2 * 0.25 - 0.2),
+        ("slow", 0.95),
+        ("usual", 0.85),
+    ] {
+        let var = vars.data().lock().unwrap()[name].clone();
+        let got = after_a_step(&var, &mut optimizer)?;
+        assert!((got - want).abs() < 1e-6, "{name}: {got}, want {want}");
+    }
+    for bad in [f64::NAN, -1., f64::INFINITY] {
+        let group = |_: &str, _: &Var| Group {
+            lr_factor: bad,
+            weight_decay: 0.,
+        };
+        let error = AdamW::with_groups(&vars, decayed(), group)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("lr_factor of fast"), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_variable_that_is_listed_twice_is_stepped_once() -> Result<()> {
+    let var = Var::ones((1, 2), DType::F64, &Device::Cpu)?;
+    let mut optimizer = AdamW::new(vec![var.clone(), var.clone()], decayed())?;
+    let got = after_a_step(&var, &mut optimizer)?;
+    assert!((got - 0.85).abs() < 1e-6, "{got}");
+    let vars = VarMap::new();
+    for name in ["embedding", "head"] {
+        vars.data()
+            .lock()
+            .unwrap()
+            .insert(name.to_owned(), var.clone());
+    }
+    var.set(&var.ones_like()?)?;
+    let got = after_a_step(&var, &mut AdamW::from_varmap(&vars, decayed())?)?;
+    assert!((got - 0.85).abs() < 1e-6, "{got}");
+    Ok(())
+}
+
+#[cfg(unix)]
+#[test]
+fn a_saved_state_is_as_readable_as_other_files() -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = std::env::temp_dir().join(format!("cce-adamw-mode-{}", std::process::id()));
+    std::fs::create_dir_all(&folder)?;
+    let (vars, _) = variable(DType::F32)?;
+    AdamW::from_varmap(&vars, params())?.save(folder.join("state"))?;
+    std::fs::write(folder.join("other"), "")?;
+    let mode = |name: &str| -> Result<u32> {
+        Ok(std::fs::metadata(folder.join(name))?.permissions().mode())
+    };
+    assert_eq!(mode("state")?, mode("other")?);
+    std::fs::remove_dir_all(&folder)?;
     Ok(())
 }

@@ -297,6 +297,17 @@ fn saved_adapters_are_taken_up() -> Result<()> {
     let config: Value =
         serde_json::from_slice(&std::fs::read(folder.0.join("adapter_config.json")).unwrap())
             .unwrap();
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        let [config, weights] = ["adapter_config.json", "adapter_model.safetensors"].map(|name| {
+            std::fs::metadata(folder.0.join(name))
+                .unwrap()
+                .permissions()
+                .mode()
+        });
+        assert_eq!(weights, config, "one file is less readable than the other");
+    }
     assert_eq!(config["r"], RANK);
     assert_eq!(config["lora_alpha"], 16.);
     assert_eq!(
