@@ -1,8 +1,8 @@
 //! AdamW whose weights and moments are f32 whatever the variables are.
 
-use super::checkpoint::Pending;
+use super::staging::Staging;
 use candle_core::backprop::GradStore;
-use candle_core::{bail, DType, Device, Error, Result, Tensor, Var};
+use candle_core::{bail, DType, Device, Result, Tensor, Var};
 use candle_nn::{Optimizer, ParamsAdamW, VarMap};
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -159,10 +159,10 @@ impl AdamW {
         let path = path.as_ref();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let folder = path.parent().unwrap_or(Path::new(""));
-        let file = Pending::new(folder, &name);
-        safetensors::serialize_to_file(&tensors, None, &file.temporary)
-            .map_err(|e| Error::wrap(e).with_path(&file.temporary))?;
-        file.commit()
+        let staging = Staging::new(folder)?;
+        let tensors = tensors.iter().map(|(name, tensor)| (name.clone(), tensor));
+        staging.write_tensors(&name, tensors, None)?;
+        staging.commit(&[&name])
     }
 
     /// Takes up a state that [`AdamW::save`] wrote. bf16 and f16 variables are set to their master
