@@ -197,7 +197,7 @@ impl Rope {
     }
 
     /// The frequencies for a sequence of this length.
-    fn frequencies_at(&self, time: usize) -> Cow<'_, [f32]> {
+    pub fn frequencies_at(&self, time: usize) -> Cow<'_, [f32]> {
         match (&self.long, self.dynamic) {
             (Some((most, long)), _) if time > *most => long.into(),
             (
