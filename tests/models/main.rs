@@ -2,6 +2,7 @@
 //! candle-transformers, its gradients, configs and checkpoints.
 
 mod adamw;
+mod adapter_files;
 mod checkpoints;
 mod configs;
 mod fine_tuning;
