@@ -9,6 +9,8 @@ use std::sync::Mutex;
 
 const PREFIX: &str = ".saving-";
 const LOCK: &str = "lock";
+/// The last file of a commit as it was before.
+const ASIDE: &str = "before";
 
 /// A folder beside the files to be, where they are written first. It goes when this is dropped; what
 /// a process that was killed has left is removed by the next.
@@ -51,7 +53,7 @@ impl Staging {
 
     pub fn write(&self, name: &str, text: &str) -> Result<()> {
         let path = self.temporary.join(name);
-        fs::write(&path, text).map_err(|e| Error::from(e).with_path(&self.folder.join(name)))
+        fs::write(&path, text).map_err(|e| Error::from(e).with_path(self.folder.join(name)))
     }
 
     /// As safetensors.
@@ -67,14 +69,13 @@ impl Staging {
             .map(|(name, tensor)| Ok((name, tensor.to_device(&Device::Cpu)?.contiguous()?)))
             .collect::<Result<BTreeMap<_, _>>>()?;
         safetensors::serialize_to_file(&tensors, metadata, &self.temporary.join(name))
-            .map_err(|e| Error::wrap(e).with_path(&self.folder.join(name)))
+            .map_err(|e| Error::wrap(e).with_path(self.folder.join(name)))
     }
 
     /// Puts the files in their places, in this order. The last tells how the others are read: where it
     /// is to change, the one before it is put aside first, so that it never stands beside files that
     /// it does not describe.
     pub fn commit(self, names: &[&str]) -> Result<()> {
-        let aside = self.temporary.join("before");
         let place = || -> std::io::Result<()> {
             for name in names {
                 let file = File::open(self.temporary.join(name))?;
@@ -84,19 +85,8 @@ impl Staging {
                 }
                 file.sync_all()?;
             }
-            if let [_, .., last] = names {
-                let last_path = self.folder.join(last);
-                let same = match fs::read(&last_path) {
-                    Ok(before) => before == fs::read(self.temporary.join(last))?,
-                    Err(_) => true,
-                };
-                if !same {
-                    fs::rename(&last_path, &aside)?;
-                    sync(&self.folder)?;
-                }
-            }
-            for name in names {
-                fs::rename(self.temporary.join(name), self.folder.join(name))?;
+            for (from, to) in self.renames(names)? {
+                fs::rename(from, to)?;
                 sync(&self.folder)?;
             }
             Ok(())
@@ -107,10 +97,28 @@ impl Staging {
                 .first()
                 .is_some_and(|first| self.temporary.join(first).exists());
             if let (true, Some(last)) = (untouched, names.last()) {
-                let _ = fs::rename(&aside, self.folder.join(last));
+                let _ = fs::rename(self.temporary.join(ASIDE), self.folder.join(last));
             }
             Error::from(e).with_path(&self.folder)
         })
+    }
+
+    /// What is renamed to what, one after the other.
+    fn renames(&self, names: &[&str]) -> std::io::Result<Vec<(PathBuf, PathBuf)>> {
+        let mut renames = Vec::new();
+        if let [_, .., last] = names {
+            let path = self.folder.join(last);
+            let changes = match fs::read(&path) {
+                Ok(before) => before != fs::read(self.temporary.join(last))?,
+                Err(_) => false,
+            };
+            if changes {
+                renames.push((path, self.temporary.join(ASIDE)));
+            }
+        }
+        let into_place = |name: &&str| (self.temporary.join(name), self.folder.join(name));
+        renames.extend(names.iter().map(into_place));
+        Ok(renames)
     }
 }
 
@@ -149,4 +157,51 @@ fn remove_orphans(folder: &Path) -> std::io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(folder: &Path, name: &str) -> Option<String> {
+        fs::read_to_string(folder.join(name)).ok()
+    }
+
+    /// Killed after any of its renames, a commit leaves the old pair, the new one, or no config.
+    #[test]
+    fn a_commit_that_is_cut_short_leaves_no_mix() -> std::io::Result<()> {
+        let name = format!("cce-staging-{}", std::process::id());
+        let folder = std::env::temp_dir().join(name);
+        let names = ["weights", "config"];
+        for (before, seen) in [
+            (Some("old"), vec!["old", "none", "none", "new"]),
+            // The same config describes both.
+            (Some("new"), vec!["new", "new", "new"]),
+            (None, vec!["none", "none", "new"]),
+        ] {
+            for (cut, seen) in seen.iter().enumerate() {
+                let _ = fs::remove_dir_all(&folder);
+                let staging = Staging::new(&folder).map_err(std::io::Error::other)?;
+                for name in names {
+                    fs::write(staging.temporary.join(name), "new")?;
+                    if let Some(before) = before {
+                        fs::write(folder.join(name), before)?;
+                    }
+                }
+                for (from, to) in staging.renames(&names)?.into_iter().take(cut) {
+                    fs::rename(from, to)?;
+                }
+                let config = read(&folder, "config");
+                assert_eq!(
+                    config.as_deref().unwrap_or("none"),
+                    *seen,
+                    "{before:?} {cut}"
+                );
+                if let Some(config) = config {
+                    assert_eq!(Some(config), read(&folder, "weights"), "{before:?} {cut}");
+                }
+            }
+        }
+        fs::remove_dir_all(&folder)
+    }
 }

@@ -44,7 +44,8 @@ impl Stored {
                             .starts_with(part)
                     });
                 // Older versions of transformers saved what follows from the config.
-                !(of_text && of_images) && !name.ends_with("rotary_emb.inv_freq")
+                let follows = name.ends_with("rotary_emb.inv_freq");
+                !(follows || (of_text && of_images))
             })
             .map(|name| {
                 let is_head = name.strip_prefix("language_model.").unwrap_or(&name) == HEAD;
