@@ -61,11 +61,16 @@ impl Metadata<'_> {
     }
 
     pub fn texts(&self, key: &str) -> Result<Vec<&str>> {
-        let text = |value| match value {
-            Value::String(text) => Ok(text.as_str()),
-            _ => bail!("{key} has an entry that is no text: {value:?}"),
-        };
-        self.list(key)?.iter().map(text).collect()
+        fn text<'a>(key: &str, value: &'a Value) -> Result<&'a str> {
+            match value {
+                Value::String(text) => Ok(text),
+                _ => bail!("{key} has an entry that is no text: {value:?}"),
+            }
+        }
+        self.list(key)?
+            .iter()
+            .map(|value| text(key, value))
+            .collect()
     }
 
     fn architecture(&self) -> Result<(&'static str, &'static str, &'static str)> {

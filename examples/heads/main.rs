@@ -7,10 +7,9 @@
 //!
 //! `--cut ROWS,CLASSES,DIMS` writes a small head for tests instead, see [`cut`].
 
+#[path = "../common/mod.rs"]
+mod common;
 mod cut;
-#[path = "../common/tokens.rs"]
-#[allow(dead_code)]
-mod tokens;
 
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
@@ -18,11 +17,11 @@ use candle_cut_cross_entropy::models::{CausalLm, Decoder};
 use candle_cut_cross_entropy::{linear_cross_entropy, Options};
 use candle_nn::VarMap;
 use clap::{Parser, ValueEnum};
+use common::tokens::Encoder;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::str::FromStr;
-use tokens::Encoder;
 
 /// Write the head of a real model on a real text, for bench --inputs.
 #[derive(Parser)]
@@ -98,7 +97,7 @@ fn main() -> Result<()> {
     let model = Decoder::load(&args.checkpoint, &VarMap::new(), DType::F32, &device)?.frozen()?;
     let encoder = Encoder::load(&args.checkpoint, model.config())?;
     let tokens = encoder
-        .encode(&text, true)
+        .encode_from_begin(&text)
         .with_context(|| name.to_string())?;
     ensure!(
         tokens.len() > rows,

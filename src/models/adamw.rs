@@ -1,8 +1,7 @@
 //! AdamW whose weights and moments are f32 whatever the variables are.
 
-use super::checkpoint::Pending;
-use super::files::write_tensors;
 use super::gradients::summed_in;
+use super::staging::Staging;
 use candle_core::backprop::GradStore;
 use candle_core::{bail, Device, Result, Tensor, Var};
 use candle_nn::{Optimizer, ParamsAdamW, VarMap};
@@ -242,9 +241,10 @@ impl AdamW {
         let path = path.as_ref();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let folder = path.parent().unwrap_or(Path::new(""));
-        let file = Pending::new(folder, &name);
-        write_tensors(&file.temporary, &tensors)?;
-        file.commit()
+        let staging = Staging::new(folder)?;
+        let tensors = tensors.iter().map(|(name, tensor)| (name.clone(), tensor));
+        staging.write_tensors(&name, tensors, None)?;
+        staging.commit(&[&name])
     }
 
     /// Takes up a state that [`AdamW::save`] wrote. bf16 and f16 variables are set to their master

@@ -1,5 +1,7 @@
 //! Checkpoints as Hugging Face writes them: `config.json` and safetensors, in one file or several.
 
+use super::staging::Staging;
+use super::stored::Stored;
 use super::{Config, Decoder};
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{bail, DType, Device, Error, Result, Shape, Tensor, Var};
@@ -8,16 +10,23 @@ use candle_nn::{Init, VarBuilder, VarMap};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
+use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-const CONFIG: &str = "config.json";
+pub(super) const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+/// Files that are weights in a form or under a name that is not read.
+const WEIGHT_ENDINGS: [&str; 5] = [".safetensors", ".bin", ".pth", ".pt", ".gguf"];
 
 impl Decoder {
     /// Loads the checkpoint in a folder, `config.json` and `model.safetensors` or the files of
     /// `model.safetensors.index.json`, and puts its weights as variables into `vars`, under their
     /// names.
+    ///
+    /// The names may lack the leading `model.`, as a model without its head is saved. Of a `gemma3`
+    /// checkpoint the text model is loaded; the parts that see images are left out.
     ///
     /// The weights get this dtype, whatever the checkpoint's, and this device. Each is copied out of
     /// a memory map, so that a checkpoint needs no memory beside its weights; the files must not be
@@ -41,7 +50,8 @@ impl Decoder {
     ///
     /// # Errors
     /// Those of [`Config::from_file`]; files that are missing or not safetensors; a tensor that is
-    /// missing or has another shape. Each is named.
+    /// missing or has another shape; one that this architecture does not use; a head beside the
+    /// embedding that the config ties it to, unless both are the same. Each is named.
     pub fn load(
         folder: impl AsRef<Path>,
         vars: &VarMap,
@@ -51,94 +61,56 @@ impl Decoder {
         let folder = folder.as_ref();
         let config = Config::from_file(folder.join(CONFIG))?;
         let files = weight_files(folder)?;
+        for file in &files {
+            refuse_pointer(file)?;
+        }
         // SAFETY: a map is undefined behaviour where its file changes under it; the documentation
         // rules that out, and `save` replaces files rather than writing into them.
         let tensors = unsafe { MmapedSafetensors::multi(&files)? };
+        let stored = Arc::new(Stored::new(tensors));
         let variables = Variables {
-            tensors,
+            stored: stored.clone(),
             vars: vars.clone(),
         };
         let vb = VarBuilder::from_backend(Box::new(variables), dtype, device.clone());
-        Self::new(config, vb).map_err(|e| e.with_path(folder))
+        let load = || {
+            stored.check_head(&config)?;
+            let mut decoder = Self::new(config, vb)?;
+            stored.check_all_used(&decoder)?;
+            decoder.set_name_or_path(folder.to_str());
+            Ok(decoder)
+        };
+        load().map_err(|e: Error| e.with_path(folder))
     }
 
     /// Saves `config.json` and `model.safetensors` into a folder, which is made if need be, so that
     /// [`Decoder::load`] and Hugging Face transformers can open it.
     ///
-    /// Each file is written under another name, flushed to the disk, and then takes the place of the
-    /// one before: an interruption at any point leaves every file as it was or as it is to be. A
-    /// sharded checkpoint in the same folder is left alone; both loaders prefer `model.safetensors`.
-    /// The tokenizer's files are the caller's to copy. Adapters are merged into the weights.
+    /// The config says the weights' dtype. Adapters are merged into the weights. The tokenizer's files
+    /// are the caller's to copy. A sharded checkpoint in the same folder is left alone; both loaders
+    /// prefer `model.safetensors`.
+    ///
+    /// The files are written in a folder `.saving-*` inside, flushed to the disk, and then take the
+    /// places of those before, the config last. A process that is killed leaves the old checkpoint or
+    /// the new one, but for one moment: where the config changes, the old one is put aside first, so
+    /// that no config ever stands beside weights that it does not describe. A kill in that moment
+    /// leaves a folder without `config.json`, which nothing loads; the old config (`before`) and the new
+    /// one are then in `.saving-*`. The next save removes what a killed one has left.
     ///
     /// # Errors
-    /// A folder or file that cannot be written.
+    /// A folder or file that cannot be written: the checkpoint before is as it was.
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
         if !self.adapters().is_empty() {
             return self.merged()?.save(folder);
         }
-        let folder = folder.as_ref();
-        fs::create_dir_all(folder).map_err(|e| Error::from(e).with_path(folder))?;
-        let config = Pending::new(folder, CONFIG);
-        fs::write(&config.temporary, self.config().json())
-            .map_err(|e| Error::from(e).with_path(&config.temporary))?;
-        let weights = Pending::new(folder, WEIGHTS);
+        let staging = Staging::new(folder.as_ref())?;
+        staging.write(CONFIG, &self.config().json_for(self.dtype())?)?;
         // transformers asks for it.
         let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        // Writing reads a tensor's values without a way to fail, so they are fetched before.
-        let tensors = self
-            .tensors()
-            .iter()
-            .map(|(name, tensor)| Ok((name, tensor.to_device(&Device::Cpu)?.contiguous()?)))
-            .collect::<Result<BTreeMap<_, _>>>()?;
-        safetensors::serialize_to_file(&tensors, Some(metadata), &weights.temporary)
-            .map_err(|e| Error::wrap(e).with_path(&weights.temporary))?;
-        // safetensors keeps a file to its owner; this one is as readable as any other.
-        fs::metadata(&config.temporary)
-            .and_then(|m| fs::set_permissions(&weights.temporary, m.permissions()))
-            .map_err(|e| Error::from(e).with_path(&weights.temporary))?;
-        config.commit()?;
-        weights.commit()
-    }
-}
-
-/// A file under a temporary name beside its own; dropped before it is committed, it is removed.
-pub(super) struct Pending {
-    pub temporary: PathBuf,
-    path: PathBuf,
-}
-
-impl Pending {
-    pub fn new(folder: &Path, name: &str) -> Self {
-        Self {
-            temporary: folder.join(format!(".{name}.{}.tmp", std::process::id())),
-            path: folder.join(name),
-        }
-    }
-
-    pub fn commit(self) -> Result<()> {
-        let replace = || -> std::io::Result<()> {
-            File::open(&self.temporary)?.sync_all()?;
-            fs::rename(&self.temporary, &self.path)?;
-            // The new name is on the disk once its folder is; Windows cannot open one.
-            #[cfg(unix)]
-            if let Some(folder) = self.path.parent() {
-                let folder = if folder.as_os_str().is_empty() {
-                    Path::new(".")
-                } else {
-                    folder
-                };
-                File::open(folder)?.sync_all()?;
-            }
-            Ok(())
-        };
-        replace().map_err(|e| Error::from(e).with_path(&self.path))
-    }
-}
-
-impl Drop for Pending {
-    fn drop(&mut self) {
-        // After a commit there is nothing left to remove.
-        let _ = fs::remove_file(&self.temporary);
+        let tensors = self.tensors().iter();
+        let tensors = tensors.map(|(name, tensor)| (name.clone(), tensor));
+        staging.write_tensors(WEIGHTS, tensors, Some(metadata))?;
+        staging.commit(&[WEIGHTS, CONFIG])
     }
 }
 
@@ -155,8 +127,18 @@ fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
     }
     let index = folder.join(INDEX);
     if !index.is_file() {
+        let entries = fs::read_dir(folder).map_err(|e| Error::from(e).with_path(folder))?;
+        let others: BTreeSet<String> = entries
+            .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
+            .filter(|name| WEIGHT_ENDINGS.iter().any(|ending| name.ends_with(ending)))
+            .collect();
+        let others: Vec<String> = others.into_iter().take(3).collect();
+        let there = match others.is_empty() {
+            true => String::new(),
+            false => format!(", but {}", others.join(", ")),
+        };
         bail!(
-            "no weights in {}: neither {WEIGHTS} nor {INDEX}",
+            "no weights in {}: neither {WEIGHTS} nor {INDEX}{there}",
             folder.display()
         )
     }
@@ -179,9 +161,26 @@ fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
         .collect()
 }
 
+/// Fails at a file that git-lfs has not fetched yet.
+fn refuse_pointer(path: &Path) -> Result<()> {
+    const POINTER: &[u8] = b"version https://git-lfs";
+    let mut start = Vec::new();
+    let most = POINTER.len() as u64;
+    File::open(path)
+        .and_then(|file| file.take(most).read_to_end(&mut start))
+        .map_err(|e| Error::from(e).with_path(path))?;
+    if start == POINTER {
+        bail!(
+            "{} is a git-lfs pointer, not the weights: fetch them with `git lfs pull`",
+            path.display()
+        )
+    }
+    Ok(())
+}
+
 /// Makes a variable of every tensor that is asked for.
 struct Variables {
-    tensors: MmapedSafetensors,
+    stored: Arc<Stored>,
     vars: VarMap,
 }
 
@@ -211,13 +210,13 @@ impl SimpleBackend for Variables {
     }
 
     fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
-        if !self.contains_tensor(name) {
-            bail!("the checkpoint has no tensor {name}")
+        match self.stored.load(name, device)? {
+            Some(tensor) => tensor.to_dtype(dtype),
+            None => bail!("the checkpoint has no tensor {name}"),
         }
-        self.tensors.load(name, device)?.to_dtype(dtype)
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        self.tensors.get(name).is_ok()
+        self.stored.contains(name)
     }
 }

@@ -54,6 +54,7 @@ pub struct Decoder {
     head_adapter: Option<Adapter>,
     loaded: Loaded,
     gradient_checkpointing: bool,
+    name_or_path: Option<String>,
     device: Device,
 }
 
@@ -91,6 +92,7 @@ impl Decoder {
             head_adapter,
             loaded: loader.loaded(),
             gradient_checkpointing: false,
+            name_or_path: None,
             device,
         })
     }
@@ -105,6 +107,17 @@ impl Decoder {
     /// Whether the layers compute again what the backward needs.
     pub fn gradient_checkpointing(&self) -> bool {
         self.gradient_checkpointing
+    }
+
+    /// Where the weights are from, which saved adapters name as their base: the folder that
+    /// [`Decoder::load`] was given, or what [`Decoder::set_name_or_path`] has said.
+    pub fn name_or_path(&self) -> Option<&str> {
+        self.name_or_path.as_deref()
+    }
+
+    /// Says where the weights are from: a folder, or a name on the Hugging Face hub.
+    pub fn set_name_or_path(&mut self, name_or_path: Option<&str>) {
+        self.name_or_path = name_or_path.map(str::to_owned);
     }
 
     /// The architecture.
@@ -149,6 +162,23 @@ impl Decoder {
         self.embedding.dtype()
     }
 
+    /// The tokens in u32, on the device. Candle takes the largest number of a dtype for no row at all,
+    /// and a GPU does not tell of one outside.
+    fn checked(&self, ids: &Tensor) -> Result<Tensor> {
+        if !ids.dtype().is_int() {
+            bail!("ids must be integers, got {:?}", ids.dtype())
+        }
+        let tokens = ids.to_device(&Device::Cpu)?.to_dtype(DType::I64)?;
+        let tokens: Vec<i64> = tokens.flatten_all()?.to_vec1()?;
+        let vocab_size = self.config.vocab_size;
+        let inside = |&token: &i64| match u32::try_from(token) {
+            Ok(id) if (id as usize) < vocab_size => Ok(id),
+            _ => bail!("token {token} is outside the vocabulary of {vocab_size}"),
+        };
+        let tokens = tokens.iter().map(inside).collect::<Result<Vec<u32>>>()?;
+        Tensor::new(tokens, &self.device)
+    }
+
     /// 0 where a position sees another, -inf elsewhere, `(time, time)` in the dtype of a softmax.
     fn mask(&self, time: usize, window: Option<usize>) -> Result<Tensor> {
         let dtype = match self.dtype() {
@@ -178,7 +208,8 @@ impl CausalLm for Decoder {
         if batch * time == 0 {
             bail!("no tokens: ids have shape {:?}", ids.dims())
         }
-        let rows = self.embedding.index_select(&ids.flatten_all()?, 0)?;
+        let ids = self.checked(ids)?;
+        let rows = self.embedding.index_select(&ids, 0)?;
         let mut x = match self.config.embedding_scale {
             Some(scale) => (rows * scale)?,
             None => rows,

@@ -1,16 +1,11 @@
 //! Low-rank adapters (LoRA): small trainable matrices beside frozen weights.
 
-use super::checkpoint::Pending;
-use super::files::write_tensors;
 use super::layers::Loader;
 use super::{CausalLm, Config, Decoder};
 use crate::node::{attach, Node};
-use candle_core::{bail, Device, Error, Result, Tensor};
+use candle_core::{bail, Result, Tensor};
 use candle_nn::{Init, VarBuilder, VarMap};
-use serde_json::json;
-use std::collections::{BTreeMap, HashMap};
-use std::fs;
-use std::path::Path;
+use std::collections::HashMap;
 
 /// The module names of every projection of any family.
 const PROJECTIONS: [&str; 9] = [
@@ -24,7 +19,7 @@ const PROJECTIONS: [&str; 9] = [
     "gate_up_proj",
     "down_proj",
 ];
-const HEAD: &str = "lm_head";
+pub(super) const HEAD: &str = "lm_head";
 
 /// Which matrices of a decoder get a low-rank adapter: instead of `W` `(out, in)`, which is frozen,
 ///
@@ -124,21 +119,23 @@ impl Lora {
 /// An adapter of one matrix.
 #[derive(Debug, Clone)]
 pub(super) struct Adapter {
-    a: Tensor,
-    b: Tensor,
-    scale: f64,
+    pub a: Tensor,
+    pub b: Tensor,
+    pub scale: f64,
 }
 
 impl Adapter {
-    /// What it adds to `x W^T`.
+    /// What it adds to `x W^T`, in the dtype of `x`.
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        x.matmul(&self.a.t()?)?.matmul(&self.b.t()?)? * self.scale
+        let inner = x.to_dtype(self.a.dtype())?.matmul(&self.a.t()?)?;
+        (inner.matmul(&self.b.t()?)? * self.scale)?.to_dtype(x.dtype())
     }
 
     /// The matrix with the adapter in it.
     pub(super) fn merged(&self, weight: &Tensor) -> Result<Tensor> {
         let product = self.b.detach().matmul(&self.a.detach())?;
-        let merged = (weight.detach() + (product * self.scale)?)?;
+        let wide = weight.detach().to_dtype(product.dtype())?;
+        let merged = (wide + (product * self.scale)?)?.to_dtype(weight.dtype())?;
         attach(merged, &[&self.a, &self.b], Merge(self.scale))
     }
 
@@ -159,26 +156,29 @@ impl Adapter {
 pub(super) type Adapters<'a> = dyn Fn(&str, usize, usize) -> Result<Option<Adapter>> + 'a;
 
 /// The name of a module in peft's files.
-fn saved_name(module: &str) -> String {
+pub(super) fn saved_name(module: &str) -> String {
     format!("base_model.model.{module}")
 }
 
-fn last_name(module: &str) -> &str {
+pub(super) fn last_name(module: &str) -> &str {
     module.rsplit('.').next().unwrap_or(module)
 }
 
 impl Decoder {
     /// This decoder with its weights frozen and adapters beside some of them, which are put into `vars`
-    /// under peft's names (`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`, ..): what
-    /// [`Decoder::save_adapters`] saved is taken up by `vars.load(".../adapter_model.safetensors")`.
+    /// under peft's names (`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`, ..). What
+    /// [`Decoder::save_adapters`] or peft saved is taken up by [`Decoder::load_adapters`].
     ///
     /// The weights are shared, not copied. [`Decoder::save`] saves them with the adapters merged.
     ///
     /// # Errors
-    /// A rank of 0, a target that no module has, a decoder that has adapters already.
+    /// A rank of 0, an alpha that is not finite, a target that no module has, a decoder that has adapters already.
     pub fn with_lora(&self, lora: &Lora, vars: &VarMap) -> Result<Self> {
         if lora.rank == 0 {
             bail!("the rank of an adapter must be at least 1")
+        }
+        if !lora.alpha.is_finite() {
+            bail!("the alpha of an adapter must be finite, got {}", lora.alpha)
         }
         if !self.adapters().is_empty() {
             bail!("the decoder has adapters already: save or merge it first")
@@ -236,53 +236,7 @@ impl Decoder {
         self.rebuilt(config, tensors, &|_, _, _| Ok(None))
     }
 
-    /// Saves the adapters alone, as peft does: `adapter_config.json` and `adapter_model.safetensors`.
-    /// Each file takes the place of one before it once it is complete.
-    ///
-    /// # Errors
-    /// A decoder without adapters; a folder or file that cannot be written.
-    pub fn save_adapters(&self, folder: impl AsRef<Path>) -> Result<()> {
-        let folder = folder.as_ref();
-        let Some(first) = self.adapters().values().next() else {
-            bail!("the decoder has no adapters to save")
-        };
-        fs::create_dir_all(folder).map_err(|e| Error::from(e).with_path(folder))?;
-        let rank = first.a.dim(0)?;
-        let mut names: Vec<_> = self
-            .adapters()
-            .keys()
-            .map(|module| last_name(module))
-            .collect();
-        names.sort_unstable();
-        names.dedup();
-        let config = json!({
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "r": rank,
-            "lora_alpha": first.scale * rank as f64,
-            "target_modules": names,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "fan_in_fan_out": false,
-            "inference_mode": true,
-        });
-        let file = Pending::new(folder, "adapter_config.json");
-        let text = serde_json::to_string_pretty(&config).map_err(Error::wrap)?;
-        fs::write(&file.temporary, text).map_err(|e| Error::from(e).with_path(&file.temporary))?;
-        let mut tensors = BTreeMap::new();
-        for (module, adapter) in self.adapters() {
-            for (part, tensor) in ["lora_A", "lora_B"].iter().zip(adapter.tensors()) {
-                let tensor = tensor.to_device(&Device::Cpu)?.contiguous()?;
-                tensors.insert(format!("{}.{part}.weight", saved_name(module)), tensor);
-            }
-        }
-        let weights = Pending::new(folder, "adapter_model.safetensors");
-        write_tensors(&weights.temporary, &tensors)?;
-        file.commit()?;
-        weights.commit()
-    }
-
-    fn detached(&self) -> HashMap<String, Tensor> {
+    pub(super) fn detached(&self) -> HashMap<String, Tensor> {
         let tensors = self.tensors().iter();
         tensors
             .map(|(name, tensor)| (name.clone(), tensor.detach()))
@@ -290,7 +244,7 @@ impl Decoder {
     }
 
     /// Another decoder of these tensors.
-    fn rebuilt(
+    pub(super) fn rebuilt(
         &self,
         config: Config,
         tensors: HashMap<String, Tensor>,
@@ -299,6 +253,7 @@ impl Decoder {
         let vb = VarBuilder::from_tensors(tensors, self.dtype(), self.device());
         let mut decoder = Self::build(Loader::new(vb, &config, adapters), config)?;
         decoder.set_gradient_checkpointing(self.gradient_checkpointing());
+        decoder.set_name_or_path(self.name_or_path());
         Ok(decoder)
     }
 }
@@ -320,8 +275,8 @@ impl Node for Merge {
     const NAME: &'static str = "merged-adapter";
 
     fn backward(&self, arguments: &[&Tensor], upstream: &Tensor) -> Result<Vec<Option<Tensor>>> {
-        let upstream = upstream.detach();
         let (a, b) = (arguments[0].detach(), arguments[1].detach());
+        let upstream = upstream.detach().to_dtype(a.dtype())?;
         let of_a = (b.t()?.matmul(&upstream)? * self.0)?;
         let of_b = (upstream.matmul(&a.t()?)? * self.0)?;
         Ok(vec![Some(of_a), Some(of_b)])

@@ -23,16 +23,18 @@
 //! `gemma`'s `forward_embeds_without_projection` stops before the last norm, which is private too.
 
 mod adamw;
+mod adapter_files;
 mod causal_lm;
 mod checkpoint;
 mod checkpointing;
 mod config;
 mod decoder;
-mod files;
 mod gradients;
 mod layers;
 mod lora;
 mod rope;
+mod staging;
+mod stored;
 #[cfg(feature = "candle-transformers")]
 mod with_head;
 

@@ -3,12 +3,15 @@
 use super::config::invalid;
 use candle_core::{DType, Device, Result, Tensor, D};
 use serde::Deserialize;
+use std::borrow::Cow;
 use std::f64::consts::PI;
 
 /// The rotary position embedding of a layer: pair `i` of a head's dimensions at position `t` is turned
 /// by the angle `t * frequencies[i]`.
 ///
-/// A head's first `2 * frequencies.len()` dimensions are turned, its others stay as they are.
+/// A head's first `2 * frequencies.len()` dimensions are turned, its others stay as they are. With the
+/// rope type `dynamic`, a sequence beyond `max_position_embeddings` has frequencies of its own: those of
+/// its length, whatever came before it.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Rope {
@@ -19,6 +22,15 @@ pub struct Rope {
     pub long: Option<(usize, Vec<f32>)>,
     /// What the cosines and sines are multiplied by: 1 but for `yarn` and `longrope`.
     pub scale: f64,
+    dynamic: Option<Dynamic>,
+}
+
+/// Frequencies that fall with the length of a sequence that is longer than most (NTK).
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Dynamic {
+    theta: f64,
+    factor: f64,
+    most: usize,
 }
 
 /// The entries of `rope_parameters`, or `rope_scaling`, of a `config.json`.
@@ -44,17 +56,29 @@ pub(super) struct Parameters {
     long_factor: Option<Vec<f64>>,
 }
 
+impl Parameters {
+    /// The type of the embedding.
+    pub fn name(&self) -> &str {
+        let name = self.rope_type.as_deref().or(self.old_type.as_deref());
+        name.unwrap_or("default")
+    }
+}
+
 impl Rope {
-    /// The embedding for heads of `head_dim` dimensions; `theta` stands in for a missing `rope_theta`.
+    /// The embedding for heads of `head_dim` dimensions.
     ///
     /// Source: `modeling_rope_utils.py` of Hugging Face transformers.
     pub(super) fn new(
         parameters: &Parameters,
-        theta: f64,
         head_dim: usize,
         max_positions: usize,
     ) -> Result<Self> {
-        let theta = parameters.rope_theta.unwrap_or(theta);
+        let theta = parameters.rope_theta.unwrap_or(1e4);
+        if !(theta > 0. && theta.is_finite()) {
+            return invalid(format!(
+                "rope_theta must be positive and finite, got {theta}"
+            ));
+        }
         let share = parameters.partial_rotary_factor.unwrap_or(1.);
         let dim = (head_dim as f64 * share) as usize;
         if dim == 0 || !dim.is_multiple_of(2) || dim > head_dim {
@@ -62,29 +86,37 @@ impl Rope {
                 "rotary embedding of {dim} dimensions (head_dim {head_dim}, partial_rotary_factor {share})"
             ));
         }
-        let name = parameters
-            .rope_type
-            .as_ref()
-            .or(parameters.old_type.as_ref());
-        let name = name.map_or("default", String::as_str);
+        let name = parameters.name();
         let number = |key: &str, value: Option<f64>| match value {
-            Some(value) => Ok(value),
+            Some(value) if value > 0. && value.is_finite() => Ok(value),
+            Some(value) => invalid(format!(
+                "{key} of rope type {name:?} must be positive and finite, got {value}"
+            )),
             None => invalid(format!("rope type {name:?} needs {key}")),
         };
         let original = parameters
             .original_max_position_embeddings
             .unwrap_or(max_positions) as f64;
-        let plain: Vec<f64> = (0..dim / 2)
-            .map(|i| theta.powf(-2. * i as f64 / dim as f64))
-            .collect();
+        let plain = plain(theta, dim);
 
-        let mut long = None;
+        let (mut long, mut dynamic) = (None, None);
         let mut scale = 1.;
         let frequencies = match name {
             "default" => plain,
             "linear" => {
                 let factor = number("factor", parameters.factor)?;
                 plain.iter().map(|f| f / factor).collect()
+            }
+            "dynamic" if dim == 2 => {
+                return invalid("rope type \"dynamic\" needs heads of more than 2 dimensions".into())
+            }
+            "dynamic" => {
+                dynamic = Some(Dynamic {
+                    theta,
+                    factor: number("factor", parameters.factor)?,
+                    most: max_positions,
+                });
+                plain
             }
             "llama3" => {
                 let factor = number("factor", parameters.factor)?;
@@ -98,10 +130,8 @@ impl Rope {
                 plain.iter().map(scaled).collect()
             }
             "yarn" => {
-                let factor = match parameters.factor {
-                    Some(factor) => factor,
-                    None => max_positions as f64 / original,
-                };
+                let given = parameters.factor.unwrap_or(max_positions as f64 / original);
+                let factor = number("factor", Some(given))?;
                 let grown = |m: f64| match factor <= 1. {
                     true => 1.,
                     false => 0.1 * m * factor.ln() + 1.,
@@ -111,12 +141,14 @@ impl Rope {
                     (_, Some(m), Some(all)) if m != 0. && all != 0. => grown(m) / grown(all),
                     _ => grown(1.),
                 };
+                // 0 is as good as nothing.
+                let or = |given: Option<f64>, default| given.filter(|x| *x != 0.).unwrap_or(default);
                 let truncate = parameters.truncate.unwrap_or(true);
                 let boundary = |turns: f64| {
                     dim as f64 * (original / (turns * 2. * PI)).ln() / (2. * theta.ln())
                 };
-                let low = boundary(parameters.beta_fast.unwrap_or(32.));
-                let high = boundary(parameters.beta_slow.unwrap_or(1.));
+                let low = boundary(or(parameters.beta_fast, 32.));
+                let high = boundary(or(parameters.beta_slow, 1.));
                 let low = if truncate { low.floor() } else { low }.max(0.);
                 let high = if truncate { high.ceil() } else { high }.min(dim as f64 - 1.);
                 let high = if low == high { high + 0.001 } else { high };
@@ -128,7 +160,8 @@ impl Rope {
             }
             // The names in the first configs of Phi-3.
             "longrope" | "su" => {
-                let factor = parameters.factor.unwrap_or(max_positions as f64 / original);
+                let given = parameters.factor.unwrap_or(max_positions as f64 / original);
+                let factor = number("factor", Some(given))?;
                 scale = match parameters.attention_factor {
                     Some(scale) => scale,
                     None if factor <= 1. => 1.,
@@ -151,7 +184,7 @@ impl Rope {
             }
             _ => {
                 return invalid(format!(
-                    "unsupported rope type {name:?}, expected one of default, linear, llama3, yarn, longrope"
+                    "unsupported rope type {name:?}, expected one of default, linear, dynamic, llama3, yarn, longrope"
                 ))
             }
         };
@@ -159,16 +192,35 @@ impl Rope {
             frequencies: rounded(frequencies),
             long,
             scale,
+            dynamic,
         })
+    }
+
+    /// The frequencies for a sequence of this length.
+    pub fn frequencies_at(&self, time: usize) -> Cow<'_, [f32]> {
+        match (&self.long, self.dynamic) {
+            (Some((most, long)), _) if time > *most => long.into(),
+            (
+                _,
+                Some(Dynamic {
+                    theta,
+                    factor,
+                    most,
+                }),
+            ) if time > most => {
+                let dim = 2 * self.frequencies.len();
+                let beyond = factor * time as f64 / most as f64 - (factor - 1.);
+                let theta = theta * beyond.powf(dim as f64 / (dim as f64 - 2.));
+                rounded(plain(theta, dim)).into()
+            }
+            _ => (&self.frequencies).into(),
+        }
     }
 
     /// The cosines and sines of the first `time` positions, `(time, frequencies)`.
     pub(super) fn angles(&self, time: usize, dtype: DType, device: &Device) -> Result<Angles> {
-        let frequencies = match &self.long {
-            Some((most, long)) if time > *most => long,
-            _ => &self.frequencies,
-        };
-        let frequencies = Tensor::from_slice(frequencies, (1, frequencies.len()), device)?;
+        let frequencies = self.frequencies_at(time);
+        let frequencies = Tensor::from_slice(&frequencies, (1, frequencies.len()), device)?;
         let positions = Tensor::arange(0u32, time as u32, device)?
             .to_dtype(DType::F32)?
             .reshape((time, 1))?;
@@ -178,6 +230,11 @@ impl Rope {
             sin: (angles.sin()? * self.scale)?.to_dtype(dtype)?,
         })
     }
+}
+
+fn plain(theta: f64, dim: usize) -> Vec<f64> {
+    let frequency = |i: usize| theta.powf(-2. * i as f64 / dim as f64);
+    (0..dim / 2).map(frequency).collect()
 }
 
 fn rounded(frequencies: Vec<f64>) -> Vec<f32> {
