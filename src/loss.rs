@@ -65,6 +65,8 @@ impl Output {
 ///
 /// Products accumulate in f32 (f64 for f64 inputs). The gradients of the embeddings, the classifier
 /// and the bias have their argument's dtype and shape, and one that is not tracked costs nothing.
+/// Targets in i32 cost a wait for a GPU where Candle has to copy or cast them: not contiguous ones, and
+/// with a z-loss, or in [`objectives`](crate::objectives).
 /// [`backward`](crate::backward()) saves memory over `loss.backward()` where the classifier is a `Var`.
 ///
 /// # Errors

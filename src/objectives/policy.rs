@@ -8,7 +8,7 @@ use candle_core::{bail, DType, Result, Tensor};
 /// `-min(r A, clip(r, 1 - clip, 1 + clip) A)` over the tokens that count.
 ///
 /// All of one shape, one number a token. `log_probs` are `-nll`, the negative
-/// [`Output::loss`](crate::Output::loss) under [`Reduction::None`]; `old_log_probs` and `advantages`
+/// [`Output::loss`](crate::Output::loss) under [`Reduction::None`](crate::Reduction::None); `old_log_probs` and `advantages`
 /// should be detached. `mask`, u8, says which tokens count (see [`counted`](super::counted)); `None` is all.
 ///
 /// ```
