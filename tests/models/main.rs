@@ -3,6 +3,7 @@
 
 mod adamw;
 mod fine_tuning;
+mod gguf;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
