@@ -1,77 +1,68 @@
-//! A small head with the character of a whole one.
+//! A small head with the character of a whole one: how much of the probability each tile of classes has, row by row.
 //!
-//! Its rows are the first of the whole; its classes are the rows' targets and, spread evenly between them, others, all in
-//! the order of their ids. So likely classes lie among unlikely ones, and positions of one text beside each other, as they
-//! do in the whole. What is lost is most of the many classes that are never likely, and with them their share of the mass.
+//! Its rows are the first of the whole. Its classes are blocks of [`BLOCK`] neighbours, spread evenly over the whole's, and
+//! one class more that stands for all others: it has their mass together and is the target where one of them is. So the
+//! classes of the blocks have the probabilities that they have in the whole.
 //!
-//! Its dimensions are those that hold the most of the logits: the truncated singular value decomposition of the rows'
-//! logits, each row less its mean, which no softmax sees.
+//! Its dimensions are those that hold the most of these logits: the truncated singular value decomposition, each row less its
+//! mean, which no softmax sees. What is lost that way is noise on the logits.
 
 use super::Head;
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor, D};
-use std::collections::BTreeSet;
 
 #[derive(Clone, Copy)]
 pub struct Sizes {
     pub rows: usize,
-    pub classes: usize,
+    pub blocks: usize,
     pub dims: usize,
 }
 
+/// Classes of a block, those of a tile of the filter.
+const BLOCK: usize = 128;
 /// How often the subspace is improved.
 const ITERATIONS: usize = 30;
 
 /// The cut, and the norm of what its logits lack relative to theirs.
 pub fn cut(whole: &Head, sizes: Sizes) -> Result<(Head, f64)> {
-    let Sizes {
-        rows,
-        classes,
-        dims,
-    } = sizes;
-    let ((n, d), v) = (whole.embeddings.dims2()?, whole.classifier.dim(0)?);
+    let Sizes { rows, blocks, dims } = sizes;
+    let ((n, _), v) = (whole.embeddings.dims2()?, whole.classifier.dim(0)?);
+    let (all, classes) = (v / BLOCK, blocks * BLOCK + 1);
     ensure!(
-        rows <= n && classes <= v && dims <= d.min(rows).min(classes),
-        "--cut {rows},{classes},{dims} is more than N = {n}, V = {v} and D = {d} have"
+        rows <= n && blocks < all && dims <= rows.min(classes - 1),
+        "--cut {rows},{blocks},{dims} needs {rows} rows of {n}, less than {all} blocks, and at most {} dimensions",
+        rows.min(classes - 1)
     );
-    let targets = &whole.targets[..rows];
-    let mut ids: BTreeSet<i64> = targets.iter().copied().collect();
-    ensure!(
-        ids.len() <= classes,
-        "{rows} rows have {} targets, more than {classes} classes",
-        ids.len()
-    );
-    let (others, wanted) = (v - ids.len(), classes - ids.len());
-    let taken = |i: usize| (i + 1) * wanted / others != i * wanted / others;
-    let free: Vec<i64> = (0..v as i64).filter(|id| !ids.contains(id)).collect();
-    ids.extend(
-        free.into_iter()
-            .enumerate()
-            .filter(|(i, _)| taken(*i))
-            .map(|(_, id)| id),
-    );
-    let ids: Vec<i64> = ids.into_iter().collect();
-    let targets = targets
-        .iter()
-        .map(|id| ids.partition_point(|other| other < id) as i64);
-    let targets = targets.collect();
+    let ids = (0..blocks).flat_map(|block| (block * all / blocks * BLOCK..).take(BLOCK));
+    let ids: Vec<i64> = ids.map(|id| id as i64).collect();
+    let place = |id| ids.binary_search(id).unwrap_or(ids.len()) as i64;
+    let targets = whole.targets[..rows].iter().map(place).collect();
 
-    let at = Tensor::new(ids, whole.classifier.device())?;
-    let f64_of = |tensor: Tensor| tensor.to_dtype(DType::F64)?.to_device(&Device::Cpu);
-    let e = f64_of(whole.embeddings.narrow(0, 0, rows)?)?;
-    let c = f64_of(whole.classifier.index_select(&at, 0)?)?;
-    let logits = e.matmul(&c.t()?)?;
+    let embeddings = whole.embeddings.narrow(0, 0, rows)?;
+    let logits = embeddings.matmul(&whole.classifier.t()?)?;
+    let logits = logits.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+    let of_blocks = logits.index_select(&Tensor::new(ids.as_slice(), &Device::Cpu)?, 1)?;
+    let lse = logits.log_sum_exp(D::Minus1)?;
+    let mass = (of_blocks.log_sum_exp(D::Minus1)? - &lse)?.exp()?;
+    let others = (lse + mass.affine(-1., 1.)?.maximum(1e-9)?.log()?)?.unsqueeze(1)?;
+    let logits = Tensor::cat(&[of_blocks, others], 1)?;
     let logits = logits.broadcast_sub(&logits.mean_keepdim(D::Minus1)?)?;
-    let basis = subspace(&logits, dims)?;
+
+    // Nearly all rows have most of their mass in the class of the others: it is to be right to the digit.
+    let weight = (classes as f64).sqrt();
+    let weights = (0..classes).map(|class| if class + 1 < classes { 1. } else { weight });
+    let weights = Tensor::from_iter(weights, &Device::Cpu)?;
+    let basis = subspace(&logits.broadcast_mul(&weights)?, dims)?;
     // logits ~ basis basis^T logits, so basis^T logits is the classifier, up to a scale for both.
     let classifier = logits.t()?.matmul(&basis)?;
     let lost = (&logits - basis.matmul(&classifier.t()?)?)?;
-    let lost = (norm(&lost)? / norm(&logits)?).min(1.);
+    let lost = norm(&lost)? / norm(&logits)?;
     let scale = (rows as f64).sqrt();
     let head = Head {
         embeddings: (basis * scale)?.to_dtype(DType::F32)?,
         classifier: (classifier / scale)?.to_dtype(DType::F32)?,
         targets,
+        softcap: None,
     };
     Ok((head, lost))
 }

@@ -5,7 +5,7 @@
 //! and writes `embeddings` `(N, D)`, the states after the last norm that the head multiplies, `classifier` `(V, D)`, and
 //! `targets` `(N)` i64, the tokens that come next.
 //!
-//! `--cut ROWS,CLASSES,DIMS` writes a small head for tests instead, see [`cut`].
+//! `--cut ROWS,BLOCKS,DIMS` writes a small head for tests instead, see [`cut`].
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -41,7 +41,7 @@ struct Args {
     /// Tokens of a sequence
     #[arg(long, default_value_t = 1024)]
     length: usize,
-    /// ROWS,CLASSES,DIMS: a small head like the whole one, for tests
+    /// ROWS,BLOCKS,DIMS: a small head like the whole one, of so many blocks of 128 classes, for tests
     #[arg(long)]
     cut: Option<cut::Sizes>,
     /// What is written; the model runs in f32
@@ -68,13 +68,17 @@ struct Head {
     embeddings: Tensor,
     classifier: Tensor,
     targets: Vec<i64>,
+    softcap: Option<f64>,
 }
 
 impl Head {
     /// The mean loss.
     fn loss(&self) -> Result<f32> {
         let targets = Tensor::new(self.targets.as_slice(), self.embeddings.device())?;
-        let options = Options::default();
+        let options = match self.softcap {
+            Some(softcap) => Options::default().softcap(softcap),
+            None => Options::default(),
+        };
         let output = linear_cross_entropy(&self.embeddings, &self.classifier, &targets, &options)?;
         Ok(output.loss.to_scalar()?)
     }
@@ -119,8 +123,13 @@ fn main() -> Result<()> {
         embeddings: Tensor::cat(&embeddings, 0)?,
         classifier: model.head_weight()?,
         targets: tokens[1..=rows].iter().map(|&id| id.into()).collect(),
+        softcap: model.softcap(),
     };
-    if let Some(softcap) = model.softcap() {
+    if let Some(softcap) = whole.softcap {
+        ensure!(
+            args.cut.is_none(),
+            "--cut is of heads without a softcap, the model has {softcap}"
+        );
         println!("the model has a softcap: bench needs --softcap {softcap}");
     }
     describe("the head", &whole)?;
@@ -167,12 +176,10 @@ impl FromStr for cut::Sizes {
     fn from_str(text: &str) -> Result<Self, String> {
         let sizes: Result<Vec<usize>, _> = text.split(',').map(str::parse).collect();
         match sizes.as_deref() {
-            Ok(&[rows, classes, dims]) if rows > 0 && classes > 0 && dims > 0 => Ok(Self {
-                rows,
-                classes,
-                dims,
-            }),
-            _ => Err(format!("expected ROWS,CLASSES,DIMS, got {text}")),
+            Ok(&[rows, blocks, dims]) if rows > 0 && blocks > 0 && dims > 0 => {
+                Ok(Self { rows, blocks, dims })
+            }
+            _ => Err(format!("expected ROWS,BLOCKS,DIMS, got {text}")),
         }
     }
 }

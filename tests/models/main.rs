@@ -6,6 +6,7 @@ mod adapter_files;
 mod checkpoints;
 mod configs;
 mod fine_tuning;
+mod gguf;
 mod gradients;
 
 use candle_core::backprop::GradStore;
