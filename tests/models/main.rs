@@ -4,6 +4,7 @@
 mod adamw;
 mod fine_tuning;
 mod gguf;
+mod heads;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
