@@ -1,4 +1,7 @@
-//! The inputs of the benchmark: random ones like those of a fresh or a trained head, or a file's.
+//! The inputs of the benchmark: random ones, or a file's, such as those of a real head.
+//!
+//! The random ones have the losses of fresh and trained heads, not their shape: a row has a few likely tokens above noise,
+//! where a real model's has a long tail, in other tiles.
 
 use anyhow::{bail, Context, Result};
 use candle_core::{DType, Device, Tensor};
@@ -65,13 +68,13 @@ impl FromStr for Shape {
 pub enum Data {
     /// A head as initialised: logits of standard deviation 0.02 sqrt(D)
     Flat,
-    /// A fine-tuned head: loss about 1.1
+    /// Made up, with the loss of a fine-tuned head: about 1.1
     Peaked,
-    /// A head in mid-pretraining: loss about 2.3
+    /// Made up, with the loss of a head in mid-pretraining: about 2.3
     Broad,
 }
 
-/// A trained head: each row has a few likely tokens, drawn by a Zipf law; their logits fall with the
+/// A made-up trained head: each row has a few likely tokens, drawn by a Zipf law; their logits fall with the
 /// logarithm of their rank in the row.
 struct Head {
     likely: usize,

@@ -48,9 +48,11 @@ struct Args {
     /// qwen2.5-0.5b (N = 8192)
     #[arg(long, default_value = "1024,512,32000")]
     shape: data::Shape,
+    /// A head made of random numbers. None shows what a head of a real model does: see --inputs
     #[arg(long, value_delimiter = ',', value_enum, default_values_t = [data::Data::Flat])]
     data: Vec<data::Data>,
-    /// A safetensors file with embeddings, classifier and targets, in place of --shape and --data
+    /// A safetensors file with embeddings, classifier and targets, in place of --shape and --data: a real
+    /// head, as the example heads writes it, or your own
     #[arg(long)]
     inputs: Option<PathBuf>,
     /// Writes loss, de, dc (and db) of the first method other than mm to this safetensors file

@@ -35,10 +35,10 @@ struct Args {
     /// The safetensors file to write
     #[arg(long)]
     output: PathBuf,
-    /// Positions, a multiple of --length
+    /// Positions
     #[arg(long, default_value_t = 8192)]
     rows: usize,
-    /// Tokens of a sequence
+    /// Tokens of a sequence; the last may be shorter
     #[arg(long, default_value_t = 1024)]
     length: usize,
     /// ROWS,BLOCKS,DIMS: a small head like the whole one, of so many blocks of 128 classes, for tests
@@ -88,8 +88,8 @@ fn main() -> Result<()> {
     let args = Args::parse();
     let (rows, length) = (args.rows, args.length);
     ensure!(
-        length > 0 && rows > 0 && rows.is_multiple_of(length),
-        "--rows must be a multiple of --length {length}, got {rows}"
+        length > 0 && rows > 0,
+        "--rows and --length must be at least 1, got {rows} and {length}"
     );
     let device = match args.device {
         On::Cpu => Device::Cpu,
@@ -109,9 +109,10 @@ fn main() -> Result<()> {
         tokens.len(),
         rows + 1
     );
-    let bar = ProgressBar::new((rows / length) as u64).with_style(ProgressStyle::with_template(
-        "{bar:40} {pos}/{len} sequences, {elapsed} of about {duration}",
-    )?);
+    let bar =
+        ProgressBar::new(rows.div_ceil(length) as u64).with_style(ProgressStyle::with_template(
+            "{bar:40} {pos}/{len} sequences, {elapsed} of about {duration}",
+        )?);
     let mut embeddings = Vec::new();
     for sequence in tokens[..rows].chunks(length) {
         let ids = Tensor::new(sequence, &device)?.unsqueeze(0)?;

@@ -8,6 +8,7 @@ mod configs;
 mod fine_tuning;
 mod gguf;
 mod gradients;
+mod heads;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
