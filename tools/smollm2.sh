@@ -4,7 +4,8 @@
 #
 #     tools/smollm2.sh [FOLDER]
 #
-# FOLDER is out/smollm2 by default. Needs pip and cargo; a folder that is there already is taken as it is.
+# FOLDER, below this repository unless it is absolute, is out/smollm2 by default. Needs pip and cargo; a folder
+# that is there already is taken as it is.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."

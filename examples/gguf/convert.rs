@@ -304,7 +304,7 @@ fn name(architecture: &str, name: &str) -> Option<String> {
 /// row `2i + 1` to `i + half`.
 fn halves(rows: &Tensor, heads: usize) -> candle_core::Result<Tensor> {
     let shape = rows.shape();
-    let (all, columns) = (rows.dim(0)?, rows.elem_count() / rows.dim(0)?);
+    let (all, columns) = (rows.dim(0)?, rows.elem_count() / rows.dim(0)?.max(1));
     rows.reshape((heads, all / heads / 2, 2, columns))?
         .transpose(1, 2)?
         .contiguous()?

@@ -682,7 +682,8 @@ mod against_candle_transformers {
 
         let qwen2 = config(
             "qwen2",
-            json!({"rope_theta": 10000.0, "use_sliding_window": false, "sliding_window": 64}),
+            json!({"rope_theta": 10000.0, "use_sliding_window": false, "sliding_window": 64,
+                "layer_types": null}),
         )?;
         let theirs: qwen2::Config = read(&qwen2, json!({}));
         assert_same("qwen2", &qwen2, |vb, ids| {
