@@ -178,6 +178,7 @@ struct SumMassesParams {
   const uint32_t *count;
   float *sums;             // out: (class_tiles)
   uint32_t first_row, rows, class_tiles, mass_stride;
+  float scale;             // of all of them
 };
 
 constexpr int SUM_COLUMNS = 32, SUM_PARTS = ONE_BLOCK / SUM_COLUMNS;
@@ -199,18 +200,19 @@ template <typename T> __device__ void sum_masses(const SumMassesParams &p) {
   __syncthreads();
   if (part > 0 || tile >= p.class_tiles) return;
   for (int i = 1; i < SUM_PARTS; i++) sum += parts[i][x];
-  p.sums[tile] = sum;
+  p.sums[tile] = p.scale * sum;
 }
 
 struct ShareParams {
   const void *classifier, *bias;
-  const void *row_sums;    // (class tiles, hidden) sum_i M_it E_i
-  const float *mass_sums;  // (class tiles) sum_i M_it
-  float *shares;           // out: (vocab) w, 0 in a tile that no row averages
+  const void *row_sums;    // (class tiles, hidden) sum_i M_it E_i, times a scale, for f16 has no range for sums
+  const float *mass_sums;  // (class tiles) sum_i M_it, times the same
+  float *shares;           // out: (vocab) w, divided by the scale; 0 in a tile that no row averages
   void *mean_classes;      // out: (class tiles, hidden) C_t
   int64_t hidden, vocab;
   float softcap;
   uint32_t aligned;        // rows of both matrices begin on 16 bytes
+  float scale;
 };
 
 constexpr int SHARE_THREADS = 512;
@@ -223,40 +225,119 @@ template <typename T> struct Chunk {
   __device__ __forceinline__ float at(int i) const { return to_float(reinterpret_cast<const T *>(&bytes)[i]); }
 };
 
-// One block a tile of classes.
-template <typename T> __device__ void share_masses(const ShareParams &p) {
-  __shared__ float shares[TILE];
-  const uint32_t tile = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t first = (int64_t)tile * TILE;
-  const int classes = (int)min((int64_t)TILE, p.vocab - first);
-  const T *c = (const T *)p.classifier + first * p.hidden, *e = (const T *)p.row_sums + tile * p.hidden;
-  T *mean = (T *)p.mean_classes + tile * p.hidden;
-  const float mass = p.mass_sums[tile];
-  if (!(mass > 0.f)) {
-    for (int j = threadIdx.x; j < classes; j += SHARE_THREADS) p.shares[first + j] = 0.f;
-    for (int64_t i = threadIdx.x; i < p.hidden; i += SHARE_THREADS) mean[i] = from_float<T>(0.f);
-    return;
-  }
-  constexpr int WIDTH = Chunk<T>::WIDTH;
-  for (int j = warp; j < classes; j += SHARE_THREADS / 32) {
-    const T *row = c + j * p.hidden;
-    float dot = 0.f;
-    if (p.aligned) {
-#pragma unroll 4
-      for (int64_t i = lane * WIDTH; i < p.hidden; i += 32 * WIDTH) {
-        const Chunk<T> a(row + i), b(e + i);
+// The logit of a class at the tile's mean row.
+template <typename T> __device__ __forceinline__ float mean_logit(const ShareParams &p, float dot, float mass, int64_t at) {
+  // A row of NaN is in the sums of every tile; rows of negative upstream gradients have no mean.
+  const float at_mean = mass > 0.f ? dot / mass : 0.f;
+  const float z = (fabsf(at_mean) < INFINITY ? at_mean : 0.f) + (p.bias ? to_float(((const T *)p.bias)[at]) : 0.f);
+  return p.softcap > 0.f ? p.softcap * fast_tanh(z / p.softcap) : z;
+}
+
+constexpr int AT_ONCE = 8;  // classes
+
+// The sums of 8 numbers a thread over the block, known to every thread; `parts` [AT_ONCE][32] are used in turn.
+__device__ __forceinline__ void block_sums(float (&x)[AT_ONCE], float (*parts)[32]) {
+  const uint32_t lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  // Halves are swapped until a lane has what four lanes have of one of the numbers.
 #pragma unroll
-        for (int k = 0; k < WIDTH; k++) dot += a.at(k) * b.at(k);
+  for (int width = AT_ONCE / 2, mask = 16; width; width /= 2, mask /= 2) {
+    const bool upper = lane & mask;
+#pragma unroll
+    for (int k = 0; k < width; k++) {
+      const float give = upper ? x[k] : x[k + width], keep = upper ? x[k + width] : x[k];
+      x[k] = keep + __shfl_xor_sync(0xffffffff, give, mask);
+    }
+  }
+  x[0] += __shfl_xor_sync(0xffffffff, x[0], 2);
+  x[0] += __shfl_xor_sync(0xffffffff, x[0], 1);
+  if (lane % 4 == 0) parts[lane / 4][threadIdx.x / 32] = x[0];
+  __syncthreads();
+  float sum = 0.f;
+  for (uint32_t i = lane % 4; i < warps; i += 4) sum += parts[lane / 4][i];
+  sum += __shfl_xor_sync(0xffffffff, sum, 2);
+  sum += __shfl_xor_sync(0xffffffff, sum, 1);
+#pragma unroll
+  for (int k = 0; k < AT_ONCE; k++) x[k] = __shfl_sync(0xffffffff, sum, 4 * k);
+}
+
+// One pass over the tile's classes, 8 at a time: a thread has CHUNKS chunks of the columns, and the softmax is that of the
+// classes so far.
+template <typename T, int CHUNKS>
+__device__ __forceinline__ void share_in_one_pass(const ShareParams &p, const T *c, const T *e, T *mean, int classes, float mass,
+                                                  float *logits) {
+  constexpr int WIDTH = Chunk<T>::WIDTH;
+  __shared__ float parts[2][AT_ONCE][32];
+  const int64_t first = (int64_t)blockIdx.x * TILE;
+  float sums[CHUNKS][WIDTH] = {}, largest = -INFINITY, sum = 0.f;
+  const auto column = [](int chunk) { return (int64_t)(threadIdx.x + chunk * blockDim.x) * WIDTH; };
+  for (int j0 = 0; j0 < classes; j0 += AT_ONCE) {
+    uint4 row[AT_ONCE][CHUNKS];
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++) {
+#pragma unroll
+      for (int i = 0; i < CHUNKS; i++) {
+        row[k][i] = make_uint4(0, 0, 0, 0);
+        if (j0 + k < classes && column(i) < p.hidden) row[k][i] = *(const uint4 *)(c + (j0 + k) * p.hidden + column(i));
       }
-    } else {
-      for (int64_t i = lane; i < p.hidden; i += 32) dot += to_float(row[i]) * to_float(e[i]);
     }
+    float z[AT_ONCE] = {};
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) {
+      if (column(i) >= p.hidden) continue;
+      const Chunk<T> of_mean(e + column(i));
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; k++) {
+#pragma unroll
+        for (int x = 0; x < WIDTH; x++) z[k] += to_float(((const T *)&row[k][i])[x]) * of_mean.at(x);
+      }
+    }
+    block_sums(z, parts[j0 / AT_ONCE % 2]);
+    float now = largest;
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++) {
+      z[k] = j0 + k < classes ? mean_logit<T>(p, z[k], mass, first + j0 + k) : -INFINITY;
+      if (threadIdx.x == k) logits[j0 + k] = z[k];
+      now = fmaxf(now, z[k]);
+    }
+    // Classes that a bias of -infinity leaves out have no largest.
+    const float base = now == -INFINITY ? 0.f : now, factor = expf(largest - base);
+    largest = now, sum *= factor;
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++) sum += z[k] = expf(z[k] - base);
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) {
+#pragma unroll
+      for (int x = 0; x < WIDTH; x++) {
+        float next = factor * sums[i][x];
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) next += z[k] * to_float(((const T *)&row[k][i])[x]);
+        sums[i][x] = next;
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < CHUNKS; i++) {
+    if (column(i) >= p.hidden) continue;
+    uint4 chunk;
+#pragma unroll
+    for (int x = 0; x < WIDTH; x++) ((T *)&chunk)[x] = from_float<T>(sums[i][x] / sum);
+    *(uint4 *)(mean + column(i)) = chunk;
+  }
+  __syncthreads();
+  for (int j = threadIdx.x; j < classes; j += blockDim.x) p.shares[first + j] = expf(logits[j] - largest) / (sum * p.scale);
+}
+
+// Of any size and alignment, with two passes over the tile's classes.
+template <typename T>
+__device__ __forceinline__ void share_in_two_passes(const ShareParams &p, const T *c, const T *e, T *mean, int classes,
+                                                    float mass, float *shares) {
+  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t first = (int64_t)blockIdx.x * TILE;
+  for (int j = warp; j < classes; j += blockDim.x / 32) {
+    float dot = 0.f;
+    for (int64_t i = lane; i < p.hidden; i += 32) dot += to_float(c[j * p.hidden + i]) * to_float(e[i]);
     for (int i = 16; i; i >>= 1) dot += __shfl_xor_sync(0xffffffff, dot, i);
-    if (lane == 0) {
-      float z = dot / mass + (p.bias ? to_float(((const T *)p.bias)[first + j]) : 0.f);
-      if (p.softcap > 0.f) z = p.softcap * fast_tanh(z / p.softcap);
-      shares[j] = z;
-    }
+    if (lane == 0) shares[j] = mean_logit<T>(p, dot, mass, first + j);
   }
   __syncthreads();
   if (warp == 0) {
@@ -265,28 +346,41 @@ template <typename T> __device__ void share_masses(const ShareParams &p) {
     for (int i = 16; i; i >>= 1) largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, i));
     for (int j = lane; j < classes; j += 32) sum += expf(shares[j] - largest);
     for (int i = 16; i; i >>= 1) sum += __shfl_xor_sync(0xffffffff, sum, i);
-    for (int j = lane; j < classes; j += 32) p.shares[first + j] = shares[j] = expf(shares[j] - largest) / sum;
+    for (int j = lane; j < classes; j += 32) {
+      const float share = expf(shares[j] - largest) / sum;
+      shares[j] = share;
+      p.shares[first + j] = share / p.scale;
+    }
   }
   __syncthreads();
-  if (p.aligned) {
-    for (int64_t i = threadIdx.x * WIDTH; i < p.hidden; i += SHARE_THREADS * WIDTH) {
-      float sum[WIDTH] = {};
+  for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x) {
+    float sum = 0.f;
 #pragma unroll 8
-      for (int j = 0; j < classes; j++) {
-        const Chunk<T> a(c + j * p.hidden + i);
-#pragma unroll
-        for (int k = 0; k < WIDTH; k++) sum[k] += shares[j] * a.at(k);
-      }
-      for (int k = 0; k < WIDTH; k++) mean[i + k] = from_float<T>(sum[k]);
-    }
-  } else {
-    for (int64_t i = threadIdx.x; i < p.hidden; i += SHARE_THREADS) {
-      float sum = 0.f;
-#pragma unroll 8
-      for (int j = 0; j < classes; j++) sum += shares[j] * to_float(c[j * p.hidden + i]);
-      mean[i] = from_float<T>(sum);
-    }
+    for (int j = 0; j < classes; j++) sum += shares[j] * to_float(c[j * p.hidden + i]);
+    mean[i] = from_float<T>(sum);
   }
+}
+
+// One block a tile of classes.
+template <typename T> __device__ void share_masses(const ShareParams &p) {
+  __shared__ float of_classes[TILE];
+  const int64_t first = (int64_t)blockIdx.x * TILE;
+  const int classes = (int)min((int64_t)TILE, p.vocab - first);
+  const T *c = (const T *)p.classifier + first * p.hidden, *e = (const T *)p.row_sums + blockIdx.x * p.hidden;
+  T *mean = (T *)p.mean_classes + blockIdx.x * p.hidden;
+  const float mass = p.mass_sums[blockIdx.x];
+  if (mass == 0.f) {
+    for (int j = threadIdx.x; j < classes; j += blockDim.x) p.shares[first + j] = 0.f;
+    for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x) mean[i] = from_float<T>(0.f);
+    return;
+  }
+  const int64_t a_chunk = (int64_t)blockDim.x * Chunk<T>::WIDTH;
+  if (p.aligned && p.hidden <= a_chunk)
+    share_in_one_pass<T, 1>(p, c, e, mean, classes, mass, of_classes);
+  else if (p.aligned && p.hidden <= 2 * a_chunk)
+    share_in_one_pass<T, 2>(p, c, e, mean, classes, mass, of_classes);
+  else
+    share_in_two_passes<T>(p, c, e, mean, classes, mass, of_classes);
 }
 
 // ---------------------------------------------------------------- the targets' entries
@@ -321,7 +415,8 @@ extern "C" __global__ void target_entries(const EntryParams p) {
 }
 
 // What a class gets as the target of rows whose entries lie in no kept tile: y (a float's bits) times a row of E, of
-// which x is 1 + the index, or, with the highest bit of x set, a row of their sums, each times its entry; 0: nothing.
+// which x is 1 + the index, or, with the highest bit of x set, a row of the means of theirs, each times its entry, y
+// being how many they are; 0: nothing.
 using TargetRow = uint2;
 constexpr uint32_t COMBINED = 1u << 31;
 
@@ -333,7 +428,7 @@ struct ListTargetsParams {
   const float *entry;             // (rows)
   const uint32_t *count;
   TargetRow *list;                // (vocab) zero
-  void *combined;                 // out: (rows / 2, hidden)
+  void *combined;                 // out: (rows / 2, hidden) means, for f16 has no range for sums
   uint32_t *slots;                // (vocab) zero; out: 1 + the place of a class's first row; or null: no bias
   float *target_bias;             // out: (rows) at a class's first row, the sum of its entries
   int64_t hidden;
@@ -360,7 +455,7 @@ template <typename T> __device__ void list_targets(const ListTargetsParams &p) {
   }
   if (threadIdx.x == 0) {
     if (found == 1) p.list[target] = make_uint2(its_row + 1, __float_as_uint(its_entry));
-    if (found > 1) p.list[target] = make_uint2((first / 2 + 1) | COMBINED, __float_as_uint(1.f));
+    if (found > 1) p.list[target] = make_uint2((first / 2 + 1) | COMBINED, __float_as_uint((float)found));
     if (p.slots) p.slots[target] = first + 1, p.target_bias[first] = sum;
   }
   if (found < 2 || !p.combined) return;
@@ -371,7 +466,7 @@ template <typename T> __device__ void list_targets(const ListTargetsParams &p) {
       const uint32_t row = p.sorted_row[at];
       of_rows += p.entry[row] * to_float(((const T *)p.embeddings)[p.row_embedding[row] * p.hidden + column]);
     }
-    ((T *)p.combined)[first / 2 * p.hidden + column] = from_float<T>(of_rows);
+    ((T *)p.combined)[first / 2 * p.hidden + column] = from_float<T>(of_rows / (float)found);
   }
 }
 

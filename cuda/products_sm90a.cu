@@ -15,6 +15,9 @@ constexpr int CLUSTER = 2;        // blocks with the same gradient tiles and nei
 constexpr uint32_t STRIP = CLUSTER * TILE_N;
 constexpr int STAGES = 5;
 constexpr uint32_t BLOCKS = KEEP / BLOCK_K;  // stages a kept tile is deep
+// Stages that the tensor cores sum before f32 does: they cut off a sum's last digits at every step, so that the error of
+// a long sum grows with its length.
+constexpr uint32_t PIECE = 128 * BLOCKS;
 static_assert(TILE_M == KEEP, "an output tile is as tall as a kept tile");
 
 constexpr uint32_t COMBINED = 1u << 31;  // of a TargetRow
@@ -34,7 +37,8 @@ struct ProductParams {
   const void* mass_rows;         // [class tiles][depth] T: shared out among the tile's classes
   const uint2* list;             // [classes] TargetRow of filter.cu, or null: no targets
   const void* embeddings;        // [rows][depth] T
-  const void* combined;          // [rows / 2][depth] T: sums of rows with the same target
+  const void* combined;          // [rows / 2][depth] T: means of rows with the same target
+  float* partials;               // dC, of more rows than a piece has: [blocks][CONSUMERS][TILE_N][GROUP] sums of pieces
   uint32_t first_row;        // compacted row that row 0 of the gradient is
   uint32_t rows;             // at most
   uint32_t classes;          // all classes
@@ -146,10 +150,10 @@ __device__ void produce(ProductPlan& plan, const TensorMap* gradient, const Tens
 
 // dE: f32, added to what earlier ranges left. Lanes swap halves in pairs to write 16 bytes each.
 template <int R>
-__device__ __forceinline__ void add_rows(const float (&product)[2][R], const ProductParams& p,
+__device__ __forceinline__ void add_rows(const float (&product)[2][R], const ProductParams& p, bool overwrite,
                                          uint32_t rows, uint32_t first_row, uint32_t first_column,
                                          uint32_t end_column) {
-  const bool odd = threadIdx.x & 1, overwrite = p.overwrite;
+  const bool odd = threadIdx.x & 1;
   const uint32_t lane_column = first_column + 8 * odd + threadIdx.x % 4 / 2 * 4;
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
@@ -167,6 +171,18 @@ __device__ __forceinline__ void add_rows(const float (&product)[2][R], const Pro
       if (inside && overwrite) *reinterpret_cast<float4*>(to + 8 * i) = sum;
       if (inside && !overwrite) add_in_memory(to + 8 * i, sum);
     }
+  }
+}
+
+// The pieces of a product of dC so far, in f32, with what an earlier call of the same thread left.
+template <int R>
+__device__ __forceinline__ void add_piece(float (&product)[2][R], float* partials, uint32_t group, bool first, bool last) {
+  float* mine = partials + static_cast<size_t>(blockIdx.x * CONSUMERS + group) * TILE_N * GROUP + threadIdx.x % GROUP;
+#pragma unroll
+  for (int i = 0; i < 2 * R; ++i) {
+    float& sum = product[i / R][i % R];
+    if (!first) sum += mine[i * GROUP];
+    if (!last) mine[i * GROUP] = sum;
   }
 }
 
@@ -315,36 +331,41 @@ __device__ void consume(ProductPlan& plan, uint32_t group, const ProductParams& 
       }
       continue;
     }
-    auto write = [&](auto& product) {
+    auto write = [&](auto& product, bool first) {
       const uint32_t row = tile * KEEP + thread_row;
       if constexpr (CLASSIFIER) {
         if constexpr (AVERAGED) stage_masses<T>(plan.masses[group], p, group, p.first_class / KEEP + tile, column, end_column);
         write_classes<T, AVERAGED>(product, p, plan.masses[group], p.first_class + row, column, end_column);
       } else {
-        add_rows(product, p, tiles.rows, row, column, end_column);
+        add_rows(product, p, first && p.overwrite, tiles.rows, row, column, end_column);
       }
     };
-    // Nothing kept is no product, but classes may get averages or targets all the same.
-    auto nothing = [&](auto& product) {
-      hand_over();
-      for (auto& half : product)
+    auto compute = [&](auto& product) {
+      constexpr int WIDTH = sizeof(product) / sizeof(float);
+      // Nothing kept is no product, but classes may get averages or targets all the same.
+      if (blocks == 0) {
+        hand_over();
+        for (auto& half : product)
 #pragma unroll
-        for (float& x : half) x = 0.0f;
+          for (float& x : half) x = 0.0f;
+        write(product, true);
+        return;
+      }
+      for (uint32_t begin = 0; begin < blocks; begin += PIECE) {
+        const bool first = begin == 0, last = blocks - begin <= PIECE;
+        multiply<T, CLASSIFIER, true, WIDTH>(product, ring, min(blocks - begin, PIECE), [&] {
+          if (last) hand_over();
+        });
+        if (CLASSIFIER && blocks > PIECE) add_piece(product, p.partials, group, first, last);
+        if (!CLASSIFIER || last) write(product, first);
+      }
     };
     if (narrow) {
       float product[2][NARROW / 2];
-      if (blocks == 0)
-        nothing(product);
-      else
-        multiply<T, CLASSIFIER, true, NARROW>(product, ring, blocks, hand_over);
-      write(product);
+      compute(product);
     } else {
       float product[2][TILE_N / 2];
-      if (blocks == 0)
-        nothing(product);
-      else
-        multiply<T, CLASSIFIER, true, TILE_N>(product, ring, blocks, hand_over);
-      write(product);
+      compute(product);
     }
   }
 }
@@ -388,4 +409,4 @@ PRODUCT(averaged_classifier_gradient_sm90a_bf16, __nv_bfloat16, true, true)
 PRODUCT(averaged_classifier_gradient_sm90a_f16, __half, true, true)
 
 static_assert(sizeof(ProductPlan) == 232448, "the host asks for as much shared memory");
-static_assert(sizeof(ProductParams) == 128, "the host mirrors it");
+static_assert(sizeof(ProductParams) == 136, "the host mirrors it");

@@ -191,7 +191,7 @@ struct ReferenceParams {
 };
 
 // The logit of a row's target: what its probabilities are measured from, for lse is never below it and seldom far
-// above. 0 where that is no finite number. One warp a row.
+// above. 0 where that is no finite number; NaN, so that all is done again, where the target is no class. One warp a row.
 template <typename T> __device__ void reference_logits(const ReferenceParams &p) {
   const uint32_t in_chunk = (blockIdx.x * blockDim.x + threadIdx.x) / 32, row = p.first_row + in_chunk;
   if (row >= *p.count) return;
@@ -204,7 +204,7 @@ template <typename T> __device__ void reference_logits(const ReferenceParams &p)
     if (p.bias) sum += to_float(((const T *)p.bias)[target]);
     if (p.softcap > 0.f) sum = p.softcap * fast_tanh(sum / p.softcap);
   }
-  if (threadIdx.x % 32 == 0) p.reference[in_chunk] = fabsf(sum) < INFINITY ? sum : 0.f;
+  if (threadIdx.x % 32 == 0) p.reference[in_chunk] = target < 0 ? NAN : fabsf(sum) < INFINITY ? sum : 0.f;
 }
 
 struct SumsParams {
@@ -460,21 +460,21 @@ struct FinishParams {
   uint32_t first_row;
 };
 
-// One block a row.
-template <typename T> __device__ void finish_embeddings(const FinishParams &p) {
+// One block a row. T is the dtype of the classifier.
+template <typename T, typename Out> __device__ void finish_embeddings(const FinishParams &p) {
   const uint32_t row = p.first_row + blockIdx.x;
   if (row >= *p.count) return;
   const float *from = p.sums + blockIdx.x * p.hidden;
-  T *into = (T *)p.embeddings_grad + p.row_embedding[row] * p.hidden;
+  Out *into = (Out *)p.embeddings_grad + p.row_embedding[row] * p.hidden;
   const float on_all = p.scale ? *p.scale : 1.f, scale = on_all * (p.row_scale ? p.row_scale[blockIdx.x] : 1.f);
   if (!p.target_part) {
-    for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x) into[i] = from_float<T>(scale * from[i]);
+    for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x) into[i] = from_float<Out>(scale * from[i]);
     return;
   }
   const float part = on_all * p.target_part[blockIdx.x];
   const T *of_target = (const T *)p.classifier + max(p.row_target[row], 0) * p.hidden;
   for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x)
-    into[i] = from_float<T>(scale * from[i] + part * to_float(of_target[i]));
+    into[i] = from_float<Out>(scale * from[i] + part * to_float(of_target[i]));
 }
 
 struct BiasParams {
@@ -528,7 +528,9 @@ template <typename T> __device__ void bias_gradient(const BiasParams &p) {
 }
 
 #define PER_DTYPE(SUFFIX, T)                                                                                      \
-  extern "C" __global__ void finish_embeddings_##SUFFIX(const FinishParams p) { finish_embeddings<T>(p); }       \
+  extern "C" __global__ void finish_embeddings_##SUFFIX(const FinishParams p) { finish_embeddings<T, T>(p); }    \
+  /* A shard's part of a sum over ranks, which is not rounded yet. */                                            \
+  extern "C" __global__ void finish_part_##SUFFIX(const FinishParams p) { finish_embeddings<T, float>(p); }      \
   extern "C" __global__ void __launch_bounds__(BIAS_COLUMNS * BIAS_PARTS) bias_gradient_##SUFFIX(const BiasParams p) { bias_gradient<T>(p); }
 PER_DTYPE(bf16, __nv_bfloat16)
 PER_DTYPE(f16, __half)

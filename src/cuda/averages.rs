@@ -194,8 +194,11 @@ impl Averages {
         };
         let of_classes = gpu.buffer(tiles * hidden * kind.size)?;
         let unscaled = all.of_rows(all.masses);
-        all.classes(unscaled, &of_classes)?;
-        let mass_sums = all.sum(unscaled)?;
+        // A power of two, which changes no digit.
+        let scale = 1. / all.len.next_power_of_two() as f32;
+        let of_scale = gpu.number(scale)?;
+        all.classes(unscaled, of_scale.address, &of_classes)?;
+        let mass_sums = all.sum(unscaled, scale)?;
         let shares = gpu.buffer(vocab * 4)?;
         let mean_classes = gpu.buffer(tiles * hidden * kind.size)?;
         let params = ShareParams {
@@ -209,14 +212,15 @@ impl Averages {
             vocab: vocab as i64,
             softcap: operands.softcap,
             aligned: operands.aligned.into(),
+            scale,
         };
-        gpu.launch(
-            &kernel(kind.kernel("share_masses"), (tiles, 1), 512),
-            &params,
-        )?;
+        // A thread has 16 bytes of a row, or twice as many.
+        let threads = (hidden * kind.size / 16).next_multiple_of(32).clamp(32, 512);
+        let kernel = kernel(kind.kernel("share_masses"), (tiles, 1), threads as u32);
+        gpu.launch(&kernel, &params)?;
         let as_they_are = masses.p_scale == 0 && masses.filter.is_uniform();
         let mut scaled = None;
-        let mut scale = |bit: u32| -> Result<u64> {
+        let mut scaled_for = |bit: u32| -> Result<u64> {
             if as_they_are {
                 return Ok(masses.of_rows(masses.masses));
             }
@@ -227,7 +231,7 @@ impl Averages {
             Ok(address(&scaled))
         };
         if results.embeddings != 0 {
-            let scaled = scale(KEEP_FOR_EMBEDDINGS)?;
+            let scaled = scaled_for(KEEP_FOR_EMBEDDINGS)?;
             masses.embeddings(scaled, &mean_classes, sums)?;
         }
         drop(mean_classes);
@@ -238,13 +242,13 @@ impl Averages {
             entries: None,
         };
         if results.classifier != 0 || results.bias != 0 {
-            let scaled = scale(KEEP_FOR_CLASSIFIER)?;
+            let scaled = scaled_for(KEEP_FOR_CLASSIFIER)?;
             if results.bias != 0 {
-                averages.mass_sums = Some(masses.sum(scaled)?);
+                averages.mass_sums = Some(masses.sum(scaled, scale)?);
             }
             if results.classifier != 0 {
                 if !as_they_are {
-                    masses.classes(scaled, &of_classes)?;
+                    masses.classes(scaled, of_scale.address, &of_classes)?;
                 }
                 averages.mass_rows = Some(of_classes);
             }
@@ -337,12 +341,14 @@ impl Averages {
         addresses
     }
 
-    /// Bytes of an [`Averages`] of these rows while the products run.
-    pub fn bytes(operands: Operands, rows: usize) -> usize {
-        operands.class_tiles() * operands.hidden * operands.kind.size
-            + operands.vocab * 16
-            + rows / 2 * operands.hidden * operands.kind.size
-            + rows * 8
+    /// Bytes of an [`Averages`] while the products run, whatever the rows.
+    pub fn fixed_bytes(operands: Operands) -> usize {
+        operands.class_tiles() * operands.hidden * operands.kind.size + operands.vocab * 16
+    }
+
+    /// And of each row.
+    pub fn row_bytes(operands: Operands) -> usize {
+        operands.hidden * operands.kind.size / 2 + 8
     }
 }
 
@@ -378,8 +384,8 @@ impl Masses<'_> {
         Ok(scaled)
     }
 
-    /// The sum of each tile's masses.
-    fn sum(&self, masses: u64) -> Result<Buffer> {
+    /// The sum of each tile's masses, times `scale`.
+    fn sum(&self, masses: u64, scale: f32) -> Result<Buffer> {
         let tiles = self.operands.class_tiles();
         let sums = self.gpu.buffer(tiles * 4)?;
         let params = SumMassesParams {
@@ -391,6 +397,7 @@ impl Masses<'_> {
             rows: self.len as u32,
             class_tiles: tiles as u32,
             mass_stride: mass_stride(self.operands) as u32,
+            scale,
         };
         let name = self.operands.kind.kernel("sum_masses");
         self.gpu
@@ -410,28 +417,30 @@ impl Masses<'_> {
         }
     }
 
-    fn multiply(&self, classifier: u64, part: Range) -> Result<()> {
+    /// `scale` is the address of a factor of the gradient of the classifier, 0 for 1.
+    fn multiply(&self, classifier: u64, scale: u64, part: Range) -> Result<()> {
         let operands = Operands {
             classifier,
             vocab: self.operands.class_tiles(),
             ..self.operands
         };
         match self.gathered {
-            None => portable::products(self.gpu, operands, self.rows, 0, part),
+            None => portable::products(self.gpu, operands, self.rows, scale, part),
             Some(gathered) => {
                 let count = self.rows.count.address;
-                hopper::products(self.gpu, operands, count, 0, part, gathered)
+                hopper::products(self.gpu, operands, count, scale, part, gathered)
             }
         }
     }
 
-    /// `into` `(class tiles, hidden)` becomes the sum of the rows of E, each times its mass in the tile.
-    fn classes(&self, masses: u64, into: &Buffer) -> Result<()> {
+    /// `into` `(class tiles, hidden)` becomes the sum of the rows of E, each times its mass in the tile, times what is at
+    /// `scale`.
+    fn classes(&self, masses: u64, scale: u64, into: &Buffer) -> Result<()> {
         let part = Range {
             classifier_grad: into.address,
             ..self.part(masses)
         };
-        self.multiply(self.operands.classifier, part)
+        self.multiply(self.operands.classifier, scale, part)
     }
 
     /// `sums` `(rows, hidden)` becomes the sum of the tiles' mean classes, each times the row's mass in the tile.
@@ -440,7 +449,7 @@ impl Masses<'_> {
             sums,
             ..self.part(masses)
         };
-        self.multiply(mean_classes.address, part)
+        self.multiply(mean_classes.address, 0, part)
     }
 }
 

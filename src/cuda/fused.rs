@@ -14,7 +14,7 @@ use super::launch::{Buffer, Gpu};
 use super::params::*;
 use super::{
     count_kept, hopper, logits, per_block, Kind, Operands, Outputs, Path, Range, Results, Rows,
-    Saved, Statistics, TILE,
+    Saved, Statistics, Workspace, TILE,
 };
 use crate::op::{self, Gradients, Wanted};
 use crate::problem::{Matrices, Settings};
@@ -41,6 +41,7 @@ pub(super) struct Plan {
 
 impl Plan {
     /// `None` where the gradients are better, or can only be, computed in the backward.
+    #[allow(clippy::too_many_arguments)]
     pub fn new(
         gpu: &Gpu,
         path: Path,
@@ -49,6 +50,7 @@ impl Plan {
         settings: &Settings,
         wanted: Wanted,
         filter: Option<Filter>,
+        workspace: Workspace,
     ) -> Result<Option<Self>> {
         let runs = path == Path::Hopper
             && operands.kind.dtype == DType::BF16
@@ -80,9 +82,9 @@ impl Plan {
             }
             Some(_) => return Ok(None),
         };
-        let mut budget = settings.workspace.unwrap_or(budget);
+        let mut budget = workspace.or(budget);
         if averaging {
-            budget = budget.saturating_sub(Averages::bytes(operands, 0));
+            budget = budget.saturating_sub(Averages::fixed_bytes(operands));
         }
         let most = budget.saturating_sub(hopper::EVALUATION_BYTES) / row_bytes / TILE * TILE;
         if most < least {

@@ -4,17 +4,31 @@
 
 use candle_core::cuda_backend::cudarc::driver::{
     sys::{
-        cuTensorMapEncodeTiled, CUdevice_attribute, CUfunction_attribute, CUtensorMap,
+        cuTensorMapEncodeTiled, CUdevice_attribute, CUfunction_attribute, CUresult, CUtensorMap,
         CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave,
         CUtensorMapL2promotion, CUtensorMapSwizzle,
     },
-    CudaFunction, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig,
-    PushKernelArg, SyncOnDrop,
+    CudaFunction, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, DriverError,
+    LaunchConfig, PushKernelArg, SyncOnDrop,
 };
-use candle_core::cuda_backend::{CudaStorage, CudaStorageSlice, WrapErr};
+use candle_core::cuda_backend::{CudaError, CudaStorage, CudaStorageSlice, WrapErr};
 use candle_core::{bail, CudaDevice, DType, Error, Layout, Result, Shape, Storage, Tensor};
 use std::mem::MaybeUninit;
 use std::sync::Arc;
+
+/// Whether the device had no room for what was asked for.
+pub(super) fn is_out_of_memory(error: &Error) -> bool {
+    match error {
+        Error::WithBacktrace { inner, .. } => is_out_of_memory(inner),
+        Error::Cuda(error) => matches!(
+            error.downcast_ref(),
+            Some(CudaError::Cuda(DriverError(
+                CUresult::CUDA_ERROR_OUT_OF_MEMORY
+            )))
+        ),
+        _ => false,
+    }
+}
 
 /// A file of kernels, compiled by `build.rs`.
 #[derive(Debug, Clone, Copy)]
@@ -195,6 +209,11 @@ impl Gpu {
     /// Device memory, all zeros.
     pub fn zeros(&self, bytes: usize) -> Result<Buffer> {
         Ok(self.own(self.device.alloc_zeros::<u8>(bytes.max(1))?))
+    }
+
+    /// One number, to be read by kernels.
+    pub fn number(&self, number: f32) -> Result<Array<f32>> {
+        Ok(self.own(self.device.clone_htod(&[number])?))
     }
 
     /// Like [`Gpu::buffer`], for numbers of another type.

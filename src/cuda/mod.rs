@@ -18,7 +18,7 @@ use crate::problem::{Matrices, Problem, Settings};
 use crate::{Implementation, Reduction};
 use averages::{Averages, Filter, Filtered, Masses};
 use candle_core::{bail, DType, Device, Result, Shape, Tensor};
-use launch::{Array, Buffer, Gpu, Kernel, Unfinished, ROWS};
+use launch::{is_out_of_memory, Array, Buffer, Gpu, Kernel, Unfinished, ROWS};
 use params::*;
 use std::sync::Arc;
 
@@ -140,6 +140,36 @@ impl Path {
             && hopper::can_run(operands, rows);
         Ok(if hopper { Path::Hopper } else { Path::Portable })
     }
+}
+
+/// Bytes of workspace: as many as the user said, or half of the usual as often as the device had no room.
+#[derive(Debug, Clone, Copy)]
+struct Workspace {
+    given: Option<usize>,
+    halvings: u32,
+}
+
+impl Workspace {
+    fn or(self, usual: usize) -> usize {
+        self.given.unwrap_or(usual >> self.halvings)
+    }
+}
+
+/// Calls `with` with 0 and, where the workspace is not the user's choice, with ever more halvings of it until the device
+/// has the room. What a call that fails has written is written again.
+fn with_room<R>(settings: &Settings, mut with: impl FnMut(Workspace) -> Result<R>) -> Result<R> {
+    const MOST: u32 = 6;
+    let given = settings.workspace;
+    for halvings in 0..MOST {
+        match with(Workspace { given, halvings }) {
+            Err(error) if given.is_none() && is_out_of_memory(&error) => continue,
+            result => return result,
+        }
+    }
+    with(Workspace {
+        given,
+        halvings: MOST,
+    })
 }
 
 /// How a forward goes through the rows and classes.
@@ -329,7 +359,12 @@ pub(crate) fn forward(
     let (filtered, formed) = Operands::read(&gpu, matrices, settings, |operands| {
         let path = Path::choose(&gpu, operands, n, settings)?;
         let filter = filter(settings, wanted);
-        if let Some(plan) = fused::Plan::new(&gpu, path, operands, n, settings, wanted, filter)? {
+        let fused = with_room(settings, |workspace| {
+            let plan =
+                fused::Plan::new(&gpu, path, operands, n, settings, wanted, filter, workspace)?;
+            let Some(plan) = plan else {
+                return Ok(None);
+            };
             let dtype = matrices.classifier.dtype();
             let formed = Outputs::new(&gpu, matrices, wanted, dtype)?;
             let results = formed.results();
@@ -344,7 +379,10 @@ pub(crate) fn forward(
                 results,
                 plan,
             )?;
-            return Ok((None, Some((formed, kept))));
+            Ok(Some((formed, kept)))
+        })?;
+        if fused.is_some() {
+            return Ok((None, fused));
         }
         let filtered = logits(
             &gpu,
@@ -554,22 +592,21 @@ impl op::Backward for Saved {
         Operands::read(gpu, matrices, &self.settings, |operands| {
             let path = Path::choose(gpu, operands, n, &self.settings)?;
             let multiprocessors = gpu.multiprocessors()?;
-            let workspace = self.settings.workspace;
-            let averages = match &self.filtered {
-                Some(filtered) if filtered.masses.is_some() => Averages::bytes(operands, n),
-                _ => 0,
-            };
-            for sweep in Sweep::plan(
-                path,
-                multiprocessors,
-                n,
-                operands,
-                results,
-                workspace,
-                averages,
-            ) {
-                self.sweep(operands, &scales, &sweep)?;
-            }
+            let averaging = matches!(&self.filtered, Some(f) if f.masses.is_some());
+            with_room(&self.settings, |workspace| {
+                let sweeps = Sweep::plan(
+                    path,
+                    multiprocessors,
+                    n,
+                    operands,
+                    results,
+                    workspace,
+                    averaging,
+                );
+                sweeps
+                    .iter()
+                    .try_for_each(|sweep| self.sweep(operands, &scales, sweep))
+            })?;
             let keep = self.keep();
             self.kept
                 .set(count_kept(gpu, &self.rows, keep, operands.class_tiles())?);
@@ -665,7 +702,7 @@ struct Sweep {
 }
 
 impl Sweep {
-    /// `averages` bytes of the workspace are spoken for. On Hopper chunk of rows by chunk. By the portable kernels, where those have no room, one sweep if the sums of dE
+    /// On Hopper chunk of rows by chunk. By the portable kernels, where those have no room, one sweep if the sums of dE
     /// leave as much again for the gradient of the logits of a range; otherwise dE chunk of rows by chunk, then dC and
     /// db, which computes the logits once more.
     fn plan(
@@ -674,8 +711,8 @@ impl Sweep {
         n: usize,
         operands: Operands,
         results: Results,
-        workspace: Option<usize>,
-        averages: usize,
+        workspace: Workspace,
+        averaging: bool,
     ) -> Vec<Self> {
         let all_rows = n.next_multiple_of(TILE);
         let (hidden, vocab, size) = (operands.hidden, operands.vocab, operands.kind.size);
@@ -687,10 +724,23 @@ impl Sweep {
         if path == Path::Hopper {
             // And of the gathered embeddings.
             let row_bytes = sum_bytes + hidden * size;
-            let workspace = workspace.unwrap_or(hopper::WORKSPACE.max(2 * all_rows * row_bytes));
-            let workspace = workspace.saturating_sub(averages);
-            let plan =
-                hopper::chunk_and_range(operands, all_rows, multiprocessors, row_bytes, workspace);
+            let workspace = workspace.or(hopper::WORKSPACE.max(2 * all_rows * row_bytes));
+            let (fixed, a_row, chunk_steps) = match averaging {
+                true => (
+                    Averages::fixed_bytes(operands),
+                    Averages::row_bytes(operands),
+                    hopper::averaging_steps(operands),
+                ),
+                false => (0, 0, 0),
+            };
+            let plan = hopper::chunk_and_range(
+                operands,
+                all_rows,
+                multiprocessors,
+                row_bytes + a_row,
+                workspace.saturating_sub(fixed),
+                chunk_steps,
+            );
             if let Some((chunk, range)) = plan {
                 let sweep = |first_row: usize| Self {
                     path,
@@ -704,7 +754,11 @@ impl Sweep {
         }
         let path = Path::Portable;
         let sums = |rows: usize| rows * sum_bytes;
-        let workspace = workspace.unwrap_or(portable::WORKSPACE.max(2 * sums(all_rows)));
+        let workspace = workspace.or(portable::WORKSPACE.max(2 * sums(all_rows)));
+        let averages = match averaging {
+            true => Averages::fixed_bytes(operands) + all_rows * Averages::row_bytes(operands),
+            false => 0,
+        };
         let workspace = workspace.saturating_sub(averages);
         // Whole blocks, and ranges of about the same length.
         let columns = 2 * TILE;
@@ -892,11 +946,11 @@ impl Saved {
                 first_row: first_row as u32,
                 ..Default::default()
             };
-            let written = match self.settings.vocab_parallel {
-                Some(_) => Kind::of(DType::F32)?,
-                None => kind,
+            let name = match self.settings.vocab_parallel {
+                Some(_) => "finish_part",
+                None => "finish_embeddings",
             };
-            let kernel = per_block(written.kernel("finish_embeddings"), (rows, 1), 256);
+            let kernel = per_block(kind.kernel(name), (rows, 1), 256);
             gpu.launch(&kernel, &params)?;
         }
         Ok(())

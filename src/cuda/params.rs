@@ -124,6 +124,7 @@ params! {
         rows: u32,
         class_tiles: u32,
         mass_stride: u32,
+        scale: f32,
     }
     /// `filter.cu`
     ShareParams {
@@ -137,6 +138,7 @@ params! {
         vocab: i64,
         softcap: f32,
         aligned: u32,
+        scale: f32,
     }
     /// `filter.cu`
     EntryParams {
@@ -354,6 +356,7 @@ params! {
         list: u64,
         embeddings: u64,
         combined: u64,
+        partials: u64,
         first_row: u32,
         rows: u32,
         classes: u32,

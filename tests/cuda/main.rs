@@ -5,7 +5,9 @@
 mod common;
 
 mod edges;
+mod filter;
 mod fused;
+mod memory;
 #[cfg(feature = "nccl")]
 mod nccl;
 mod repeat;
