@@ -41,7 +41,7 @@ pub struct Tile {
 
 /// The tiles of the CPU implementation.
 pub const CPU_TILE: Tile = Tile {
-    rows: 32,
+    rows: 8,
     classes: 256,
 };
 

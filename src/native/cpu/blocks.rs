@@ -16,7 +16,9 @@ use std::ops::Range;
 /// Classes that one task multiplies, and that the filter keeps or averages together.
 pub(super) const TILE: usize = 256;
 /// Rows that the filter keeps or averages together.
-pub(super) const GROUP: usize = 32;
+pub(super) const GROUP: usize = 8;
+/// Rows that do not lie together and are multiplied together, at most.
+pub(super) const GATHERED: usize = 128;
 
 pub(super) fn blocks(len: usize, block: usize) -> impl Iterator<Item = Range<usize>> {
     (0..len)

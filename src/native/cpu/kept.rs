@@ -1,6 +1,6 @@
 //! Which tiles of the gradient are computed entry by entry, and what stands for the others.
 
-use super::blocks::{blocks, RowLoss, Softmax, TileSum, GROUP, TILE};
+use super::blocks::{blocks, RowLoss, Scale, Softmax, TileSum, GROUP, TILE};
 use super::element::Real;
 use crate::problem::Settings;
 use std::ops::Range;
@@ -96,62 +96,62 @@ impl<R: Real> Kept<R> {
         }
     }
 
-    /// The runs of rows, within these, that at least one of the gradients takes of a tile.
-    pub fn runs(
+    /// Whether at least one of the gradients takes a row of a tile.
+    pub fn takes(&self, tile: usize, row: usize, gradients: u8) -> bool {
+        let flag = self.flags.get(tile * self.groups + row / GROUP);
+        flag.is_none_or(|flag| flag & gradients != 0)
+    }
+
+    /// The rows, of these, that at least one of the gradients takes of a tile.
+    pub fn rows(
         &self,
         tile: usize,
         rows: Range<usize>,
         gradients: u8,
-    ) -> impl Iterator<Item = Range<usize>> + '_ {
-        self.runs_where(tile, rows, move |flag| flag & gradients != 0)
+    ) -> impl Iterator<Item = usize> + '_ {
+        rows.filter(move |row| self.takes(tile, *row, gradients))
     }
 
-    /// The runs of rows, within these, of which at least one of the gradients averages a tile.
-    pub fn averaged(
-        &self,
-        tile: usize,
-        mut rows: Range<usize>,
-        gradients: u8,
-    ) -> impl Iterator<Item = Range<usize>> + '_ {
-        if self.masses.is_empty() {
-            rows.end = rows.start;
-        }
-        self.runs_where(tile, rows, move |flag| flag & gradients != gradients)
-    }
-
-    fn runs_where<'a>(
+    /// The runs, within a list of rows, that at least one of the gradients takes of a tile.
+    pub fn runs<'a>(
         &'a self,
         tile: usize,
-        rows: Range<usize>,
-        of_flag: impl Fn(u8) -> bool + 'a,
+        rows: &'a [usize],
+        gradients: u8,
     ) -> impl Iterator<Item = Range<usize>> + 'a {
-        let mut next = rows.start;
-        let matches = move |row: usize| {
-            let flag = self.flags.get(tile * self.groups + row / GROUP);
-            of_flag(flag.copied().unwrap_or(u8::MAX))
-        };
-        let after = move |row: usize| {
-            if self.flags.is_empty() {
-                rows.end
-            } else {
-                ((row / GROUP + 1) * GROUP).min(rows.end)
-            }
-        };
-        std::iter::from_fn(move || {
-            while next < rows.end && !matches(next) {
-                next = after(next);
-            }
-            let start = next;
-            while next < rows.end && matches(next) {
-                next = after(next);
-            }
-            (start < next).then_some(start..next)
-        })
+        let takes = move |row: usize| self.takes(tile, row, gradients);
+        let mut next = 0;
+        rows.chunk_by(move |a, b| takes(*a) == takes(*b))
+            .map(move |run| {
+                next += run.len();
+                next - run.len()..next
+            })
+            .filter(move |run| takes(rows[run.start]))
     }
 
-    /// A row's mass in a tile that is averaged.
-    pub fn mass(&self, tile: usize, row: usize) -> R {
-        self.masses[tile * self.rows + row]
+    /// The masses of a tile of these rows, 0 where none of the gradients averages it.
+    pub fn masses(&self, tile: usize, rows: Range<usize>, gradients: u8, out: &mut [R]) {
+        let masses = &self.masses[tile * self.rows..][rows.clone()];
+        let flags = &self.flags[tile * self.groups..];
+        for ((out, mass), row) in out.iter_mut().zip(masses).zip(rows) {
+            let averaged = flags[row / GROUP] & gradients != gradients;
+            *out = if averaged { *mass } else { R::default() };
+        }
+    }
+
+    /// The same, each times the scale of its row's softmax.
+    pub fn scaled_masses(
+        &self,
+        tile: usize,
+        rows: Range<usize>,
+        gradients: u8,
+        scales: &[Scale<R>],
+        out: &mut [R],
+    ) {
+        self.masses(tile, rows.clone(), gradients, out);
+        for (mass, scale) in out.iter_mut().zip(&scales[rows]) {
+            *mass *= scale.softmax;
+        }
     }
 
     /// Whether at least one of the gradients averages something of these rows.
