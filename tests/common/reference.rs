@@ -41,7 +41,7 @@ pub struct Tile {
 
 /// The tiles of the CPU implementation.
 pub const CPU_TILE: Tile = Tile {
-    rows: 8,
+    rows: 1,
     classes: 256,
 };
 

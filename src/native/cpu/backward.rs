@@ -1,7 +1,7 @@
 //! The gradients that a block of the logits contributes.
 
 use super::average::{Averages, SumsByMass};
-use super::blocks::{blocks, Inputs, Scale, Softmax, GATHERED, GROUP, TILE};
+use super::blocks::{blocks, gathered_rows, Inputs, Scale, Softmax, LEAST_ROWS, TILE};
 use super::element::{Element, Real};
 use super::kept::{Kept, CLASSIFIER, EMBEDDINGS};
 use super::passes;
@@ -66,8 +66,8 @@ struct Scratch<R> {
     wide: Vec<R>,
     /// Rows that are multiplied together and do not lie together.
     gathered: Vec<R>,
-    /// The rows that are taken of a tile.
-    taken: Vec<usize>,
+    /// The rows whose gradients are computed for a tile.
+    computed: Vec<usize>,
 }
 
 /// Whether these rows are one run.
@@ -78,13 +78,15 @@ fn contiguous(rows: &[usize]) -> bool {
     }
 }
 
-/// The parts of a list of rows that are multiplied with: all of it where the rows lie together.
-fn parts(rows: &[usize]) -> impl Iterator<Item = (usize, &[usize])> {
-    let part = if contiguous(rows) {
-        rows.len().max(1)
+/// The parts of a list of rows that are multiplied together, and where in the list they begin: all of it where the rows
+/// lie together, else about equal ones of at most `most` rows.
+fn parts(rows: &[usize], most: usize) -> impl Iterator<Item = (usize, &[usize])> {
+    let count = if contiguous(rows) {
+        1
     } else {
-        GATHERED
+        rows.len().div_ceil(most)
     };
+    let part = rows.len().div_ceil(count).max(1);
     (0..).step_by(part).zip(rows.chunks(part))
 }
 
@@ -171,7 +173,7 @@ impl<T: Element> Inputs<'_, T> {
                 }
             });
         if let Some(sum) = &mut sums.embeddings {
-            let part = count.div_ceil(self.lanes).next_multiple_of(GROUP);
+            let part = count.div_ceil(self.lanes).next_multiple_of(LEAST_ROWS);
             sum.par_chunks_mut(part * hidden)
                 .zip(blocks(count, part).collect::<Vec<_>>())
                 .for_each_init(Scratch::default, |scratch, (sum, part)| {
@@ -186,7 +188,7 @@ impl<T: Element> Inputs<'_, T> {
         }
     }
 
-    /// The gradients of a tile's logits, of the rows that are taken one after the other, and what they give its classes.
+    /// The gradients of a tile's logits, of the rows that are computed one after the other, and what they give its classes.
     fn add_to_classes(
         &self,
         block: &Block<'_, T::Real>,
@@ -199,30 +201,32 @@ impl<T: Element> Inputs<'_, T> {
         let kept = block.known.kept;
         let classes = self.classes(&(tile..tile + 1));
         let wanted = block.of_embeddings | block.of_classifier;
-        scratch.taken.clear();
-        scratch
-            .taken
-            .extend(kept.rows(tile, block.rows.clone(), wanted));
-        for (at, taken) in parts(&scratch.taken) {
-            let start = taken[0] - block.rows.start;
-            let embeddings = if contiguous(taken) {
-                &block.embeddings[start * hidden..][..taken.len() * hidden]
+        let Scratch {
+            wide,
+            gathered,
+            computed,
+        } = scratch;
+        kept.computed(tile, block.rows.clone(), wanted, computed);
+        for (at, rows) in parts(computed, gathered_rows(hidden)) {
+            let start = rows[0] - block.rows.start;
+            let embeddings = if contiguous(rows) {
+                &block.embeddings[start * hidden..][..rows.len() * hidden]
             } else {
-                scratch.gathered.clear();
-                for row in taken {
+                gathered.clear();
+                for row in rows {
                     let row = (row - block.rows.start) * hidden;
                     let row = &block.embeddings[row..row + hidden];
-                    scratch.gathered.extend_from_slice(row);
+                    gathered.extend_from_slice(row);
                 }
-                &scratch.gathered
+                &gathered[..]
             };
-            let in_place = at * TILE..(at + taken.len()) * TILE;
+            let in_place = at * TILE..(at + rows.len()) * TILE;
             if block.recompute {
-                let classifier = self.tile_classifier(tile, &mut scratch.wide);
+                let classifier = self.tile_classifier(tile, wide);
                 self.logits(embeddings, classifier, tile, &mut logits[in_place.clone()]);
             } else {
-                // The rows that are taken move up to the others; none is overwritten before it has moved.
-                for (to, row) in (at..).zip(taken) {
+                // The rows move up to each other; none is overwritten before it has moved.
+                for (to, row) in (at..).zip(rows) {
                     let from = (row - block.rows.start) * TILE;
                     if from != to * TILE {
                         logits.copy_within(from..from + TILE, to * TILE);
@@ -230,11 +234,16 @@ impl<T: Element> Inputs<'_, T> {
                 }
             }
             let logits = &mut logits[in_place];
-            let of_rows = taken
+            let of_rows = rows
                 .iter()
                 .map(|row| self.row(&block.known, *row, &classes));
             passes::gradient(logits, TILE, classes.len(), self.softcap, of_rows);
-            for run in kept.runs(tile, taken, block.of_classifier) {
+            for (values, row) in logits.chunks_mut(TILE).zip(rows) {
+                if !kept.takes(tile, *row, wanted) {
+                    values.fill(T::Real::default());
+                }
+            }
+            for run in kept.runs(tile, rows, block.of_classifier, wanted) {
                 let gradient = &logits[run.start * TILE..run.end * TILE];
                 if let Some(sum) = &mut sums.classifier {
                     multiply(
@@ -301,7 +310,7 @@ impl<T: Element> Inputs<'_, T> {
     }
 
     /// Adds what a tile gives a part of a block's rows to their sum, where it is taken. The gradients of all rows of
-    /// the block that are taken lie one after the other.
+    /// the block that are computed lie one after the other.
     fn add_to_rows(
         &self,
         block: &Block<'_, T::Real>,
@@ -315,23 +324,24 @@ impl<T: Element> Inputs<'_, T> {
         let kept = block.known.kept;
         let classes = self.classes(&(tile..tile + 1)).len();
         let wanted = block.of_embeddings | block.of_classifier;
-        let before = kept
-            .rows(tile, block.rows.start..part.start, wanted)
-            .count();
-        scratch.taken.clear();
-        scratch.taken.extend(kept.rows(tile, part.clone(), wanted));
-        for run in kept.runs(tile, &scratch.taken, block.of_embeddings) {
-            for (at, rows) in parts(&scratch.taken[run.clone()]) {
+        let Scratch {
+            wide,
+            gathered,
+            computed,
+        } = scratch;
+        kept.computed(tile, block.rows.clone(), wanted, computed);
+        let before = computed.partition_point(|row| *row < part.start);
+        let rows = &computed[before..computed.partition_point(|row| *row < part.end)];
+        for run in kept.runs(tile, rows, block.of_embeddings, wanted) {
+            for (at, rows) in parts(&rows[run.clone()], gathered_rows(hidden)) {
                 let gradients = &gradients[(before + run.start + at) * TILE..];
-                let classifier = self.tile_classifier(tile, &mut scratch.wide);
+                let classifier = self.tile_classifier(tile, wide);
                 let together = contiguous(rows);
                 let out = if together {
                     &mut sum[(rows[0] - part.start) * hidden..]
                 } else {
-                    scratch
-                        .gathered
-                        .resize(rows.len() * hidden, T::Real::default());
-                    &mut scratch.gathered
+                    gathered.resize(rows.len() * hidden, T::Real::default());
+                    &mut gathered[..]
                 };
                 multiply(
                     out,
@@ -341,7 +351,7 @@ impl<T: Element> Inputs<'_, T> {
                     Matrix::new(classifier, classes, hidden, hidden),
                 );
                 if !together {
-                    for (row, values) in rows.iter().zip(scratch.gathered.chunks(hidden)) {
+                    for (row, values) in rows.iter().zip(gathered.chunks(hidden)) {
                         let sum = &mut sum[(row - part.start) * hidden..][..hidden];
                         passes::add_scaled(sum, values, T::Real::ONE);
                     }

@@ -1,6 +1,6 @@
 //! Which tiles of the gradient are computed entry by entry, and what stands for the others.
 
-use super::blocks::{blocks, RowLoss, Scale, Softmax, TileSum, GROUP, TILE};
+use super::blocks::{RowLoss, Scale, Softmax, TileSum, TILE};
 use super::element::Real;
 use crate::problem::Settings;
 use std::ops::Range;
@@ -22,32 +22,28 @@ fn at_least(x: f64, threshold: f64) -> bool {
     x >= threshold || x.is_nan()
 }
 
-/// Which gradients take which groups of rows of which tiles entry by entry. The others are averaged or, without
-/// masses, dropped.
+/// Which gradients take which rows of which tiles entry by entry. The others are averaged or, without masses, dropped.
 #[derive(Debug)]
 pub(super) struct Kept<R> {
-    /// `(tiles, groups)`, or nothing where every tile is kept.
+    /// `(tiles, rows)`, or nothing where everything is kept.
     flags: Vec<u8>,
     /// `(tiles, rows)`: a row's probability in a tile without its target's, each times the derivative of the softcap.
     masses: Vec<R>,
     rows: usize,
-    groups: usize,
     /// Thresholds of the two gradients; 0 keeps everything.
     eps: [(u8, f64); 2],
 }
 
 impl<R: Real> Kept<R> {
-    /// No thresholds keep every tile. What is below them is averaged or dropped.
+    /// No thresholds keep everything. What is below them is averaged or dropped.
     pub fn new(rows: usize, tiles: usize, thresholds: Option<(f64, f64)>, averages: bool) -> Self {
-        let groups = rows.div_ceil(GROUP);
         let filters = thresholds.is_some();
         let (embeddings, classifier) = thresholds.unwrap_or((0., 0.));
         let masses = if filters && averages { rows * tiles } else { 0 };
         Self {
-            flags: vec![0; if filters { groups * tiles } else { 0 }],
+            flags: vec![0; if filters { rows * tiles } else { 0 }],
             masses: vec![R::default(); masses],
             rows,
-            groups,
             eps: [(EMBEDDINGS, embeddings), (CLASSIFIER, classifier)],
         }
     }
@@ -67,19 +63,15 @@ impl<R: Real> Kept<R> {
             return;
         }
         let count = rows.len();
-        let groups = self.groups;
-        let first = rows.start / GROUP;
         let drops = self.masses.is_empty();
         for (bit, eps) in self.eps {
             let log_eps = eps.ln();
-            let tiles = sums.chunks(count).zip(self.flags.chunks_mut(groups));
+            let tiles = sums.chunks(count).zip(self.flags.chunks_mut(self.rows));
             for (tile, (sums, flags)) in tiles.enumerate() {
-                for (group, flag) in blocks(count, GROUP).zip(&mut flags[first..]) {
-                    let keeps = |row: usize| {
-                        (drops && targets[rows.start + row] as usize / TILE == tile)
-                            || at_least(sums[row].max.to_f64() - losses[row].lse, log_eps)
-                    };
-                    if group.into_iter().any(keeps) {
+                for (row, flag) in flags[rows.clone()].iter_mut().enumerate() {
+                    if (drops && targets[rows.start + row] as usize / TILE == tile)
+                        || at_least(sums[row].max.to_f64() - losses[row].lse, log_eps)
+                    {
                         *flag |= bit;
                     }
                 }
@@ -98,28 +90,39 @@ impl<R: Real> Kept<R> {
 
     /// Whether at least one of the gradients takes a row of a tile.
     pub fn takes(&self, tile: usize, row: usize, gradients: u8) -> bool {
-        let flag = self.flags.get(tile * self.groups + row / GROUP);
+        let flag = self.flags.get(tile * self.rows + row);
         flag.is_none_or(|flag| flag & gradients != 0)
     }
 
-    /// The rows, of these, that at least one of the gradients takes of a tile.
-    pub fn rows(
+    /// The rows, of these, whose gradients are computed for a tile: those that at least one of the gradients takes, or
+    /// all where nearly all are taken.
+    pub fn computed(
         &self,
         tile: usize,
         rows: Range<usize>,
         gradients: u8,
-    ) -> impl Iterator<Item = usize> + '_ {
-        rows.filter(move |row| self.takes(tile, *row, gradients))
+        computed: &mut Vec<usize>,
+    ) {
+        let count = rows.len();
+        computed.clear();
+        computed.extend(rows.clone().filter(|row| self.takes(tile, *row, gradients)));
+        if computed.len() >= count - count / 8 {
+            computed.clear();
+            computed.extend(rows);
+        }
     }
 
-    /// The runs, within a list of rows, that at least one of the gradients takes of a tile.
+    /// The runs, within a list of computed rows, that one of the gradients takes of a tile. What `gradients` do not take
+    /// may be part of a run: it is zeros.
     pub fn runs<'a>(
         &'a self,
         tile: usize,
         rows: &'a [usize],
+        gradient: u8,
         gradients: u8,
     ) -> impl Iterator<Item = Range<usize>> + 'a {
-        let takes = move |row: usize| self.takes(tile, row, gradients);
+        let takes =
+            move |row: usize| self.takes(tile, row, gradient) || !self.takes(tile, row, gradients);
         let mut next = 0;
         rows.chunk_by(move |a, b| takes(*a) == takes(*b))
             .map(move |run| {
@@ -132,9 +135,9 @@ impl<R: Real> Kept<R> {
     /// The masses of a tile of these rows, 0 where none of the gradients averages it.
     pub fn masses(&self, tile: usize, rows: Range<usize>, gradients: u8, out: &mut [R]) {
         let masses = &self.masses[tile * self.rows..][rows.clone()];
-        let flags = &self.flags[tile * self.groups..];
-        for ((out, mass), row) in out.iter_mut().zip(masses).zip(rows) {
-            let averaged = flags[row / GROUP] & gradients != gradients;
+        let flags = &self.flags[tile * self.rows..][rows];
+        for ((out, mass), flag) in out.iter_mut().zip(masses).zip(flags) {
+            let averaged = flag & gradients != gradients;
             *out = if averaged { *mass } else { R::default() };
         }
     }
@@ -156,10 +159,9 @@ impl<R: Real> Kept<R> {
 
     /// Whether at least one of the gradients averages something of these rows.
     pub fn averages(&self, rows: &Range<usize>, gradients: u8) -> bool {
-        let groups = rows.start / GROUP..rows.end.div_ceil(GROUP);
         !self.masses.is_empty()
-            && self.flags.chunks(self.groups).any(|flags| {
-                let mut flags = flags[groups.clone()].iter();
+            && self.flags.chunks(self.rows).any(|flags| {
+                let mut flags = flags[rows.clone()].iter();
                 flags.any(|flag| flag & gradients != gradients)
             })
     }
@@ -169,12 +171,12 @@ impl<R: Real> Kept<R> {
         !self.masses.is_empty()
     }
 
-    /// Whether a tile may be other than exact.
+    /// Whether something may be other than exact.
     pub fn filters(&self) -> bool {
         !self.flags.is_empty()
     }
 
-    /// Of one gradient: tiles kept, tiles there are.
+    /// Of one gradient: how many rows of tiles are kept, and how many there are.
     pub fn count(&self, gradient: u8) -> (usize, usize) {
         if self.flags.is_empty() {
             return (1, 1);

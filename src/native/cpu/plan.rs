@@ -1,6 +1,6 @@
 //! How the workspace is spent.
 
-use super::blocks::{GATHERED, GROUP, TILE};
+use super::blocks::{gathered_rows, LEAST_ROWS, TILE};
 use super::element::Element;
 use super::kept::thresholds;
 use crate::native::rows::Rows;
@@ -12,15 +12,13 @@ use crate::{Reduction, Strategy};
 /// Rows of a block from which on forming the gradients in the forward is faster: with fewer, every
 /// block reads and writes a gradient of the classifier that its product does not pay for.
 const WORTH_FUSING: usize = 128;
-/// Rows of the smallest block, whole groups of the filter: products of fewer are slow.
-const BLOCK: usize = 4 * GROUP;
 /// Rows of a block that a tile is multiplied with in one go where the logits are computed again.
 const RECOMPUTE_ROWS: usize = 512;
 /// What `gemm` allocates on a thread beyond its operands: packed blocks of both.
 const PACKING: usize = 5 << 18;
 
 /// The sizes of blocks such that everything beyond inputs and gradients fits the workspace. At the
-/// least a block is [`BLOCK`] rows by a tile, however small the workspace.
+/// least a block is [`LEAST_ROWS`] rows by a tile, however small the workspace.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Plan {
     /// Threads that work at once: each has memory of its own.
@@ -57,7 +55,7 @@ impl Plan {
         // A lane widens a tile of the classifier, and gathers rows where a filter leaves some out.
         let lane = PACKING
             + when(!T::REAL, TILE * hidden * real)
-            + when(thresholds.is_some(), GATHERED * hidden * real);
+            + when(thresholds.is_some(), gathered_rows(hidden) * hidden * real);
         let lanes = (workspace / 2 / lane).clamp(1, rayon::current_num_threads());
         // Masses of all rows and tiles; of each tile its shares, its mean and the sum of its rows.
         let averages = (n * all_tiles + vocab + 2 * all_tiles * (hidden + 1)) * real;
@@ -67,7 +65,7 @@ impl Plan {
         let fixed = lanes * lane
             + when(
                 thresholds.is_some(),
-                n.div_ceil(GROUP) * all_tiles + averages,
+                n * all_tiles + averages,
             )
             + when(bias, vocab * real)
             + when(wanted.bias && !T::REAL, vocab * real)
@@ -83,7 +81,7 @@ impl Plan {
         let fits = left.saturating_sub(sums) / fused_row;
         let least = match settings.strategy {
             Strategy::Recompute => usize::MAX,
-            Strategy::Fused => BLOCK.min(n),
+            Strategy::Fused => LEAST_ROWS.min(n),
             // A loss scale, without which f16 is seldom trained, makes what was formed useless.
             Strategy::Auto if !T::SCALES_EXACTLY => usize::MAX,
             Strategy::Auto => WORTH_FUSING.min(n),
@@ -113,10 +111,10 @@ impl Plan {
     }
 }
 
-/// Blocks of about equal size that begin with a group of rows, at most `most` rows each, or the least.
+/// Rows of blocks of about equal size, at most `most` each, or the least there may be.
 fn even(rows: usize, most: usize) -> usize {
-    let most = (most / BLOCK * BLOCK).max(BLOCK);
+    let most = (most / LEAST_ROWS * LEAST_ROWS).max(LEAST_ROWS);
     rows.div_ceil(rows.div_ceil(most))
-        .next_multiple_of(BLOCK)
+        .next_multiple_of(LEAST_ROWS)
         .min(rows)
 }
