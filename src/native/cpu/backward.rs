@@ -64,10 +64,12 @@ struct OfClasses<'a, R> {
 struct Scratch<R> {
     /// Classes in the type that is computed in.
     wide: Vec<R>,
-    /// Rows that are multiplied together and do not lie together.
-    gathered: Vec<R>,
-    /// The rows whose gradients are computed for a tile.
-    computed: Vec<usize>,
+    /// Rows of the embeddings or their gradient that are multiplied together and do not lie together.
+    embeddings: Vec<R>,
+    /// The same rows of a tile of logits.
+    logits: Vec<R>,
+    /// The rows that a product is taken over.
+    rows: Vec<usize>,
 }
 
 /// Whether these rows are one run.
@@ -78,16 +80,35 @@ fn contiguous(rows: &[usize]) -> bool {
     }
 }
 
-/// The parts of a list of rows that are multiplied together, and where in the list they begin: all of it where the rows
-/// lie together, else about equal ones of at most `most` rows.
-fn parts(rows: &[usize], most: usize) -> impl Iterator<Item = (usize, &[usize])> {
+/// The parts of a list of rows that are multiplied together: all of it where the rows lie together, else about equal
+/// ones of at most `most` rows.
+fn parts(rows: &[usize], most: usize) -> std::slice::Chunks<'_, usize> {
     let count = if contiguous(rows) {
         1
     } else {
         rows.len().div_ceil(most)
     };
-    let part = rows.len().div_ceil(count).max(1);
-    (0..).step_by(part).zip(rows.chunks(part))
+    rows.chunks(rows.len().div_ceil(count).max(1))
+}
+
+/// Some rows, ascending, of those that begin with `start` and are `width` wide: themselves where they lie together, else
+/// copies.
+fn gather<'a, R: Real>(
+    values: &'a [R],
+    start: usize,
+    width: usize,
+    rows: &[usize],
+    copies: &'a mut Vec<R>,
+) -> &'a [R] {
+    let at = |row: usize| (row - start) * width;
+    if contiguous(rows) {
+        return &values[at(rows[0])..][..rows.len() * width];
+    }
+    copies.clear();
+    for row in rows {
+        copies.extend_from_slice(&values[at(*row)..][..width]);
+    }
+    copies
 }
 
 impl<T: Element> Inputs<'_, T> {
@@ -188,7 +209,7 @@ impl<T: Element> Inputs<'_, T> {
         }
     }
 
-    /// The gradients of a tile's logits, of the rows that are computed one after the other, and what they give its classes.
+    /// Replaces a tile's logits by their gradients, of the rows that are taken, and adds what these give its classes.
     fn add_to_classes(
         &self,
         block: &Block<'_, T::Real>,
@@ -199,41 +220,16 @@ impl<T: Element> Inputs<'_, T> {
     ) {
         let hidden = self.hidden;
         let kept = block.known.kept;
+        let start = block.rows.start;
         let classes = self.classes(&(tile..tile + 1));
         let wanted = block.of_embeddings | block.of_classifier;
-        let Scratch {
-            wide,
-            gathered,
-            computed,
-        } = scratch;
-        kept.computed(tile, block.rows.clone(), wanted, computed);
-        for (at, rows) in parts(computed, gathered_rows(hidden)) {
-            let start = rows[0] - block.rows.start;
-            let embeddings = if contiguous(rows) {
-                &block.embeddings[start * hidden..][..rows.len() * hidden]
-            } else {
-                gathered.clear();
-                for row in rows {
-                    let row = (row - block.rows.start) * hidden;
-                    let row = &block.embeddings[row..row + hidden];
-                    gathered.extend_from_slice(row);
-                }
-                &gathered[..]
-            };
-            let in_place = at * TILE..(at + rows.len()) * TILE;
-            if block.recompute {
-                let classifier = self.tile_classifier(tile, wide);
-                self.logits(embeddings, classifier, tile, &mut logits[in_place.clone()]);
-            } else {
-                // The rows move up to each other; none is overwritten before it has moved.
-                for (to, row) in (at..).zip(rows) {
-                    let from = (row - block.rows.start) * TILE;
-                    if from != to * TILE {
-                        logits.copy_within(from..from + TILE, to * TILE);
-                    }
-                }
-            }
-            let logits = &mut logits[in_place];
+        let most = gathered_rows(hidden);
+        kept.rows(tile, block.rows, wanted, wanted, &mut scratch.rows);
+        if block.recompute {
+            self.recompute(block, tile, logits, scratch);
+        }
+        for rows in scratch.rows.chunk_by(|a, b| a + 1 == *b) {
+            let logits = &mut logits[(rows[0] - start) * TILE..][..rows.len() * TILE];
             let of_rows = rows
                 .iter()
                 .map(|row| self.row(&block.known, *row, &classes));
@@ -243,21 +239,59 @@ impl<T: Element> Inputs<'_, T> {
                     values.fill(T::Real::default());
                 }
             }
-            for run in kept.runs(tile, rows, block.of_classifier, wanted) {
-                let gradient = &logits[run.start * TILE..run.end * TILE];
-                if let Some(sum) = &mut sums.classifier {
-                    multiply(
-                        sum,
-                        hidden,
-                        sums.accumulate,
-                        Matrix::new(gradient, run.len(), classes.len(), TILE).t(),
-                        Matrix::new(&embeddings[run.start * hidden..], run.len(), hidden, hidden),
-                    );
-                    sums.accumulate = true;
-                }
-                if let Some(sum) = &mut sums.bias {
-                    passes::add_rows(gradient, TILE, sum);
-                }
+        }
+        if block.of_classifier == 0 {
+            return;
+        }
+        kept.rows(
+            tile,
+            block.rows,
+            block.of_classifier,
+            wanted,
+            &mut scratch.rows,
+        );
+        for rows in parts(&scratch.rows, most) {
+            let gradient = gather(logits, start, TILE, rows, &mut scratch.logits);
+            if let Some(sum) = &mut sums.classifier {
+                let embeddings = block.embeddings;
+                let embeddings = gather(embeddings, start, hidden, rows, &mut scratch.embeddings);
+                multiply(
+                    sum,
+                    hidden,
+                    sums.accumulate,
+                    Matrix::new(gradient, rows.len(), classes.len(), TILE).t(),
+                    Matrix::new(embeddings, rows.len(), hidden, hidden),
+                );
+                sums.accumulate = true;
+            }
+            if let Some(sum) = &mut sums.bias {
+                passes::add_rows(gradient, TILE, sum);
+            }
+        }
+    }
+
+    /// Computes a tile's logits of the rows in `scratch`.
+    fn recompute(
+        &self,
+        block: &Block<'_, T::Real>,
+        tile: usize,
+        logits: &mut [T::Real],
+        scratch: &mut Scratch<T::Real>,
+    ) {
+        let start = block.rows.start;
+        for rows in parts(&scratch.rows, gathered_rows(self.hidden)) {
+            let copies = &mut scratch.embeddings;
+            let embeddings = gather(block.embeddings, start, self.hidden, rows, copies);
+            let classifier = self.tile_classifier(tile, &mut scratch.wide);
+            if contiguous(rows) {
+                let logits = &mut logits[(rows[0] - start) * TILE..][..rows.len() * TILE];
+                self.logits(embeddings, classifier, tile, logits);
+                continue;
+            }
+            scratch.logits.resize(rows.len() * TILE, T::Real::default());
+            self.logits(embeddings, classifier, tile, &mut scratch.logits);
+            for (values, row) in scratch.logits.chunks(TILE).zip(rows) {
+                logits[(row - start) * TILE..][..TILE].copy_from_slice(values);
             }
         }
     }
@@ -309,8 +343,7 @@ impl<T: Element> Inputs<'_, T> {
         }
     }
 
-    /// Adds what a tile gives a part of a block's rows to their sum, where it is taken. The gradients of all rows of
-    /// the block that are computed lie one after the other.
+    /// Adds what a tile gives a part of a block's rows to their sum, where it is taken.
     fn add_to_rows(
         &self,
         block: &Block<'_, T::Real>,
@@ -321,40 +354,41 @@ impl<T: Element> Inputs<'_, T> {
         scratch: &mut Scratch<T::Real>,
     ) {
         let hidden = self.hidden;
-        let kept = block.known.kept;
         let classes = self.classes(&(tile..tile + 1)).len();
         let wanted = block.of_embeddings | block.of_classifier;
-        let Scratch {
-            wide,
-            gathered,
-            computed,
-        } = scratch;
-        kept.computed(tile, block.rows.clone(), wanted, computed);
-        let before = computed.partition_point(|row| *row < part.start);
-        let rows = &computed[before..computed.partition_point(|row| *row < part.end)];
-        for run in kept.runs(tile, rows, block.of_embeddings, wanted) {
-            for (at, rows) in parts(&rows[run.clone()], gathered_rows(hidden)) {
-                let gradients = &gradients[(before + run.start + at) * TILE..];
-                let classifier = self.tile_classifier(tile, wide);
-                let together = contiguous(rows);
-                let out = if together {
-                    &mut sum[(rows[0] - part.start) * hidden..]
-                } else {
-                    gathered.resize(rows.len() * hidden, T::Real::default());
-                    &mut gathered[..]
-                };
-                multiply(
-                    out,
-                    hidden,
-                    together,
-                    Matrix::new(gradients, rows.len(), classes, TILE),
-                    Matrix::new(classifier, classes, hidden, hidden),
-                );
-                if !together {
-                    for (row, values) in rows.iter().zip(gathered.chunks(hidden)) {
-                        let sum = &mut sum[(row - part.start) * hidden..][..hidden];
-                        passes::add_scaled(sum, values, T::Real::ONE);
-                    }
+        let kept = block.known.kept;
+        kept.rows(
+            tile,
+            block.rows,
+            block.of_embeddings,
+            wanted,
+            &mut scratch.rows,
+        );
+        let place = |row: usize| scratch.rows.partition_point(|r| *r < row);
+        let rows = &scratch.rows[place(part.start)..place(part.end)];
+        for rows in parts(rows, gathered_rows(hidden)) {
+            let gradient = gather(gradients, block.rows.start, TILE, rows, &mut scratch.logits);
+            let classifier = self.tile_classifier(tile, &mut scratch.wide);
+            let together = contiguous(rows);
+            let out = if together {
+                &mut sum[(rows[0] - part.start) * hidden..]
+            } else {
+                scratch
+                    .embeddings
+                    .resize(rows.len() * hidden, T::Real::default());
+                &mut scratch.embeddings[..]
+            };
+            multiply(
+                out,
+                hidden,
+                together,
+                Matrix::new(gradient, rows.len(), classes, TILE),
+                Matrix::new(classifier, classes, hidden, hidden),
+            );
+            if !together {
+                for (row, values) in rows.iter().zip(scratch.embeddings.chunks(hidden)) {
+                    let sum = &mut sum[(row - part.start) * hidden..][..hidden];
+                    passes::add_scaled(sum, values, T::Real::ONE);
                 }
             }
         }

@@ -94,42 +94,25 @@ impl<R: Real> Kept<R> {
         flag.is_none_or(|flag| flag & gradients != 0)
     }
 
-    /// The rows, of these, whose gradients are computed for a tile: those that at least one of the gradients takes, or
-    /// all where nearly all are taken.
-    pub fn computed(
+    /// The rows of a block that a product with a tile is taken over, for the gradients `of` among those wanted: those
+    /// that one of them takes. Where nearly all rows are taken, also those that none of the gradients wanted takes: their
+    /// entries are zeros.
+    pub fn rows(
         &self,
         tile: usize,
-        rows: Range<usize>,
-        gradients: u8,
-        computed: &mut Vec<usize>,
+        block: &Range<usize>,
+        of: u8,
+        wanted: u8,
+        rows: &mut Vec<usize>,
     ) {
-        let count = rows.len();
-        computed.clear();
-        computed.extend(rows.clone().filter(|row| self.takes(tile, *row, gradients)));
-        if computed.len() >= count - count / 8 {
-            computed.clear();
-            computed.extend(rows);
-        }
-    }
-
-    /// The runs, within a list of computed rows, that one of the gradients takes of a tile. What `gradients` do not take
-    /// may be part of a run: it is zeros.
-    pub fn runs<'a>(
-        &'a self,
-        tile: usize,
-        rows: &'a [usize],
-        gradient: u8,
-        gradients: u8,
-    ) -> impl Iterator<Item = Range<usize>> + 'a {
-        let takes =
-            move |row: usize| self.takes(tile, row, gradient) || !self.takes(tile, row, gradients);
-        let mut next = 0;
-        rows.chunk_by(move |a, b| takes(*a) == takes(*b))
-            .map(move |run| {
-                next += run.len();
-                next - run.len()..next
-            })
-            .filter(move |run| takes(rows[run.start]))
+        let left_out = |row: &usize| !self.takes(tile, *row, wanted);
+        let nearly_all = block.clone().filter(left_out).count() <= block.len() / 8;
+        rows.clear();
+        rows.extend(
+            block
+                .clone()
+                .filter(|row| self.takes(tile, *row, of) || (nearly_all && left_out(row))),
+        );
     }
 
     /// The masses of a tile of these rows, 0 where none of the gradients averages it.

@@ -55,7 +55,10 @@ impl Plan {
         // A lane widens a tile of the classifier, and gathers rows where a filter leaves some out.
         let lane = PACKING
             + when(!T::REAL, TILE * hidden * real)
-            + when(thresholds.is_some(), gathered_rows(hidden) * hidden * real);
+            + when(
+                thresholds.is_some(),
+                gathered_rows(hidden) * (hidden + TILE) * real,
+            );
         let lanes = (workspace / 2 / lane).clamp(1, rayon::current_num_threads());
         // Masses of all rows and tiles; of each tile its shares, its mean and the sum of its rows.
         let averages = (n * all_tiles + vocab + 2 * all_tiles * (hidden + 1)) * real;
