@@ -60,11 +60,13 @@ impl Plan {
                 gathered_rows(hidden) * (hidden + TILE) * real,
             );
         let lanes = (workspace / 2 / lane).clamp(1, rayon::current_num_threads());
-        // Masses of all rows and tiles; of each tile its shares, its mean and the sum of its rows.
-        let averages = (n * all_tiles + vocab + 2 * all_tiles * (hidden + 1)) * real;
+        // Masses of all rows and tiles, and of each tile its shares and its mean.
+        let averages = (n * all_tiles + vocab + all_tiles * (hidden + 1)) * real;
         let room = workspace.saturating_sub(lanes * lane) / 4 * 3;
         let thresholds = thresholds.filter(|_| settings.drop_filtered || averages <= room);
         let averages = when(!settings.drop_filtered, averages);
+        // The sum of the rows that average a tile.
+        let by_mass = when(thresholds.is_some(), (hidden + 1) * real);
         let fixed = lanes * lane
             + when(
                 thresholds.is_some(),
@@ -81,7 +83,7 @@ impl Plan {
 
         let fused_row = all_tiles * TILE * real + statistics + 2 * row;
         let sums = when(!T::REAL && wanted.classifier, vocab * hidden * real);
-        let fits = left.saturating_sub(sums) / fused_row;
+        let fits = left.saturating_sub(sums + all_tiles * by_mass) / fused_row;
         let least = match settings.strategy {
             Strategy::Recompute => usize::MAX,
             Strategy::Fused => LEAST_ROWS.min(n),
@@ -102,6 +104,7 @@ impl Plan {
             .saturating_sub(block_rows * 2 * row)
             .saturating_sub(when(one_sweep, all_sums));
         let tile = block_rows * (TILE + 1) * real
+            + by_mass
             + when(!T::REAL && wanted.classifier, TILE * hidden * real);
         Self {
             lanes,
