@@ -33,22 +33,26 @@ pub struct Inputs {
 }
 
 /// Rows (that count, in order) and classes that a filter keeps or averages together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Tile {
     pub rows: usize,
     pub classes: usize,
+    /// How far off, relative to it, a largest probability may be that is compared with a threshold.
+    pub off: f64,
 }
 
 /// The tiles of the CPU implementation.
 pub const CPU_TILE: Tile = Tile {
-    rows: 32,
+    rows: 1,
     classes: 256,
+    off: 1e-3,
 };
 
 /// The tiles of the CUDA kernels.
 pub const CUDA_TILE: Tile = Tile {
     rows: 128,
     classes: 128,
+    off: 0.02,
 };
 
 /// The upstream gradients: of the loss (one number, or one a position under `None`) and of the lse of
@@ -202,7 +206,7 @@ impl Reference {
     }
 
     /// The gradients of a filter that averages tiles of these sizes, for thresholds of the gradients of the embeddings
-    /// and the classifier; 0 is exact. A tile whose largest probability is within 2% of a threshold may go either way:
+    /// and the classifier; 0 is exact. A tile whose largest probability may be on either side of a threshold may go either way:
     /// that is the tolerance of the terms it has a part in.
     pub fn averaged(&self, upstream: &Upstream, eps: (f64, f64), tile: Tile) -> Gradients {
         let (rows, vocab) = (self.counting.len(), self.inputs.vocab);
@@ -211,7 +215,10 @@ impl Reference {
         // Of a tile and a gradient: whether it is averaged, and whether that is certain.
         let averaged = |group: usize, t: usize, eps: f64| {
             let p = largest[group * tiles + t];
-            (p < eps, eps == 0. || (p - eps).abs() > 0.02 * eps + 2e-7)
+            (
+                p < eps,
+                eps == 0. || (p - eps).abs() > tile.off * eps + 2e-7,
+            )
         };
         let mut shares = vec![0.; vocab];
         let mut masses = vec![0.; rows * tiles];

@@ -1,12 +1,94 @@
 //! What stands in the gradient for tiles that are averaged: each row's mass of a tile, shared out among the tile's
 //! classes in proportions that all rows have in common. [`Filter`](crate::Filter) has the formula.
 
-use super::blocks::{Inputs, TILE};
+use super::blocks::{Inputs, Scale, TILE};
 use super::element::{Element, Real};
-use super::kept::Kept;
+use super::kept::{Kept, CLASSIFIER};
 use super::passes;
+use super::product::{multiply, Matrix};
 use rayon::prelude::*;
 use std::ops::Range;
+
+/// Tiles whose masses a thread multiplies with the rows at once, at most.
+const TILES_AT_ONCE: usize = 32;
+
+/// The sums, for each tile, of the rows by their masses there, and of the masses.
+pub(super) struct SumsByMass<R> {
+    tiles: Range<usize>,
+    /// `(tiles, D)`
+    rows: Vec<R>,
+    /// `(tiles)`
+    masses: Vec<R>,
+}
+
+impl<R: Real> SumsByMass<R> {
+    fn new(tiles: Range<usize>, hidden: usize) -> Self {
+        Self {
+            rows: vec![R::default(); tiles.len() * hidden],
+            masses: vec![R::default(); tiles.len()],
+            tiles,
+        }
+    }
+
+    /// The sums of a block of rows, each times the scale of its softmax, where the gradient of the classifier averages
+    /// them.
+    pub fn scaled<T: Element<Real = R>>(
+        inputs: &Inputs<'_, T>,
+        kept: &Kept<R>,
+        embeddings: &[R],
+        rows: &Range<usize>,
+        tiles: &Range<usize>,
+        scales: &[Scale<R>],
+    ) -> Self {
+        let mut sums = Self::new(tiles.clone(), inputs.hidden);
+        sums.add(inputs, embeddings, rows, |tile, masses| {
+            kept.scaled_masses(tile, rows.clone(), CLASSIFIER, scales, masses)
+        });
+        sums
+    }
+
+    /// Adds a block of rows; `masses_of` a tile writes those of its rows.
+    fn add<T: Element<Real = R>>(
+        &mut self,
+        inputs: &Inputs<'_, T>,
+        embeddings: &[R],
+        rows: &Range<usize>,
+        masses_of: impl Fn(usize, &mut [R]) + Sync,
+    ) {
+        let (hidden, count) = (inputs.hidden, rows.len());
+        let first = self.tiles.start;
+        let part = self.tiles.len().div_ceil(inputs.lanes).min(TILES_AT_ONCE);
+        let parts = self.tiles.len().div_ceil(part);
+        self.rows
+            .par_chunks_mut(part * hidden)
+            .zip(self.masses.par_chunks_mut(part))
+            .with_min_len(inputs.tasks_at_least(parts))
+            .enumerate()
+            .for_each_init(Vec::new, |masses, (i, (sums, totals))| {
+                masses.resize(totals.len() * count, R::default());
+                let tiles = first + i * part..;
+                for ((tile, masses), total) in
+                    tiles.zip(masses.chunks_mut(count)).zip(totals.iter_mut())
+                {
+                    masses_of(tile, masses);
+                    *total = masses.iter().fold(*total, |sum, mass| sum + *mass);
+                }
+                multiply(
+                    sums,
+                    hidden,
+                    true,
+                    Matrix::new(masses, totals.len(), count, count),
+                    Matrix::new(embeddings, count, hidden, hidden),
+                );
+            });
+    }
+
+    /// Of one tile: the sum of the rows, and of the masses.
+    pub fn of_tile(&self, tile: usize, hidden: usize) -> (&[R], R) {
+        let at = tile - self.tiles.start;
+        (&self.rows[at * hidden..][..hidden], self.masses[at])
+    }
+}
 
 /// What a set of rows has in common in each tile that one of the gradients averages.
 pub(super) struct Averages<R> {
@@ -14,10 +96,8 @@ pub(super) struct Averages<R> {
     gradients: u8,
     /// `(V)`: the classes' shares of what is in their tile.
     shares: Vec<R>,
-    /// `(tiles, D)`: the classes' mean by their shares. Before that, the sum of the rows by their masses.
-    means: Vec<R>,
-    /// `(tiles)`: the sum of the masses.
-    masses: Vec<R>,
+    /// What the tiles see of the rows. In the end, in the place of the rows' sum, the classes' mean by their shares.
+    sums: SumsByMass<R>,
 }
 
 impl<R: Real> Averages<R> {
@@ -31,8 +111,7 @@ impl<R: Real> Averages<R> {
         kept.averages(rows, gradients).then(|| Self {
             gradients,
             shares: vec![R::default(); inputs.vocab],
-            means: vec![R::default(); inputs.tiles() * inputs.hidden],
-            masses: vec![R::default(); inputs.tiles()],
+            sums: SumsByMass::new(0..inputs.tiles(), inputs.hidden),
         })
     }
 
@@ -44,30 +123,20 @@ impl<R: Real> Averages<R> {
         embeddings: &[R],
         rows: &Range<usize>,
     ) {
-        let hidden = inputs.hidden;
         let gradients = self.gradients;
-        self.means
-            .par_chunks_mut(hidden)
-            .zip(&mut self.masses)
-            .with_min_len(inputs.tasks_at_least(inputs.tiles()))
-            .enumerate()
-            .for_each(|(tile, (sum, total))| {
-                for row in kept.averaged(tile, rows.clone(), gradients).flatten() {
-                    let mass = kept.mass(tile, row);
-                    let embedding = &embeddings[(row - rows.start) * hidden..][..hidden];
-                    passes::add_scaled(sum, embedding, mass);
-                    *total += mass;
-                }
-            });
+        self.sums.add(inputs, embeddings, rows, |tile, masses| {
+            kept.masses(tile, rows.clone(), gradients, masses)
+        });
     }
 
     /// From the sums of the rows to shares and means.
     pub fn finish<T: Element<Real = R>>(mut self, inputs: &Inputs<'_, T>) -> Self {
         let hidden = inputs.hidden;
-        self.means
+        self.sums
+            .rows
             .par_chunks_mut(hidden)
             .zip(self.shares.par_chunks_mut(TILE))
-            .zip(&self.masses)
+            .zip(&self.sums.masses)
             .with_min_len(inputs.tasks_at_least(inputs.tiles()))
             .enumerate()
             .filter(|(_, (_, total))| **total > R::default())
@@ -104,6 +173,6 @@ impl<R: Real> Averages<R> {
 
     /// The means of a range of tiles, `(tiles, hidden)`.
     pub fn means(&self, tiles: &Range<usize>, hidden: usize) -> &[R] {
-        &self.means[tiles.start * hidden..tiles.end * hidden]
+        &self.sums.rows[tiles.start * hidden..tiles.end * hidden]
     }
 }

@@ -13,10 +13,15 @@ use rayon::prelude::*;
 use std::borrow::Cow;
 use std::ops::Range;
 
-/// Classes that one task multiplies, and that the filter keeps or averages together.
+/// Classes that one task multiplies. The filter keeps or averages those of a row together.
 pub(super) const TILE: usize = 256;
-/// Rows that the filter keeps or averages together.
-pub(super) const GROUP: usize = 32;
+/// Rows of the smallest block, and of the smallest part that a thread has of one: products of fewer are slow.
+pub(super) const LEAST_ROWS: usize = 32;
+
+/// Rows that do not lie together and are multiplied together, at most: a MiB of f32, within 64 and 256 rows.
+pub(super) fn gathered_rows(hidden: usize) -> usize {
+    ((1 << 18) / hidden.max(1)).clamp(64, 256)
+}
 
 pub(super) fn blocks(len: usize, block: usize) -> impl Iterator<Item = Range<usize>> {
     (0..len)

@@ -1,6 +1,6 @@
 //! Which tiles of the gradient are computed entry by entry, and what stands for the others.
 
-use super::blocks::{blocks, RowLoss, Softmax, TileSum, GROUP, TILE};
+use super::blocks::{RowLoss, Scale, Softmax, TileSum, TILE};
 use super::element::Real;
 use crate::problem::Settings;
 use std::ops::Range;
@@ -22,32 +22,28 @@ fn at_least(x: f64, threshold: f64) -> bool {
     x >= threshold || x.is_nan()
 }
 
-/// Which gradients take which groups of rows of which tiles entry by entry. The others are averaged or, without
-/// masses, dropped.
+/// Which gradients take which rows of which tiles entry by entry. The others are averaged or, without masses, dropped.
 #[derive(Debug)]
 pub(super) struct Kept<R> {
-    /// `(tiles, groups)`, or nothing where every tile is kept.
+    /// `(tiles, rows)`, or nothing where everything is kept.
     flags: Vec<u8>,
     /// `(tiles, rows)`: a row's probability in a tile without its target's, each times the derivative of the softcap.
     masses: Vec<R>,
     rows: usize,
-    groups: usize,
     /// Thresholds of the two gradients; 0 keeps everything.
     eps: [(u8, f64); 2],
 }
 
 impl<R: Real> Kept<R> {
-    /// No thresholds keep every tile. What is below them is averaged or dropped.
+    /// No thresholds keep everything. What is below them is averaged or dropped.
     pub fn new(rows: usize, tiles: usize, thresholds: Option<(f64, f64)>, averages: bool) -> Self {
-        let groups = rows.div_ceil(GROUP);
         let filters = thresholds.is_some();
         let (embeddings, classifier) = thresholds.unwrap_or((0., 0.));
         let masses = if filters && averages { rows * tiles } else { 0 };
         Self {
-            flags: vec![0; if filters { groups * tiles } else { 0 }],
+            flags: vec![0; if filters { rows * tiles } else { 0 }],
             masses: vec![R::default(); masses],
             rows,
-            groups,
             eps: [(EMBEDDINGS, embeddings), (CLASSIFIER, classifier)],
         }
     }
@@ -67,19 +63,15 @@ impl<R: Real> Kept<R> {
             return;
         }
         let count = rows.len();
-        let groups = self.groups;
-        let first = rows.start / GROUP;
         let drops = self.masses.is_empty();
         for (bit, eps) in self.eps {
             let log_eps = eps.ln();
-            let tiles = sums.chunks(count).zip(self.flags.chunks_mut(groups));
+            let tiles = sums.chunks(count).zip(self.flags.chunks_mut(self.rows));
             for (tile, (sums, flags)) in tiles.enumerate() {
-                for (group, flag) in blocks(count, GROUP).zip(&mut flags[first..]) {
-                    let keeps = |row: usize| {
-                        (drops && targets[rows.start + row] as usize / TILE == tile)
-                            || at_least(sums[row].max.to_f64() - losses[row].lse, log_eps)
-                    };
-                    if group.into_iter().any(keeps) {
+                for (row, flag) in flags[rows.clone()].iter_mut().enumerate() {
+                    if (drops && targets[rows.start + row] as usize / TILE == tile)
+                        || at_least(sums[row].max.to_f64() - losses[row].lse, log_eps)
+                    {
                         *flag |= bit;
                     }
                 }
@@ -96,70 +88,63 @@ impl<R: Real> Kept<R> {
         }
     }
 
-    /// The runs of rows, within these, that at least one of the gradients takes of a tile.
-    pub fn runs(
-        &self,
-        tile: usize,
-        rows: Range<usize>,
-        gradients: u8,
-    ) -> impl Iterator<Item = Range<usize>> + '_ {
-        self.runs_where(tile, rows, move |flag| flag & gradients != 0)
+    /// Whether at least one of the gradients takes a row of a tile.
+    pub fn takes(&self, tile: usize, row: usize, gradients: u8) -> bool {
+        let flag = self.flags.get(tile * self.rows + row);
+        flag.is_none_or(|flag| flag & gradients != 0)
     }
 
-    /// The runs of rows, within these, of which at least one of the gradients averages a tile.
-    pub fn averaged(
+    /// The rows of a block that a product with a tile is taken over, for the gradients `of` among those wanted: those
+    /// that one of them takes. Where nearly all rows are taken, also those that none of the gradients wanted takes: their
+    /// entries are zeros.
+    pub fn rows(
         &self,
         tile: usize,
-        mut rows: Range<usize>,
-        gradients: u8,
-    ) -> impl Iterator<Item = Range<usize>> + '_ {
-        if self.masses.is_empty() {
-            rows.end = rows.start;
+        block: &Range<usize>,
+        of: u8,
+        wanted: u8,
+        rows: &mut Vec<usize>,
+    ) {
+        let left_out = |row: &usize| !self.takes(tile, *row, wanted);
+        let nearly_all = block.clone().filter(left_out).count() <= block.len() / 8;
+        rows.clear();
+        rows.extend(
+            block
+                .clone()
+                .filter(|row| self.takes(tile, *row, of) || (nearly_all && left_out(row))),
+        );
+    }
+
+    /// The masses of a tile of these rows, 0 where none of the gradients averages it.
+    pub fn masses(&self, tile: usize, rows: Range<usize>, gradients: u8, out: &mut [R]) {
+        let masses = &self.masses[tile * self.rows..][rows.clone()];
+        let flags = &self.flags[tile * self.rows..][rows];
+        for ((out, mass), flag) in out.iter_mut().zip(masses).zip(flags) {
+            let averaged = flag & gradients != gradients;
+            *out = if averaged { *mass } else { R::default() };
         }
-        self.runs_where(tile, rows, move |flag| flag & gradients != gradients)
     }
 
-    fn runs_where<'a>(
-        &'a self,
+    /// The same, each times the scale of its row's softmax.
+    pub fn scaled_masses(
+        &self,
         tile: usize,
         rows: Range<usize>,
-        of_flag: impl Fn(u8) -> bool + 'a,
-    ) -> impl Iterator<Item = Range<usize>> + 'a {
-        let mut next = rows.start;
-        let matches = move |row: usize| {
-            let flag = self.flags.get(tile * self.groups + row / GROUP);
-            of_flag(flag.copied().unwrap_or(u8::MAX))
-        };
-        let after = move |row: usize| {
-            if self.flags.is_empty() {
-                rows.end
-            } else {
-                ((row / GROUP + 1) * GROUP).min(rows.end)
-            }
-        };
-        std::iter::from_fn(move || {
-            while next < rows.end && !matches(next) {
-                next = after(next);
-            }
-            let start = next;
-            while next < rows.end && matches(next) {
-                next = after(next);
-            }
-            (start < next).then_some(start..next)
-        })
-    }
-
-    /// A row's mass in a tile that is averaged.
-    pub fn mass(&self, tile: usize, row: usize) -> R {
-        self.masses[tile * self.rows + row]
+        gradients: u8,
+        scales: &[Scale<R>],
+        out: &mut [R],
+    ) {
+        self.masses(tile, rows.clone(), gradients, out);
+        for (mass, scale) in out.iter_mut().zip(&scales[rows]) {
+            *mass *= scale.softmax;
+        }
     }
 
     /// Whether at least one of the gradients averages something of these rows.
     pub fn averages(&self, rows: &Range<usize>, gradients: u8) -> bool {
-        let groups = rows.start / GROUP..rows.end.div_ceil(GROUP);
         !self.masses.is_empty()
-            && self.flags.chunks(self.groups).any(|flags| {
-                let mut flags = flags[groups.clone()].iter();
+            && self.flags.chunks(self.rows).any(|flags| {
+                let mut flags = flags[rows.clone()].iter();
                 flags.any(|flag| flag & gradients != gradients)
             })
     }
@@ -169,12 +154,12 @@ impl<R: Real> Kept<R> {
         !self.masses.is_empty()
     }
 
-    /// Whether a tile may be other than exact.
+    /// Whether something may be other than exact.
     pub fn filters(&self) -> bool {
         !self.flags.is_empty()
     }
 
-    /// Of one gradient: tiles kept, tiles there are.
+    /// Of one gradient: how many rows of tiles are kept, and how many there are.
     pub fn count(&self, gradient: u8) -> (usize, usize) {
         if self.flags.is_empty() {
             return (1, 1);

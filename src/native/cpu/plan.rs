@@ -1,6 +1,6 @@
 //! How the workspace is spent.
 
-use super::blocks::{GROUP, TILE};
+use super::blocks::{gathered_rows, LEAST_ROWS, TILE};
 use super::element::Element;
 use super::kept::thresholds;
 use crate::native::rows::Rows;
@@ -18,7 +18,7 @@ const RECOMPUTE_ROWS: usize = 512;
 const PACKING: usize = 5 << 18;
 
 /// The sizes of blocks such that everything beyond inputs and gradients fits the workspace. At the
-/// least a block is a group of rows by a tile, however small the workspace.
+/// least a block is [`LEAST_ROWS`] rows by a tile, however small the workspace.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Plan {
     /// Threads that work at once: each has memory of its own.
@@ -51,19 +51,26 @@ impl Plan {
         let all_tiles = vocab.div_ceil(TILE);
         let direct = T::REAL && rows.all;
         let when = |condition: bool, bytes: usize| if condition { bytes } else { 0 };
-        // A lane widens a tile of the classifier.
-        let lane = PACKING + when(!T::REAL, TILE * hidden * real);
-        let lanes = (workspace / 2 / lane).clamp(1, rayon::current_num_threads());
         let thresholds = thresholds(settings);
+        // A lane widens a tile of the classifier, and gathers rows where a filter leaves some out.
+        let lane = PACKING
+            + when(!T::REAL, TILE * hidden * real)
+            + when(
+                thresholds.is_some(),
+                gathered_rows(hidden) * (hidden + TILE) * real,
+            );
+        let lanes = (workspace / 2 / lane).clamp(1, rayon::current_num_threads());
         // Masses of all rows and tiles, and of each tile its shares and its mean.
         let averages = (n * all_tiles + vocab + all_tiles * (hidden + 1)) * real;
         let room = workspace.saturating_sub(lanes * lane) / 4 * 3;
         let thresholds = thresholds.filter(|_| settings.drop_filtered || averages <= room);
         let averages = when(!settings.drop_filtered, averages);
+        // The sum of the rows that average a tile.
+        let by_mass = when(thresholds.is_some(), (hidden + 1) * real);
         let fixed = lanes * lane
             + when(
                 thresholds.is_some(),
-                n.div_ceil(GROUP) * all_tiles + averages,
+                n * all_tiles + averages,
             )
             + when(bias, vocab * real)
             + when(wanted.bias && !T::REAL, vocab * real)
@@ -76,10 +83,10 @@ impl Plan {
 
         let fused_row = all_tiles * TILE * real + statistics + 2 * row;
         let sums = when(!T::REAL && wanted.classifier, vocab * hidden * real);
-        let fits = left.saturating_sub(sums) / fused_row;
+        let fits = left.saturating_sub(sums + all_tiles * by_mass) / fused_row;
         let least = match settings.strategy {
             Strategy::Recompute => usize::MAX,
-            Strategy::Fused => GROUP.min(n),
+            Strategy::Fused => LEAST_ROWS.min(n),
             // A loss scale, without which f16 is seldom trained, makes what was formed useless.
             Strategy::Auto if !T::SCALES_EXACTLY => usize::MAX,
             Strategy::Auto => WORTH_FUSING.min(n),
@@ -97,6 +104,7 @@ impl Plan {
             .saturating_sub(block_rows * 2 * row)
             .saturating_sub(when(one_sweep, all_sums));
         let tile = block_rows * (TILE + 1) * real
+            + by_mass
             + when(!T::REAL && wanted.classifier, TILE * hidden * real);
         Self {
             lanes,
@@ -109,10 +117,10 @@ impl Plan {
     }
 }
 
-/// Blocks of about equal size that begin with a group of rows, at most `most` rows each, or a group.
+/// Rows of blocks of about equal size, at most `most` each, or the least there may be.
 fn even(rows: usize, most: usize) -> usize {
-    let most = (most / GROUP * GROUP).max(GROUP);
+    let most = (most / LEAST_ROWS * LEAST_ROWS).max(LEAST_ROWS);
     rows.div_ceil(rows.div_ceil(most))
-        .next_multiple_of(GROUP)
+        .next_multiple_of(LEAST_ROWS)
         .min(rows)
 }
