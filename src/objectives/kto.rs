@@ -37,8 +37,8 @@ impl KtoOptions {
         self
     }
 
-    /// The weights of desirable and of undesirable answers, each at least 0. The paper wants weight times number of
-    /// the ones from 1 to 4/3 of that of the others. Default: 1 and 1.
+    /// The weights of desirable and of undesirable answers, each at least 0: where a batch has more of one kind, the other
+    /// can be given a larger weight. Default: 1 and 1.
     pub fn weights(mut self, desirable: f64, undesirable: f64) -> Self {
         (self.desirable, self.undesirable) = (desirable, undesirable);
         self

@@ -282,6 +282,8 @@ pub fn group_advantages(rewards: &Tensor, scaled: bool) -> Result<Tensor> {
         )
     }
     let rewards = wide(&rewards.detach())?;
+    // Seen from the first, so that equal rewards are zeros and not what rounding leaves of them.
+    let rewards = rewards.broadcast_sub(&rewards.narrow(D::Minus1, 0, 1)?)?;
     let above = rewards.broadcast_sub(&rewards.mean_keepdim(D::Minus1)?)?;
     if !scaled {
         return Ok(above);

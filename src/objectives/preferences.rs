@@ -58,7 +58,8 @@ pub fn dpo_loss(policy: Preferences<'_>, reference: Preferences<'_>, beta: f64) 
 /// # use candle_core::{Device, Tensor};
 /// use candle_cut_cross_entropy::objectives::{ipo_loss, Preferences};
 /// # fn main() -> candle_core::Result<()> {
-/// let (chosen, rejected) = (Tensor::new(&[-1f32], &Device::Cpu)?, Tensor::new(&[-2f32], &Device::Cpu)?);
+/// let tensor = |x: f32| Tensor::new(&[x], &Device::Cpu);
+/// let (chosen, rejected) = (tensor(-1.)?, tensor(-2.)?);
 /// let policy = Preferences { chosen: &chosen, rejected: &rejected };
 /// let reference = Preferences { chosen: &rejected, rejected: &rejected };
 /// // The margin is 1, which beta = 0.5 asks for.
@@ -122,7 +123,8 @@ pub fn cpo_loss(policy: Preferences<'_>, beta: f64, alpha: f64) -> Result<Tensor
 /// # use candle_core::{Device, Tensor};
 /// use candle_cut_cross_entropy::objectives::{simpo_loss, Preferences};
 /// # fn main() -> candle_core::Result<()> {
-/// let (chosen, rejected) = (Tensor::new(&[-1f32], &Device::Cpu)?, Tensor::new(&[-2f32], &Device::Cpu)?);
+/// let tensor = |x: f32| Tensor::new(&[x], &Device::Cpu);
+/// let (chosen, rejected) = (tensor(-1.)?, tensor(-2.)?);
 /// let policy = Preferences { chosen: &chosen, rejected: &rejected };
 /// let loss = simpo_loss(policy, 2., 2.)?.to_scalar::<f32>()?;
 /// assert!((loss - 2f32.ln()).abs() < 1e-6);
