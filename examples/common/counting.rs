@@ -14,6 +14,8 @@ pub const PROMPT: usize = 4;
 pub const ANSWER: usize = 6;
 pub const BATCH: usize = 32;
 pub const IGNORED: i64 = -100;
+const HIDDEN: usize = 64;
+const LAYERS: usize = 2;
 
 pub type Prompt = [i64; PROMPT];
 
@@ -45,10 +47,19 @@ pub fn batch(prompts: &[Prompt], step: impl Fn(usize) -> i64) -> Result<(Tensor,
     Ok((tensor(ids)?, tensor(labels)?))
 }
 
-fn new_decoder(seed: u64) -> Result<(Decoder, VarMap)> {
+/// `BATCH` answers that count up or down.
+pub fn either_way(rng: &mut StdRng) -> Result<(Tensor, Tensor)> {
+    let steps: Vec<i64> = (0..BATCH)
+        .map(|_| [1, -1][rng.random_range(0..2)])
+        .collect();
+    batch(&prompts(BATCH, rng), |row| steps[row])
+}
+
+/// A decoder of this size with new weights.
+pub fn new_decoder(hidden: usize, layers: usize, seed: u64) -> Result<(Decoder, VarMap)> {
     let config = serde_json::json!({
-        "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "model_type": "llama", "vocab_size": VOCAB, "hidden_size": hidden, "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
         "max_position_embeddings": 64, "tie_word_embeddings": true,
     });
     training::new_decoder(&config.to_string(), seed)
@@ -62,15 +73,12 @@ pub fn optimizer(vars: &VarMap, lr: f64) -> Result<AdamW> {
     Ok(AdamW::from_varmap(vars, params)?)
 }
 
-/// A decoder that has learnt, in so many steps, that answers count up or down.
+/// A decoder of two layers and hidden size 64 that has learnt, in so many steps, that answers count up or down.
 pub fn pretrained(steps: usize, seed: u64, rng: &mut StdRng) -> Result<(Decoder, VarMap)> {
-    let (decoder, vars) = new_decoder(seed)?;
+    let (decoder, vars) = new_decoder(HIDDEN, LAYERS, seed)?;
     let mut optimizer = optimizer(&vars, 3e-3)?;
     for step in 1..=steps {
-        let up: Vec<i64> = (0..BATCH)
-            .map(|_| [1, -1][rng.random_range(0..2)])
-            .collect();
-        let (ids, labels) = batch(&prompts(BATCH, rng), |row| up[row])?;
+        let (ids, labels) = either_way(rng)?;
         let loss = decoder.loss(&ids, &labels, &Options::default())?.loss;
         optimizer.step(&backward(&loss)?)?;
         if step % 50 == 0 || step == 1 {
@@ -81,9 +89,9 @@ pub fn pretrained(steps: usize, seed: u64, rng: &mut StdRng) -> Result<(Decoder,
     Ok((decoder, vars))
 }
 
-/// A decoder with the same weights, which stay when these are trained.
+/// A decoder with the weights of a [`pretrained`] one, which stay when those are trained.
 pub fn copied(vars: &VarMap) -> Result<Decoder> {
-    let (decoder, copies) = new_decoder(0)?;
+    let (decoder, copies) = new_decoder(HIDDEN, LAYERS, 0)?;
     let vars = vars.data().lock().expect("no panic before");
     for (name, copy) in copies.data().lock().expect("no panic before").iter() {
         copy.set(&vars[name].copy()?)?;
