@@ -98,7 +98,8 @@ impl Default for GrpoOptions {
 }
 
 impl GrpoOptions {
-    /// A ratio is clipped to `1 - low ..= 1 + high`. `low` is in `(0, 1)`, `high` positive. Default: 0.2 and 0.2.
+    /// A ratio is clipped to `1 - low ..= 1 + high`. `low` is in `(0, 1)`, `high` positive, infinite for
+    /// no upper bound. Default: 0.2 and 0.2.
     pub fn clip(mut self, low: f64, high: f64) -> Self {
         self.clip = (low, high);
         self

@@ -149,6 +149,9 @@ fn the_upper_clip_may_differ_from_the_lower() -> Result<()> {
     let zeros = log_probs.zeros_like()?;
     let loss = grpo_loss(&log_probs, &zeros, &advantages, None, &options)?;
     assert_close("loss", &loss, &[-(1.25 + 1.28 - 0.8 - 0.85) / 4.]);
+    let options = options.clip(0.2, f64::INFINITY);
+    let loss = grpo_loss(&log_probs, &zeros, &advantages, None, &options)?;
+    assert_close("loss", &loss, &[-(1.25 + 1.35 - 0.8 - 0.85) / 4.]);
     Ok(())
 }
 
