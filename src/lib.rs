@@ -24,7 +24,8 @@
 //! - [`LinearCrossEntropy`]: the same as a layer that owns or shares the head's weight.
 //! - [`backward()`]: `loss.backward()` with a third of the memory for the head's gradient.
 //! - [`vocab_parallel`]: a head whose classes are sharded over threads, processes or GPUs.
-//! - [`objectives`]: z-loss, perplexity, sequence log-probabilities, DPO and PPO on top of the loss.
+//! - [`objectives`]: z-loss, perplexity, and losses over preferences (DPO and others) and rewards (PPO, GRPO and others) on
+//!   top of the loss.
 //!
 //! Features: `cuda` for this crate's kernels on NVIDIA GPUs, `nccl` for a head sharded over several of them,
 //! `metal` for Candle's Metal backend. Without any, the loss runs on the CPU, on all threads.

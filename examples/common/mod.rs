@@ -3,6 +3,7 @@
 #![allow(dead_code)]
 
 pub mod corpus;
+pub mod counting;
 pub mod files;
 pub mod memory;
 pub mod meter;

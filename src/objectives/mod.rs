@@ -1,8 +1,18 @@
-//! What is made of a loss's outputs: z-loss, perplexity, log-probabilities of sequences, DPO, PPO.
+//! What is made of a loss's outputs: z-loss, perplexity, log-probabilities of sequences, and the objectives of
+//! learning from preferences and from rewards.
 //!
-//! All are ordinary, differentiable Candle operations on tensors of one number a position. They compute
-//! in f32, in f64 where their input is; bf16 and f16 come out as f32.
+//! | learns from | objectives |
+//! |---|---|
+//! | pairs of answers, with a reference model | [`dpo_loss`], [`ipo_loss`] |
+//! | pairs of answers, without one | [`cpo_loss`], [`simpo_loss`], [`orpo_loss`] |
+//! | answers, each desirable or not | [`kto_loss`] |
+//! | sampled answers and their rewards | [`ppo_loss`]; [`grpo_loss`], which is DAPO, Dr. GRPO and GSPO too |
+//!
+//! All are ordinary, differentiable Candle operations on tensors of one number a position or a sequence. They compute
+//! in f32, in f64 where their input is; bf16 and f16 come out as f32. Log-probabilities of tokens are `-nll`, the
+//! negative [`Output::loss`](crate::Output::loss) under [`Reduction::None`]; masks come from [`counted`].
 
+mod kto;
 mod policy;
 mod preferences;
 
@@ -10,8 +20,9 @@ use crate::problem::{pick_positions, to_i64};
 use crate::{Options, Reduction};
 use candle_core::{bail, DType, Result, Tensor, D};
 
-pub use policy::ppo_loss;
-pub use preferences::{dpo_loss, Preferences};
+pub use kto::{kto_kl, kto_loss, KtoOptions};
+pub use policy::{group_advantages, grpo_loss, ppo_loss, Average, GrpoOptions};
+pub use preferences::{cpo_loss, dpo_loss, ipo_loss, orpo_loss, simpo_loss, Preferences};
 
 /// Which positions of a result count: 1 where the target is not the `ignore_index` of the options,
 /// else 0.
@@ -160,6 +171,29 @@ pub fn sequence_log_probs(nll: &Tensor, mask: Option<&Tensor>) -> Result<Tensor>
     nll.sum(D::Minus1)?.neg()
 }
 
+/// The mean log-probability of the tokens of each sequence, `-sum_t nll_t / n` over the `n` tokens that count: from
+/// `nll` of shape `(.., T)` one of shape `(..)`. 0 for a sequence without such tokens.
+///
+/// `nll` is as for [`sequence_log_probs`]. `mask`, u8 of the same shape, says which tokens count; [`counted`] makes it of
+/// the targets.
+///
+/// ```
+/// # use candle_core::{Device, Tensor};
+/// use candle_cut_cross_entropy::objectives::mean_log_probs;
+/// # fn main() -> candle_core::Result<()> {
+/// let nll = Tensor::new(&[[1f32, 2., 0.], [0.5, 0., 0.]], &Device::Cpu)?;
+/// let mask = Tensor::new(&[[1u8, 1, 0], [1, 0, 0]], &Device::Cpu)?;
+/// assert_eq!(mean_log_probs(&nll, &mask)?.to_vec1::<f32>()?, [-1.5, -0.5]);
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// Those of [`sequence_log_probs`].
+pub fn mean_log_probs(nll: &Tensor, mask: &Tensor) -> Result<Tensor> {
+    sequence_log_probs(nll, Some(mask))? / number_of_last(mask, wide(nll)?.dtype())?
+}
+
 /// In a dtype that can be summed: a bf16 sum of ones ends at 256.
 fn wide(values: &Tensor) -> Result<Tensor> {
     match values.dtype() {
@@ -170,11 +204,17 @@ fn wide(values: &Tensor) -> Result<Tensor> {
 
 /// `values` where the mask is not 0, else 0, whatever (NaN, infinity) stands there.
 fn keep(name: &str, values: &Tensor, mask: &Tensor) -> Result<Tensor> {
-    if mask.dtype() != DType::U8 {
-        bail!("mask must be u8, got {:?}", mask.dtype())
-    }
+    flags("mask", mask)?;
     same_shape(name, values, "mask", mask.dims())?;
     mask.where_cond(values, &values.zeros_like()?)
+}
+
+/// Of what is true or not, 0 is false.
+fn flags(name: &str, flags: &Tensor) -> Result<()> {
+    if flags.dtype() != DType::U8 {
+        bail!("{name} must be u8, got {:?}", flags.dtype())
+    }
+    Ok(())
 }
 
 fn same_shape(name: &str, tensor: &Tensor, other: &str, shape: &[usize]) -> Result<()> {
@@ -187,13 +227,47 @@ fn same_shape(name: &str, tensor: &Tensor, other: &str, shape: &[usize]) -> Resu
     Ok(())
 }
 
+fn positive(name: &str, number: f64) -> Result<()> {
+    if !(number > 0. && number.is_finite()) {
+        bail!("{name} must be positive and finite, got {number}")
+    }
+    Ok(())
+}
+
+fn at_least_zero(name: &str, number: f64) -> Result<()> {
+    if !(number >= 0. && number.is_finite()) {
+        bail!("{name} must be at least 0 and finite, got {number}")
+    }
+    Ok(())
+}
+
+/// 1 where a position counts, else 0.
+fn ones_of(mask: &Tensor, dtype: DType) -> Result<Tensor> {
+    mask.ne(&mask.zeros_like()?)?.to_dtype(dtype)
+}
+
 /// The positions that count, at least 1, as a scalar: counted on the device.
 fn number_of(mask: &Tensor, dtype: DType) -> Result<Tensor> {
-    let zero = mask.zeros_like()?;
-    mask.ne(&zero)?.to_dtype(dtype)?.sum_all()?.maximum(1f64)
+    ones_of(mask, dtype)?.sum_all()?.maximum(1f64)
+}
+
+/// The positions that count in each row of the last dimension, at least 1.
+fn number_of_last(mask: &Tensor, dtype: DType) -> Result<Tensor> {
+    ones_of(mask, dtype)?.sum(D::Minus1)?.maximum(1f64)
 }
 
 /// The mean of values that are 0 where the mask is.
 fn mean_over(values: &Tensor, mask: &Tensor) -> Result<Tensor> {
     values.sum_all()? / number_of(mask, values.dtype())?
+}
+
+/// The mean over the last dimension of values that are 0 where the mask is.
+fn mean_over_last(values: &Tensor, mask: &Tensor) -> Result<Tensor> {
+    values.sum(D::Minus1)? / number_of_last(mask, values.dtype())?
+}
+
+/// `log(1 + e^x)`, whose gradient is the sigmoid for every `x`.
+fn softplus(x: &Tensor) -> Result<Tensor> {
+    // Candle's gradient of relu at 0 is 1 and that of abs too, which makes 1/2 here.
+    x.relu()? + (x.abs()?.neg()?.exp()? + 1.)?.log()?
 }

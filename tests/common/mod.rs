@@ -1,6 +1,7 @@
 //! What the test binaries share: random cases, their tensors, and comparisons with the reference.
 #![allow(dead_code)] // No binary uses all of it.
 
+pub mod differences;
 pub mod grid;
 pub mod reference;
 pub mod shards;

@@ -92,47 +92,12 @@ def linear_cross_entropy_case(
     return tensors
 
 
-def dpo_case(beta):
-    names = ["policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected"]
-    # The last pair is one that policy and reference agree on, where the loss is ln 2.
-    inputs = {n: -10 * torch.rand(6, dtype=torch.float64) for n in names}
-    for answer in ["chosen", "rejected"]:
-        inputs[f"policy_{answer}"][-1] = inputs[f"reference_{answer}"][-1]
-    for n in names[:2]:
-        inputs[n].requires_grad_()
-    pc, pr, rc, rr = (inputs[n] for n in names)
-    loss = -F.logsigmoid(beta * ((pc - pr) - (rc - rr))).mean()
-    loss.backward()
-    return inputs | {
-        "loss": loss, "beta": torch.tensor(beta, dtype=torch.float64),
-        "grad_policy_chosen": pc.grad, "grad_policy_rejected": pr.grad,
-    }
-
-
-def ppo_case(clip):
-    shape = (3, 8)
-    log_probs = (-3 * torch.rand(shape, dtype=torch.float64)).requires_grad_()
-    old = log_probs.detach() + 0.4 * torch.randn(shape, dtype=torch.float64)
-    advantages = torch.randn(shape, dtype=torch.float64)
-    mask = (torch.rand(shape) < 0.7).to(torch.uint8)
-    ratio = torch.exp(log_probs - old)
-    per_token = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    loss = (per_token * mask).sum() / mask.sum()
-    loss.backward()
-    return {
-        "log_probs": log_probs, "old_log_probs": old, "advantages": advantages, "mask": mask,
-        "clip": torch.tensor(clip, dtype=torch.float64), "loss": loss, "grad_log_probs": log_probs.grad,
-    }
-
-
 def main():
     torch.manual_seed(20261125)
     cases = {}
     for dtype_name, dtype in DTYPES.items():
         for name, settings in CASES.items():
             cases[f"{dtype_name}_{name}"] = linear_cross_entropy_case(dtype, **settings)
-    cases["dpo"] = dpo_case(0.3)
-    cases["ppo"] = ppo_case(0.2)
     tensors = {
         f"{case}/{name}": tensor.detach().contiguous().clone()
         for case, tensors in cases.items()
