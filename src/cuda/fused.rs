@@ -29,6 +29,8 @@ const WORKSPACE: usize = 3 << 29;
 const FEW_CLASSES: usize = 1 << 16;
 /// Rows of a chunk below which `Auto` computes the logits twice instead.
 const LEAST_ROWS: usize = 1024;
+/// Chunks above which it does so too: dC is rounded once in each.
+const MOST_CHUNKS: usize = 4;
 /// Columns of a block that sums the targets' part of dC.
 const TARGET_COLUMNS: usize = 1024;
 
@@ -87,7 +89,8 @@ impl Plan {
             budget = budget.saturating_sub(Averages::fixed_bytes(operands));
         }
         let most = budget.saturating_sub(hopper::EVALUATION_BYTES) / row_bytes / TILE * TILE;
-        if most < least {
+        let many = !fused && all_rows.div_ceil(most.max(1)) > MOST_CHUNKS;
+        if most < least || many {
             return Ok(None);
         }
         let multiprocessors = gpu.multiprocessors()?;

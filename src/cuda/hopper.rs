@@ -70,7 +70,8 @@ pub(super) fn longest_range(all_rows: usize, multiprocessors: usize) -> usize {
 
 /// Rows of a chunk and classes of a range of a backward: of what fits the workspace, where a row of a chunk takes
 /// `row_bytes` beside its classes, the pair that leaves the fewest clusters idle and goes through its sums least often.
-/// `chunk_steps` is what a chunk costs besides, in steps of the products. `None` where nothing fits.
+/// Very many rows are one chunk where that fits, for dC is rounded once in each. `chunk_steps` is what a chunk costs besides, in
+/// steps of the products. `None` where nothing fits.
 pub(super) fn chunk_and_range(
     operands: Operands,
     all_rows: usize,
@@ -94,7 +95,10 @@ pub(super) fn chunk_and_range(
     let panels = all_rows.div_ceil(PANEL);
     let (least, step) = (panels.div_ceil(MOST_CHUNKS), panels.div_ceil(64).max(1));
     let mut best = None;
-    for rows in (least..=panels).step_by(step).chain([panels]) {
+    for rows in [panels].into_iter().chain((least..panels).step_by(step)) {
+        if all_rows > PIECE_ROWS && best.is_some_and(|(_, (rows, _))| rows >= all_rows) {
+            break;
+        }
         let rows = (rows * PANEL).min(all_rows);
         let left = workspace.saturating_sub(rows * row_bytes);
         let most = (left / (rows * size)).min(longest_range(rows, multiprocessors));

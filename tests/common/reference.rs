@@ -126,6 +126,27 @@ pub struct Gradients {
     pub embeddings: Gradient,
     pub classifier: Gradient,
     pub bias: Gradient,
+    /// Means of rows and classes, which an implementation rounds to its dtype, have a part in them.
+    pub averaged: bool,
+}
+
+impl Gradients {
+    /// Of two losses, the gradients of their sum.
+    pub fn plus(mut self, other: &Self) -> Self {
+        let pairs = [
+            (&mut self.embeddings, &other.embeddings),
+            (&mut self.classifier, &other.classifier),
+            (&mut self.bias, &other.bias),
+        ];
+        let add = |a: &mut Vec<f64>, b: &Vec<f64>| a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+        for (a, b) in pairs {
+            add(&mut a.value, &b.value);
+            add(&mut a.magnitude, &b.magnitude);
+            add(&mut a.droppable, &b.droppable);
+        }
+        self.averaged |= other.averaged;
+        self
+    }
 }
 
 impl Reference {
@@ -253,7 +274,7 @@ impl Reference {
                 shares[class] = if sum > 0. { (z - most).exp() / sum } else { 0. };
             }
         }
-        self.sum_up(upstream, |i, entry| {
+        let sums = self.sum_up(upstream, |i, entry| {
             let t = entry.class / tile.classes;
             let scale = entry.d_nll + entry.d_lse;
             let share = masses[i * tiles + t] * shares[entry.class];
@@ -281,7 +302,11 @@ impl Reference {
                 }
             };
             (term(eps.0), term(eps.1))
-        })
+        });
+        Gradients {
+            averaged: eps.0 > 0. || eps.1 > 0.,
+            ..sums
+        }
     }
 
     /// Of each group of rows and each tile, `(groups, tiles)`: the largest probability of a class that is not its row's
@@ -346,6 +371,7 @@ impl Reference {
             embeddings,
             classifier,
             bias,
+            averaged: false,
         }
     }
 

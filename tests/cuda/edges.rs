@@ -264,7 +264,8 @@ fn a_filter_keeps_few_tiles_of_peaked_rows_and_exact_keeps_all() -> Result<()> {
             let what = format!("{implementation:?} {dtype:?}");
             let cce = Options::default().implementation(implementation);
             let (kept, _) = of_loss(&case, cce, &device)?;
-            assert!(kept > 0. && kept < 1., "{what}: kept {kept}");
+            // Targets lie in no kept tile: theirs are computed apart.
+            assert!(kept < 1., "{what}: kept {kept}");
             let exact = exact().implementation(implementation);
             let (kept, _) = of_loss(&case, exact, &device)?;
             assert_eq!(kept, 1., "{what} exact");

@@ -97,7 +97,11 @@ fn a_row_of_nan_spoils_no_other_rows() -> Result<()> {
                     .implementation(implementation)
                     .strategy(strategy);
                 let computed = Computed::new(&case, options, &device)?;
-                assert!(computed.kept_tiles < 1., "nothing is averaged");
+                // Gradients formed in the forward are formed again where a number is not finite, and then exactly.
+                assert!(
+                    computed.kept_tiles < 1. || strategy == Strategy::Fused,
+                    "nothing is averaged"
+                );
                 for (row, grad) in computed.of("dE").chunks(hidden).enumerate() {
                     let fine = match row == bad_row {
                         true => grad.iter().all(|g| g.is_nan()),
@@ -154,8 +158,8 @@ fn a_bad_target_spoils_no_other_rows() -> Result<()> {
     let (mut case, eps) = case(340, DType::BF16);
     case.inputs.reduction = Reduced::Sum;
     let hidden = case.inputs.hidden;
-    let filters = [exact(), Options::default().filter(Filter::Threshold(eps))];
-    for options in filters {
+    let averaged = Options::default().filter(Filter::Threshold(eps));
+    for (options, off) in [(exact(), 2e-2), (averaged, f64::INFINITY)] {
         for implementation in KERNELS {
             for strategy in STRATEGIES {
                 let what = format!("{implementation:?} {strategy:?} {options:?}");
@@ -173,13 +177,12 @@ fn a_bad_target_spoils_no_other_rows() -> Result<()> {
                 };
                 let (good, bad) = (of_rows(3)?, of_rows(1500)?);
                 for (row, (good, bad)) in good.chunks(hidden).zip(bad.chunks(hidden)).enumerate() {
-                    // Of its tiles other classes are kept and averaged.
-                    let fine = match (row == bad_row, row < 128) {
-                        (true, _) => bad.iter().all(|g| g.is_nan()),
-                        (false, true) => bad.iter().all(|g| g.is_finite()),
-                        (false, false) => {
+                    // A filter keeps other tiles with it.
+                    let fine = match row == bad_row {
+                        true => bad.iter().all(|g| g.is_nan()),
+                        false => {
                             let differs = good.iter().zip(bad).map(|(a, b)| (a - b).abs());
-                            differs.fold(0., f64::max) < 2e-2
+                            bad.iter().all(|g| g.is_finite()) && differs.fold(0., f64::max) < off
                         }
                     };
                     assert!(fine, "{what}: row {row}: {bad:?}, without it {good:?}");
