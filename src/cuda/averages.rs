@@ -215,7 +215,9 @@ impl Averages {
             scale,
         };
         // A thread has 16 bytes of a row, or twice as many.
-        let threads = (hidden * kind.size / 16).next_multiple_of(32).clamp(32, 512);
+        let threads = (hidden * kind.size / 16)
+            .next_multiple_of(32)
+            .clamp(32, 512);
         let kernel = kernel(kind.kernel("share_masses"), (tiles, 1), threads as u32);
         gpu.launch(&kernel, &params)?;
         let as_they_are = masses.p_scale == 0 && masses.filter.is_uniform();

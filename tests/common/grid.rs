@@ -236,8 +236,14 @@ fn run_problem(
                     // Where the gradients of the loss were formed in the forward on a GPU, those of the lse are exact.
                     match (as_wanted, does) {
                         (Err(error), Does::Average(e, c)) if of_lse && !grid.device.is_cpu() => {
-                            let loss = Upstream { lse: None, ..upstream.clone() };
-                            let lse = Upstream { loss: None, ..upstream.clone() };
+                            let loss = Upstream {
+                                lse: None,
+                                ..upstream.clone()
+                            };
+                            let lse = Upstream {
+                                loss: None,
+                                ..upstream.clone()
+                            };
                             let exact = reference.gradients(&lse, 0.);
                             let apart = match of_loss {
                                 true => exact.plus(&reference.averaged(&loss, (e, c), tile)),

@@ -139,8 +139,12 @@ impl<R: Real> Averages<R> {
             .zip(&self.sums.masses)
             .with_min_len(inputs.tasks_at_least(inputs.tiles()))
             .enumerate()
-            .filter(|(_, (_, total))| **total > R::default())
             .for_each_init(Vec::new, |wide, (tile, ((mean, shares), total))| {
+                // Zero masses of a row of NaN make NaN of the sums all the same.
+                if *total <= R::default() {
+                    mean.fill(R::default());
+                    return;
+                }
                 let classifier = inputs.tile_classifier(tile, wide);
                 for e in mean.iter_mut() {
                     *e = *e / *total;
