@@ -414,9 +414,9 @@ extern "C" __global__ void target_entries(const EntryParams p) {
   p.classifier_entry[row] = kept & KEEP_FOR_CLASSIFIER ? 0.f : entry;
 }
 
-// What a class gets as the target of rows whose entries lie in no kept tile: y (a float's bits) times a row of E, of
-// which x is 1 + the index, or, with the highest bit of x set, a row of the means of theirs, each times its entry, y
-// being how many they are; 0: nothing.
+// What a class gets as the target of rows whose entries lie in no kept tile: y (a float's bits) times a row, of which x is
+// 1 + the index. One such row: of E, and y is its entry. Several, by the highest bit of x: of `combined`, which has the
+// mean of these rows of E times their entries, and y is how many they are. 0: nothing.
 using TargetRow = uint2;
 constexpr uint32_t COMBINED = 1u << 31;
 

@@ -174,7 +174,7 @@ __device__ __forceinline__ void add_rows(const float (&product)[2][R], const Pro
   }
 }
 
-// The pieces of a product of dC so far, in f32, with what an earlier call of the same thread left.
+// Adds what the same thread left of earlier pieces of a product of dC and, but for the last piece, leaves the sum.
 template <int R>
 __device__ __forceinline__ void add_piece(float (&product)[2][R], float* partials, uint32_t group, bool first, bool last) {
   float* mine = partials + static_cast<size_t>(blockIdx.x * CONSUMERS + group) * TILE_N * GROUP + threadIdx.x % GROUP;
@@ -410,3 +410,5 @@ PRODUCT(averaged_classifier_gradient_sm90a_f16, __half, true, true)
 
 static_assert(sizeof(ProductPlan) == 232448, "the host asks for as much shared memory");
 static_assert(sizeof(ProductParams) == 136, "the host mirrors it");
+static_assert(PIECE * BLOCK_K == 128 * 128 && CONSUMERS * TILE_N * GROUP * sizeof(float) == 2 * 192 * 128 * 4,
+              "the host mirrors the rows of a piece and the bytes of a block's partials");

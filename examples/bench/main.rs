@@ -74,7 +74,7 @@ struct Args {
     /// Workspaces in MiB, one after the other [default: the implementation's]
     #[arg(long, value_delimiter = ',')]
     workspace: Vec<usize>,
-    /// In place of the presets' filters: off, auto, a threshold such as 0.001, or drop:0.000244 as the reference
+    /// In place of the filters of presets that have one: off, auto, a threshold such as 0.001, or drop:0.000244 as the reference
     #[arg(long)]
     filter: Option<Filter>,
     #[arg(long)]
@@ -456,7 +456,8 @@ impl<'a> Bench<'a> {
         if let Some(workspace) = workspace {
             options = options.workspace(workspace << 20);
         }
-        if let Some(filter) = self.args.filter {
+        let filters = !matches!(preset, Preset::CceExact | Preset::Native);
+        if let (Some(filter), true) = (self.args.filter, filters) {
             options = options.filter(filter);
         }
         if preset != Preset::Native {

@@ -12,9 +12,10 @@
 use super::averages::{self, filter_blocks, mass_stride, Averages, Filter, Masses};
 use super::launch::{Buffer, Gpu};
 use super::params::*;
+use super::plan::Workspace;
 use super::{
     count_kept, hopper, logits, per_block, Kind, Operands, Outputs, Path, Range, Results, Rows,
-    Saved, Statistics, Workspace, TILE,
+    Saved, Statistics, TILE,
 };
 use crate::op::{self, Gradients, Wanted};
 use crate::problem::{Matrices, Settings};

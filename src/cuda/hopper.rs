@@ -38,7 +38,8 @@ const RASTER: usize = 8;
 const TRAINING_BYTES: usize = 44 << 20;
 pub(super) const EVALUATION_BYTES: usize = 15 << 20;
 
-/// Rows whose part of dC the tensor cores sum at a time, and the bytes of a block that has to keep such parts.
+/// Rows whose part of dC the tensor cores sum at a time, and the bytes of a block that has to keep such parts: as
+/// `products_sm90a.cu` asserts.
 const PIECE_ROWS: usize = 128 * TILE;
 const PARTIALS_BYTES: usize = 2 * 192 * 128 * 4;
 
@@ -70,8 +71,8 @@ pub(super) fn longest_range(all_rows: usize, multiprocessors: usize) -> usize {
 
 /// Rows of a chunk and classes of a range of a backward: of what fits the workspace, where a row of a chunk takes
 /// `row_bytes` beside its classes, the pair that leaves the fewest clusters idle and goes through its sums least often.
-/// Very many rows are one chunk where that fits, for dC is rounded once in each. `chunk_steps` is what a chunk costs besides, in
-/// steps of the products. `None` where nothing fits.
+/// Very many rows are one chunk where that fits, for dC is rounded once in each. `chunk_steps` is what a chunk costs
+/// besides, in steps of the products. `None` where nothing fits.
 pub(super) fn chunk_and_range(
     operands: Operands,
     all_rows: usize,
@@ -92,6 +93,11 @@ pub(super) fn chunk_and_range(
         let classifier = rounds(range / TILE * strips) * (rows + ROWS_A_CHUNK);
         tiles + embeddings + classifier + 3 * LAUNCH
     };
+    let partials = match all_rows > PIECE_ROWS {
+        true => clusters * 2 * PARTIALS_BYTES,
+        false => 0,
+    };
+    let workspace = workspace.saturating_sub(partials);
     let panels = all_rows.div_ceil(PANEL);
     let (least, step) = (panels.div_ceil(MOST_CHUNKS), panels.div_ceil(64).max(1));
     let mut best = None;
@@ -121,8 +127,8 @@ pub(super) fn chunk_and_range(
     best.map(|(_, plan)| plan)
 }
 
-/// What averaging a chunk's masses costs, in steps of the products: the classifier goes by twice. Measured: 0.7 ms of
-/// the 14.2 ms that one product of 1.33 million steps takes, at V = 128,256 and D = 4096.
+/// What a chunk pays for averaging, in steps of the products: 0.7 ms of the 14.2 ms that one product of 1.33 million steps
+/// takes, at V = 128,256 and D = 4096. The pass over the classifier is 0.44 ms of it; the thin products are the rest.
 pub(super) fn averaging_steps(operands: Operands) -> usize {
     operands.vocab * operands.hidden / 8000
 }

@@ -10,6 +10,7 @@ mod fused;
 mod hopper;
 mod launch;
 mod params;
+mod plan;
 mod portable;
 mod shards;
 
@@ -18,8 +19,9 @@ use crate::problem::{Matrices, Problem, Settings};
 use crate::{Implementation, Reduction};
 use averages::{Averages, Filter, Filtered, Masses};
 use candle_core::{bail, DType, Device, Result, Shape, Tensor};
-use launch::{is_out_of_memory, Array, Buffer, Gpu, Kernel, Unfinished, ROWS};
+use launch::{Array, Buffer, Gpu, Kernel, Unfinished, ROWS};
 use params::*;
+use plan::{with_room, Sweep};
 use std::sync::Arc;
 
 /// Rows and classes of a tile of the gradient filter.
@@ -140,36 +142,6 @@ impl Path {
             && hopper::can_run(operands, rows);
         Ok(if hopper { Path::Hopper } else { Path::Portable })
     }
-}
-
-/// Bytes of workspace: as many as the user said, or half of the usual as often as the device had no room.
-#[derive(Debug, Clone, Copy)]
-struct Workspace {
-    given: Option<usize>,
-    halvings: u32,
-}
-
-impl Workspace {
-    fn or(self, usual: usize) -> usize {
-        self.given.unwrap_or(usual >> self.halvings)
-    }
-}
-
-/// Calls `with` with 0 and, where the workspace is not the user's choice, with ever more halvings of it until the device
-/// has the room. What a call that fails has written is written again.
-fn with_room<R>(settings: &Settings, mut with: impl FnMut(Workspace) -> Result<R>) -> Result<R> {
-    const MOST: u32 = 6;
-    let given = settings.workspace;
-    for halvings in 0..MOST {
-        match with(Workspace { given, halvings }) {
-            Err(error) if given.is_none() && is_out_of_memory(&error) => continue,
-            result => return result,
-        }
-    }
-    with(Workspace {
-        given,
-        halvings: MOST,
-    })
 }
 
 /// How a forward goes through the rows and classes.
@@ -359,7 +331,7 @@ pub(crate) fn forward(
     let (filtered, formed) = Operands::read(&gpu, matrices, settings, |operands| {
         let path = Path::choose(&gpu, operands, n, settings)?;
         let filter = filter(settings, wanted);
-        let fused = with_room(settings, |workspace| {
+        let fused = with_room(settings.workspace, |workspace| {
             let plan =
                 fused::Plan::new(&gpu, path, operands, n, settings, wanted, filter, workspace)?;
             let Some(plan) = plan else {
@@ -593,7 +565,7 @@ impl op::Backward for Saved {
             let path = Path::choose(gpu, operands, n, &self.settings)?;
             let multiprocessors = gpu.multiprocessors()?;
             let averaging = matches!(&self.filtered, Some(f) if f.masses.is_some());
-            with_room(&self.settings, |workspace| {
+            with_room(self.settings.workspace, |workspace| {
                 let sweeps = Sweep::plan(
                     path,
                     multiprocessors,
@@ -689,123 +661,6 @@ struct Results {
     embeddings: u64,
     classifier: u64,
     bias: u64,
-}
-
-/// A pass over all classes for some rows, `range` classes at a time.
-#[derive(Debug, Clone, Copy)]
-struct Sweep {
-    path: Path,
-    first_row: usize,
-    rows: usize,
-    range: usize,
-    results: Results,
-}
-
-impl Sweep {
-    /// On Hopper chunk of rows by chunk. By the portable kernels, where those have no room, one sweep if the sums of dE
-    /// leave as much again for the gradient of the logits of a range; otherwise dE chunk of rows by chunk, then dC and
-    /// db, which computes the logits once more.
-    fn plan(
-        path: Path,
-        multiprocessors: usize,
-        n: usize,
-        operands: Operands,
-        results: Results,
-        workspace: Workspace,
-        averaging: bool,
-    ) -> Vec<Self> {
-        let all_rows = n.next_multiple_of(TILE);
-        let (hidden, vocab, size) = (operands.hidden, operands.vocab, operands.kind.size);
-        // A row of the sums of dE, in f32.
-        let sum_bytes = match results.embeddings {
-            0 => 0,
-            _ => hidden * 4,
-        };
-        if path == Path::Hopper {
-            // And of the gathered embeddings.
-            let row_bytes = sum_bytes + hidden * size;
-            let workspace = workspace.or(hopper::WORKSPACE.max(2 * all_rows * row_bytes));
-            let (fixed, a_row, chunk_steps) = match averaging {
-                true => (
-                    Averages::fixed_bytes(operands),
-                    Averages::row_bytes(operands),
-                    hopper::averaging_steps(operands),
-                ),
-                false => (0, 0, 0),
-            };
-            let plan = hopper::chunk_and_range(
-                operands,
-                all_rows,
-                multiprocessors,
-                row_bytes + a_row,
-                workspace.saturating_sub(fixed),
-                chunk_steps,
-            );
-            if let Some((chunk, range)) = plan {
-                let sweep = |first_row: usize| Self {
-                    path,
-                    first_row,
-                    rows: chunk.min(all_rows - first_row),
-                    range,
-                    results,
-                };
-                return (0..all_rows).step_by(chunk).map(sweep).collect();
-            }
-        }
-        let path = Path::Portable;
-        let sums = |rows: usize| rows * sum_bytes;
-        let workspace = workspace.or(portable::WORKSPACE.max(2 * sums(all_rows)));
-        let averages = match averaging {
-            true => Averages::fixed_bytes(operands) + all_rows * Averages::row_bytes(operands),
-            false => 0,
-        };
-        let workspace = workspace.saturating_sub(averages);
-        // Whole blocks, and ranges of about the same length.
-        let columns = 2 * TILE;
-        let range = |bytes: usize, rows: usize| {
-            let most = bytes / (rows * size) / columns * columns;
-            let ranges = vocab.div_ceil(most.max(columns));
-            vocab.div_ceil(ranges).next_multiple_of(columns)
-        };
-        if 2 * sums(all_rows) <= workspace {
-            return vec![Self {
-                path,
-                first_row: 0,
-                rows: all_rows,
-                range: range(workspace - sums(all_rows), all_rows),
-                results,
-            }];
-        }
-        let chunk = workspace / (hidden * 4 + 8 * columns * size);
-        let chunk = (chunk / TILE * TILE).clamp(TILE, all_rows);
-        let mut sweeps = Vec::new();
-        if results.embeddings != 0 {
-            sweeps.extend((0..all_rows).step_by(chunk).map(|first_row| Self {
-                path,
-                first_row,
-                rows: chunk.min(all_rows - first_row),
-                range: range(workspace.saturating_sub(sums(chunk)), chunk),
-                results: Results {
-                    classifier: 0,
-                    bias: 0,
-                    ..results
-                },
-            }));
-        }
-        if results.classifier != 0 || results.bias != 0 {
-            sweeps.push(Self {
-                path,
-                first_row: 0,
-                rows: all_rows,
-                range: range(workspace, all_rows),
-                results: Results {
-                    embeddings: 0,
-                    ..results
-                },
-            });
-        }
-        sweeps
-    }
 }
 
 impl Saved {

@@ -67,13 +67,15 @@ pub fn gradient_tolerance(dtype: DType) -> f64 {
     }
 }
 
-/// What a half-precision mass, or mean of rows or classes, may be off, relative to what is summed up.
-fn averaged_rounding(dtype: DType) -> f64 {
-    match dtype {
+/// What averaged terms may be off where masses and means are rounded to the dtype: by that much relative to themselves, and
+/// by as much times the logit at the mean row, whose rounding moves the shares.
+fn averaged_rounding(dtype: DType, logit_scale: f64) -> f64 {
+    let of_number = match dtype {
         DType::BF16 => 2f64.powi(-8),
-        DType::F16 => 2f64.powi(-10),
+        DType::F16 => 2f64.powi(-11),
         _ => 0.,
-    }
+    };
+    of_number * (1. + logit_scale)
 }
 
 /// The threshold [`Filter::Auto`] is documented to have.
@@ -436,7 +438,7 @@ pub fn gradients_close(
         ("db", tensors.bias.as_ref(), &want.bias),
     ];
     let of_means = match want.averaged && !tensors.embeddings.device().is_cpu() {
-        true => averaged_rounding(dtype),
+        true => averaged_rounding(dtype, logit_scale),
         false => 0.,
     };
     for (what, var, want) in vars {

@@ -227,8 +227,8 @@ impl Reference {
     }
 
     /// The gradients of a filter that averages tiles of these sizes, for thresholds of the gradients of the embeddings
-    /// and the classifier; 0 is exact. A tile whose largest probability may be on either side of a threshold may go either way:
-    /// that is the tolerance of the terms it has a part in.
+    /// and the classifier; 0 is exact. A tile whose largest probability may be on either side of a threshold may go
+    /// either way: that is the tolerance of the terms it has a part in.
     pub fn averaged(&self, upstream: &Upstream, eps: (f64, f64), tile: Tile) -> Gradients {
         let (rows, vocab) = (self.counting.len(), self.inputs.vocab);
         let tiles = vocab.div_ceil(tile.classes);
