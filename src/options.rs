@@ -412,6 +412,8 @@ impl Options {
     ///
     /// The native implementation uses some 200 bytes a position and, for half-precision inputs, 2 KiB times the
     /// hidden size however small this is. Inputs that are not contiguous are copied, beyond this.
+    ///
+    /// On CUDA, where the GPU has no room for a default, half of it is tried, and so on.
     pub fn workspace(mut self, bytes: usize) -> Self {
         self.workspace = Some(bytes);
         self

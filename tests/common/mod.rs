@@ -67,15 +67,16 @@ pub fn gradient_tolerance(dtype: DType) -> f64 {
     }
 }
 
-/// What averaged terms may be off where masses and means are rounded to the dtype: by that much relative to themselves, and
-/// by as much times the logit at the mean row, whose rounding moves the shares.
-fn averaged_rounding(dtype: DType, logit_scale: f64) -> f64 {
+/// What averaged terms may be off, relative to themselves, where masses and means are rounded to the dtype: masses before
+/// and after the upstream gradient, and their products with the rows; and what the rounding of masses and mean row moves
+/// the logits of the shares by.
+fn averaged_rounding(dtype: DType, mean_logit: f64) -> f64 {
     let of_number = match dtype {
         DType::BF16 => 2f64.powi(-8),
         DType::F16 => 2f64.powi(-11),
         _ => 0.,
     };
-    of_number * (1. + logit_scale)
+    of_number * (3. + 2. * mean_logit)
 }
 
 /// The threshold [`Filter::Auto`] is documented to have.
@@ -437,9 +438,11 @@ pub fn gradients_close(
         ("dC", Some(&tensors.classifier), &want.classifier),
         ("db", tensors.bias.as_ref(), &want.bias),
     ];
-    let of_means = match want.averaged && !tensors.embeddings.device().is_cpu() {
-        true => averaged_rounding(dtype, logit_scale),
-        false => 0.,
+    let of_means = match want.mean_logit {
+        Some(mean_logit) if !tensors.embeddings.device().is_cpu() => {
+            averaged_rounding(dtype, mean_logit)
+        }
+        _ => 0.,
     };
     for (what, var, want) in vars {
         let Some(var) = var else { continue };

@@ -126,8 +126,9 @@ pub struct Gradients {
     pub embeddings: Gradient,
     pub classifier: Gradient,
     pub bias: Gradient,
-    /// Means of rows and classes, which an implementation rounds to its dtype, have a part in them.
-    pub averaged: bool,
+    /// Where tiles are averaged, the largest `sum_d |C_jd| mean|E_d|` of a class and the rows of its tile's mean: what the
+    /// rounding of masses and mean moves its logit by is relative to that.
+    pub mean_logit: Option<f64>,
 }
 
 impl Gradients {
@@ -144,7 +145,7 @@ impl Gradients {
             add(&mut a.magnitude, &b.magnitude);
             add(&mut a.droppable, &b.droppable);
         }
-        self.averaged |= other.averaged;
+        self.mean_logit = self.mean_logit.or(other.mean_logit);
         self
     }
 }
@@ -244,9 +245,11 @@ impl Reference {
         let mut shares = vec![0.; vocab];
         let mut masses = vec![0.; rows * tiles];
         let mut uncertain = vec![false; tiles];
+        let mut mean_logit = 0f64;
         for t in 0..tiles {
             let classes = t * tile.classes..((t + 1) * tile.classes).min(vocab);
             let mut mean = vec![0.; self.inputs.hidden];
+            let mut mean_size = mean.clone();
             let mut total = 0.;
             for (i, at) in self.counting.iter().enumerate() {
                 let mass = |class: usize| self.p(at, class) * self.slope(at, class);
@@ -258,16 +261,23 @@ impl Reference {
                 if of_embeddings.0 || of_classifier.0 {
                     total += masses[i * tiles + t];
                     let e = &self.inputs.embeddings[at.row * mean.len()..];
-                    for (mean, e) in mean.iter_mut().zip(e) {
+                    for ((mean, size), e) in mean.iter_mut().zip(&mut mean_size).zip(e) {
                         *mean += masses[i * tiles + t] * e;
+                        *size += masses[i * tiles + t] * e.abs();
                     }
                 }
             }
             if total > 0. {
-                mean.iter_mut().for_each(|e| *e /= total);
+                let all = mean.iter_mut().chain(&mut mean_size);
+                all.for_each(|e| *e /= total);
             }
             let logit = |class| self.capped(logit(&self.inputs, &mean, class));
             let logits: Vec<f64> = classes.clone().map(logit).collect();
+            let of_tile = classes.start * mean.len()..classes.end * mean.len();
+            for class in self.inputs.classifier[of_tile].chunks(mean.len()) {
+                let terms = class.iter().zip(&mean_size).map(|(c, e)| c.abs() * e);
+                mean_logit = mean_logit.max(terms.sum());
+            }
             let most = logits.iter().copied().fold(f64::MIN, f64::max);
             let sum: f64 = logits.iter().map(|z| (z - most).exp()).sum();
             for (class, z) in classes.zip(logits) {
@@ -304,7 +314,7 @@ impl Reference {
             (term(eps.0), term(eps.1))
         });
         Gradients {
-            averaged: eps.0 > 0. || eps.1 > 0.,
+            mean_logit: (eps.0 > 0. || eps.1 > 0.).then_some(mean_logit),
             ..sums
         }
     }
@@ -371,7 +381,7 @@ impl Reference {
             embeddings,
             classifier,
             bias,
-            averaged: false,
+            mean_logit: None,
         }
     }
 
