@@ -174,7 +174,8 @@ pub enum Strategy {
     /// differentiated pays for gradients nobody reads; detach its inputs. Where it cannot be done
     /// (reduction none, a workspace too small for a block of rows with all classes, Candle tensor
     /// operations, CUDA kernels other than those for bf16 on compute capability 9.0, a shard of the classes),
-    /// this is `Recompute`.
+    /// or where it would round the gradient of the classifier too often (on CUDA: rows that do not fit the workspace
+    /// in 4 blocks, or in one where there are more than 16,384), this is `Recompute`.
     /// For any other upstream gradient (of lse; on the CPU, for f16 a loss scale) or a second backward the
     /// gradients are computed anew: 6 products, so choose `Recompute` there. [`Options::z_loss`] is no such
     /// case.

@@ -30,7 +30,7 @@ const WORKSPACE: usize = 3 << 29;
 const FEW_CLASSES: usize = 1 << 16;
 /// Rows of a chunk below which `Auto` computes the logits twice instead.
 const LEAST_ROWS: usize = 1024;
-/// Chunks above which it does so too: dC is rounded once in each.
+/// The most chunks: dC is rounded once in each. More rows than one piece of a sum in f32 are one chunk.
 const MOST_CHUNKS: usize = 4;
 /// Columns of a block that sums the targets' part of dC.
 const TARGET_COLUMNS: usize = 1024;
@@ -90,19 +90,29 @@ impl Plan {
             budget = budget.saturating_sub(Averages::fixed_bytes(operands));
         }
         let most = budget.saturating_sub(hopper::EVALUATION_BYTES) / row_bytes / TILE * TILE;
-        let many = !fused && all_rows.div_ceil(most.max(1)) > MOST_CHUNKS;
-        if most < least || many {
+        let chunks = match all_rows > hopper::PIECE_ROWS {
+            true => 1,
+            false => MOST_CHUNKS,
+        };
+        let fewest = (all_rows / TILE).div_ceil(chunks).max(1) * TILE;
+        if most < least.max(fewest) {
             return Ok(None);
         }
         let multiprocessors = gpu.multiprocessors()?;
-        let chunk_rows = best_chunk(operands.hidden, all_rows, most, multiprocessors / 2);
+        let sizes = fewest..=most.min(all_rows);
+        let chunk_rows = best_chunk(operands.hidden, all_rows, sizes, multiprocessors / 2);
         let range = hopper::longest_range(chunk_rows, multiprocessors);
         Ok((range > 0).then_some(Self { chunk_rows, range }))
     }
 }
 
 /// The rows of a chunk that leave the fewest clusters idle in the product for dE and read dC least often.
-fn best_chunk(hidden: usize, all_rows: usize, most: usize, clusters: usize) -> usize {
+fn best_chunk(
+    hidden: usize,
+    all_rows: usize,
+    sizes: std::ops::RangeInclusive<usize>,
+    clusters: usize,
+) -> usize {
     let strips = hidden.div_ceil(hopper::STRIP);
     let cost = |chunk: usize| {
         let chunks = all_rows.div_ceil(chunk);
@@ -110,10 +120,11 @@ fn best_chunk(hidden: usize, all_rows: usize, most: usize, clusters: usize) -> u
         let embeddings = (rounds * clusters * TILE) as f64 / strips as f64;
         chunks as f64 * (embeddings + hopper::ROWS_A_CHUNK as f64)
     };
-    let chunks = (TILE..=most.min(all_rows)).step_by(TILE);
-    chunks
+    let fewest = *sizes.start();
+    sizes
+        .step_by(TILE)
         .min_by(|&a, &b| cost(a).total_cmp(&cost(b)))
-        .unwrap_or(TILE)
+        .unwrap_or(fewest)
 }
 
 /// Classes from one row of the workspace to the next.

@@ -40,7 +40,7 @@ pub(super) const EVALUATION_BYTES: usize = 15 << 20;
 
 /// Rows whose part of dC the tensor cores sum at a time, and the bytes of a block that has to keep such parts: as
 /// `products_sm90a.cu` asserts.
-const PIECE_ROWS: usize = 128 * TILE;
+pub(super) const PIECE_ROWS: usize = 128 * TILE;
 const PARTIALS_BYTES: usize = 2 * 192 * 128 * 4;
 
 /// Columns of a strip of the products: what a cluster computes side by side.

@@ -36,8 +36,12 @@ fn several_chunks_of_rows_are_right() {
         let reference = Reference::new(case.inputs.clone());
         assert!(reference.loss.iter().all(|x| x.is_finite()));
         for (filter, options, eps) in filters(DType::BF16) {
-            // About 4 KiB a row and 15 MiB: all rows; 256 at a time; 128 at a time.
-            for workspace in [1 << 30, (15 << 20) + (1100 << 10), (15 << 20) + (600 << 10)] {
+            // About 4 KiB a row and 15 MiB: all rows; 640 at a time; 384 at a time.
+            for workspace in [
+                1 << 30,
+                (15 << 20) + (2700 << 10),
+                (15 << 20) + (1700 << 10),
+            ] {
                 let options = options
                     .clone()
                     .strategy(Strategy::Fused)
@@ -259,7 +263,7 @@ fn at_the_highest_threshold_only_the_targets_are_left() -> Result<()> {
         *target = [7, 1499, (row / 2 * 5) as i64][row % 3];
     }
     case.inputs.reduction = Reduced::Sum;
-    // All rows at once, and 128 at a time.
+    // All rows at once, and 128 of 300 at a time.
     for workspace in [1 << 30, (15 << 20) + (600 << 10)] {
         let tensors = case.tensors(&device)?;
         let options = Options::default()
