@@ -1,7 +1,8 @@
 //! The loss: validate, run, reduce.
 
 use crate::objectives::z_loss;
-use crate::op::{self, KeptTiles};
+use crate::op::contract::KeptTiles;
+use crate::op::graph::apply;
 use crate::problem::Problem;
 use crate::{Options, Reduction};
 use candle_core::{Result, Tensor};
@@ -99,7 +100,7 @@ pub fn linear_cross_entropy(
     options: &Options,
 ) -> Result<Output> {
     let problem = Problem::new(embeddings, classifier, targets, options)?;
-    let applied = op::apply(&problem)?;
+    let applied = apply(&problem)?;
     let loss = match options.reduction {
         Reduction::None => applied.losses.reshape(problem.shape.as_slice())?,
         Reduction::Mean | Reduction::Sum => applied.loss.reshape(())?,

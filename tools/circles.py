@@ -18,6 +18,8 @@ for file in sorted(ROOT.rglob("*.rs")):
 
 def code(file):
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", file.read_text(), flags=re.S)
+    text = text.replace("pub(in ", "pub(")
+    text = re.sub(r"pub\(crate::[^)]*\)", "pub(crate)", text)
     text = re.sub(r'b?"(?:[^"\\]|\\.)*"', '""', text, flags=re.S)
     return text.split("#[cfg(test)]\nmod tests {")[0]
 

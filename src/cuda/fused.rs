@@ -17,7 +17,7 @@ use super::{
     count_kept, hopper, logits, per_block, Kind, Operands, Outputs, Path, Range, Results, Rows,
     Saved, Statistics, TILE,
 };
-use crate::op::{self, Gradients, Wanted};
+use crate::op::contract::{self as op, Gradients, Wanted};
 use crate::problem::{Matrices, Settings};
 use crate::{Reduction, Strategy};
 use candle_core::{DType, Result, Tensor};

@@ -14,7 +14,7 @@ mod plan;
 mod portable;
 mod shards;
 
-use crate::op::{self, Gradients, KeptTiles, Wanted};
+use crate::op::contract::{self as op, Gradients, KeptTiles, Wanted};
 use crate::problem::{Matrices, Problem, Settings};
 use crate::{Implementation, Reduction};
 use averages::{Averages, Filter, Filtered, Masses};

@@ -37,28 +37,28 @@ pub(super) fn merge(
         gpu.launch(&per_block(name, grid, THREADS as u32), &params)
     };
 
-    let here = gpu.unfinished(DType::F32, n, false)?;
+    let maxima = gpu.unfinished(DType::F32, n, false)?;
     launch(
         "shard_maxima",
         ShardParams {
-            here: here.address,
+            here: maxima.address,
             ..params
         },
     )?;
-    let max = shard.max(here.finish(gpu))?;
-
-    let here = gpu.unfinished(DType::F32, (3, n), false)?;
-    gpu.read(&max, |max| {
-        launch(
-            "shard_sums",
-            ShardParams {
-                max,
-                here: here.address,
-                ..params
-            },
-        )
+    let (max, all) = shard.maxima_and_sums(maxima.finish(gpu), |max| {
+        let sums = gpu.unfinished(DType::F32, (3, n), false)?;
+        gpu.read(max, |max| {
+            launch(
+                "shard_sums",
+                ShardParams {
+                    max,
+                    here: sums.address,
+                    ..params
+                },
+            )
+        })?;
+        Ok(sums.finish(gpu))
     })?;
-    let all = shard.sum(here.finish(gpu))?;
 
     gpu.read(&max, |max| {
         gpu.read(&all, |all| {

@@ -9,7 +9,7 @@ pub(crate) const ELSEWHERE: u32 = u32::MAX;
 
 /// The positions that count: parallel lists, in the order of the positions.
 #[derive(Debug, Clone)]
-pub(crate) struct Rows {
+pub(crate) struct HostRows {
     /// Row of the embeddings.
     pub embedding: Vec<u32>,
     /// Position in the result.
@@ -22,7 +22,7 @@ pub(crate) struct Rows {
     pub all: bool,
 }
 
-impl Rows {
+impl HostRows {
     /// # Errors
     /// A target outside `[0, V)` that is not ignore_index: the first one is named. Where the classes are sharded this
     /// is found out later, see [`Problem::check_shards`].

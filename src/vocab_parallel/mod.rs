@@ -50,11 +50,12 @@
 //! # }
 //! ```
 
+pub(crate) mod collective;
 #[cfg(feature = "nccl")]
 mod nccl;
 mod thread;
 
-use candle_core::{bail, DType, Result, Tensor};
+use candle_core::{bail, Result, Tensor};
 use std::sync::Arc;
 
 #[cfg(feature = "nccl")]
@@ -168,70 +169,6 @@ impl VocabParallel {
             .contains(&target)
             .then(|| (target - self.start) as u32)
     }
-
-    /// The maximum over the ranks.
-    pub(crate) fn max(&self, tensor: Tensor) -> Result<Tensor> {
-        self.all_reduce(tensor, ReduceOp::Max)
-    }
-
-    /// The sum over the ranks.
-    pub(crate) fn sum(&self, tensor: Tensor) -> Result<Tensor> {
-        self.all_reduce(tensor, ReduceOp::Sum)
-    }
-
-    /// The gradient of the embeddings over all ranks' classes, in the dtype of the embeddings.
-    pub(crate) fn embeddings_gradient(&self, here: Tensor, dtype: DType) -> Result<Tensor> {
-        let here = here.to_dtype(accumulator(dtype))?;
-        match self.reduce_e_grad {
-            true => self.sum(here)?.to_dtype(dtype),
-            false => here.to_dtype(dtype),
-        }
-    }
-
-    /// Rows over all ranks' classes, from what they are over the classes here.
-    pub(crate) fn rows(&self, here: ShardRows) -> Result<ShardRows> {
-        let max = self.max(here.max.copy()?)?;
-        let sum = (here.sum * (here.max - &max)?.exp()?)?;
-        let sums = self.sum(Tensor::stack(&[sum, here.target, here.ranks], 0)?)?;
-        Ok(ShardRows {
-            max,
-            sum: sums.get(0)?,
-            target: sums.get(1)?,
-            ranks: sums.get(2)?,
-        })
-    }
-
-    fn all_reduce(&self, tensor: Tensor, op: ReduceOp) -> Result<Tensor> {
-        let (shape, dtype) = (tensor.shape().clone(), tensor.dtype());
-        let device = tensor.device().clone();
-        let reduced = self.communicator.all_reduce(tensor, op)?;
-        if *reduced.shape() != shape
-            || reduced.dtype() != dtype
-            || !reduced.device().same_device(&device)
-        {
-            bail!(
-                "a communicator's all_reduce must return {dtype:?} {shape:?} on {:?}, it returned {:?} {:?} on {:?}",
-                device.location(),
-                reduced.dtype(),
-                reduced.shape(),
-                reduced.device().location()
-            )
-        }
-        reduced.detach().contiguous()
-    }
-}
-
-/// What is known of each row that counts over some classes: tensors `(n)`.
-#[derive(Debug)]
-pub(crate) struct ShardRows {
-    /// The largest logit.
-    pub max: Tensor,
-    /// `sum_j exp(z_j - max)`
-    pub sum: Tensor,
-    /// The target's logit, 0 where it is not among these classes.
-    pub target: Tensor,
-    /// On how many ranks the target is.
-    pub ranks: Tensor,
 }
 
 /// Where the id is written before it is renamed to `path`: beside it, and another file for every name.
@@ -243,14 +180,6 @@ fn draft(path: &std::path::Path) -> Result<std::path::PathBuf> {
     let mut name = name.to_owned();
     name.push(".draft");
     Ok(path.with_file_name(name))
-}
-
-/// What gradients and statistics are summed in for inputs of this dtype.
-fn accumulator(dtype: DType) -> DType {
-    match dtype {
-        DType::F64 => DType::F64,
-        _ => DType::F32,
-    }
 }
 
 #[cfg(test)]

@@ -1,11 +1,12 @@
 //! What stands in the gradient for tiles that are averaged: each row's mass of a tile, shared out among the tile's
 //! classes in proportions that all rows have in common. [`Filter`](crate::Filter) has the formula.
 
-use super::blocks::{Inputs, Scale, TILE};
 use super::element::{Element, Real};
+use super::inputs::Inputs;
 use super::kept::{Kept, CLASSIFIER};
 use super::passes;
 use super::product::{multiply, Matrix};
+use super::statistics::{Scale, TILE};
 use rayon::prelude::*;
 use std::ops::Range;
 

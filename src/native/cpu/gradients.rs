@@ -1,9 +1,16 @@
 //! Gradients while they are summed up in the type that is computed in.
 
-use super::blocks::Inputs;
 use super::element::Element;
+use super::inputs::Inputs;
 use rayon::prelude::*;
 use std::ops::Range;
+
+/// Gradients in the type of the inputs, `None` for one that is not wanted.
+pub(super) struct FormedGradients<T> {
+    pub embeddings: Option<Vec<T>>,
+    pub classifier: Option<Vec<T>>,
+    pub bias: Option<Vec<T>>,
+}
 
 /// The gradient of the embeddings while it is summed up.
 pub(super) struct EmbeddingsGradient<T: Element> {

@@ -1,7 +1,7 @@
 //! Which tiles of the gradient are computed entry by entry, and what stands for the others.
 
-use super::blocks::{RowLoss, Scale, Softmax, TileSum, TILE};
 use super::element::Real;
+use super::statistics::{RowLoss, Scale, Softmax, TileSum, TILE};
 use crate::problem::Settings;
 use std::ops::Range;
 

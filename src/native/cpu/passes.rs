@@ -2,8 +2,8 @@
 //!
 //! Sums run in a fixed number of lanes whatever the width of the machine's vectors.
 
-use super::blocks::TileSum;
 use super::element::Real;
+use super::statistics::TileSum;
 
 const LANES: usize = 32;
 

@@ -1,11 +1,11 @@
 //! How the workspace is spent.
 
-use super::blocks::{gathered_rows, LEAST_ROWS, TILE};
 use super::element::Element;
 use super::kept::thresholds;
-use crate::native::rows::Rows;
-use crate::native::DEFAULT_WORKSPACE;
-use crate::op::Wanted;
+use super::statistics::{gathered_rows, LEAST_ROWS, TILE};
+use crate::native::rows::HostRows;
+use crate::native::workspace::workspace;
+use crate::op::contract::Wanted;
 use crate::problem::Settings;
 use crate::{Reduction, Strategy};
 
@@ -38,7 +38,7 @@ pub(super) struct Plan {
 
 impl Plan {
     pub fn new<T: Element>(
-        rows: &Rows,
+        rows: &HostRows,
         vocab: usize,
         hidden: usize,
         bias: bool,
@@ -46,7 +46,7 @@ impl Plan {
         wanted: Wanted,
     ) -> Self {
         let real = size_of::<T::Real>();
-        let workspace = settings.workspace.unwrap_or(DEFAULT_WORKSPACE);
+        let workspace = workspace(settings);
         let n = rows.len().max(1);
         let all_tiles = vocab.div_ceil(TILE);
         let direct = T::REAL && rows.all;

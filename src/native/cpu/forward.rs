@@ -1,0 +1,193 @@
+//! Losses and lse of all rows and, where the strategy is to form them there, the gradients.
+
+use super::average::Averages;
+use super::backward::CpuBackward;
+use super::block_gradients::{gradients, Block, Known, Sums};
+use super::element::{Element, Real};
+use super::gradients::{EmbeddingsGradient, FormedGradients};
+use super::inputs::Inputs;
+use super::kept::Kept;
+use super::operands::with_inputs;
+use super::plan::Plan;
+use super::recompute::Left;
+use super::shards::sharded;
+use super::statistics::{blocks, RowLoss, Scale, Softmax, TILE};
+use crate::native::rows::HostRows;
+use crate::op::contract::{Forward, KeptTiles, Wanted};
+use crate::problem::{Problem, Settings};
+use candle_core::{DType, Device, Result, Tensor};
+use half::{bf16, f16};
+use std::sync::Arc;
+
+pub(in crate::native) fn forward(
+    problem: &Problem,
+    rows: HostRows,
+    wanted: Wanted,
+    kept: Arc<KeptTiles>,
+) -> Result<Forward> {
+    match problem.embeddings.dtype() {
+        DType::BF16 => forward_of::<bf16>(problem, rows, wanted, kept),
+        DType::F16 => forward_of::<f16>(problem, rows, wanted, kept),
+        DType::F64 => forward_of::<f64>(problem, rows, wanted, kept),
+        _ => forward_of::<f32>(problem, rows, wanted, kept),
+    }
+}
+
+fn forward_of<T: Element>(
+    problem: &Problem,
+    rows: HostRows,
+    wanted: Wanted,
+    report: Arc<KeptTiles>,
+) -> Result<Forward> {
+    let detached = problem.detached();
+    let matrices = detached.matrices();
+    let settings = problem.settings.clone();
+    let n = rows.len();
+    let (vocab, hidden) = matrices.classifier.dims2()?;
+    let plan = Plan::new::<T>(
+        &rows,
+        vocab,
+        hidden,
+        matrices.bias.is_some(),
+        &settings,
+        wanted,
+    );
+    let mut kept = Kept::new(
+        n,
+        vocab.div_ceil(TILE),
+        plan.thresholds,
+        !settings.drop_filtered,
+    );
+    let mut softmax = Vec::with_capacity(n);
+    let mut losses = Vec::with_capacity(n);
+    let mut formed = None;
+    if n > 0 {
+        with_inputs::<T, _>(matrices, &rows, &settings, plan.lanes, |inputs| {
+            match plan.fused_rows {
+                Some(block) => {
+                    formed = Some(fused(
+                        inputs,
+                        block,
+                        &settings,
+                        wanted,
+                        &mut kept,
+                        &mut softmax,
+                        &mut losses,
+                    ));
+                }
+                None if settings.vocab_parallel.is_some() => {
+                    losses = sharded(inputs, plan.rows, problem, &mut kept, &mut softmax)?;
+                }
+                None => {
+                    for block in blocks(n, plan.rows) {
+                        let embeddings = inputs.block_embeddings(&block);
+                        losses.extend(inputs.forward(
+                            &embeddings,
+                            &block,
+                            None,
+                            &mut kept,
+                            &mut softmax,
+                        ));
+                    }
+                }
+            }
+            Ok(())
+        })?;
+    }
+    let packed = pack(&rows, &losses, &settings)?;
+    let left = Left {
+        rows,
+        softmax,
+        kept,
+        settings,
+        plan,
+    };
+    let backward = Box::new(CpuBackward::<T>::new(left, formed, report));
+    Ok(Forward {
+        packed,
+        backward,
+        loss: None,
+    })
+}
+
+/// The losses and lse of all positions, and the reduced loss.
+fn pack(rows: &HostRows, losses: &[RowLoss], settings: &Settings) -> Result<Tensor> {
+    let mut packed = vec![0f32; 2 * rows.positions + 1];
+    let mut sum = 0.;
+    for (position, &RowLoss { nll, lse }) in rows.position.iter().zip(losses) {
+        let loss = settings.loss(nll, lse);
+        packed[*position as usize] = loss as f32;
+        packed[rows.positions + *position as usize] = lse as f32;
+        sum += loss;
+    }
+    packed[2 * rows.positions] = (sum * rows.scale(settings.reduction)) as f32;
+    let len = packed.len();
+    Tensor::from_vec(packed, len, &Device::Cpu)
+}
+
+/// The forward that forms the gradients while a block of rows has its logits in memory.
+fn fused<T: Element>(
+    inputs: &Inputs<'_, T>,
+    block_rows: usize,
+    settings: &Settings,
+    wanted: Wanted,
+    kept: &mut Kept<T::Real>,
+    softmax: &mut Vec<Softmax<T::Real>>,
+    losses: &mut Vec<RowLoss>,
+) -> FormedGradients<T> {
+    let n = inputs.rows.len();
+    let tiles = 0..inputs.tiles();
+    let zeros = |wanted: bool, len: usize| wanted.then(|| vec![T::Real::default(); len]);
+    let mut classifier = zeros(wanted.classifier, inputs.vocab * inputs.hidden);
+    let mut bias = zeros(wanted.bias, inputs.vocab);
+    let mut embeddings = wanted.embeddings.then(|| EmbeddingsGradient::new(inputs));
+    let gradients = gradients(wanted.embeddings, wanted.classifier || wanted.bias);
+    let scale = inputs.rows.scale(settings.reduction);
+    let mut scales = Vec::with_capacity(n);
+    let mut logits = vec![T::Real::default(); block_rows * tiles.len() * TILE];
+    for block in blocks(n, block_rows) {
+        let logits = &mut logits[..block.len() * tiles.len() * TILE];
+        let values = inputs.block_embeddings(&block);
+        losses.extend(inputs.forward(&values, &block, Some(&mut *logits), kept, softmax));
+        scales.extend(losses[block.clone()].iter().map(|loss| Scale {
+            softmax: T::Real::from_f64(scale * settings.softmax_share(loss.lse)),
+            one_hot: T::Real::from_f64(scale),
+        }));
+        if let Some(embeddings) = &mut embeddings {
+            embeddings.begin(&block);
+        }
+        let mut sums = Sums {
+            embeddings: embeddings.as_mut().map(|e| e.block(&block)),
+            classifier: classifier.as_deref_mut(),
+            bias: bias.as_deref_mut(),
+            first: block.start == 0,
+        };
+        let averages = Averages::begin(inputs, kept, &block, gradients).map(|mut averages| {
+            averages.add(inputs, kept, &values, &block);
+            averages.finish(inputs)
+        });
+        let known = Known {
+            kept,
+            softmax,
+            scales: &scales,
+            averages: averages.as_ref(),
+        };
+        let block = Block {
+            rows: &block,
+            tiles: &tiles,
+            embeddings: &values,
+            known,
+            recompute: false,
+        };
+        inputs.backward(block, logits, &mut sums);
+        if let Some(embeddings) = &mut embeddings {
+            embeddings.end(inputs);
+        }
+    }
+    drop(logits);
+    FormedGradients {
+        embeddings: embeddings.map(EmbeddingsGradient::finish),
+        classifier: classifier.map(T::from_real),
+        bias: bias.map(T::from_real),
+    }
+}

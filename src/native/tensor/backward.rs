@@ -1,0 +1,216 @@
+//! Gradients from logits that are computed again.
+
+use super::blocks::{blocks, logits, Blocks, DeviceRows};
+use crate::native::workspace::workspace;
+use crate::op::contract::{accumulator, Backward, Gradients, KeptTiles, Wanted};
+use crate::problem::{Matrices, Settings};
+use candle_core::{Device, Result, Tensor};
+use std::ops::Range;
+use std::sync::Arc;
+
+pub(super) struct TensorBackward {
+    pub rows: Arc<DeviceRows>,
+    /// A row's softmax is `exp(z - max) / sum`: no rounded lse comes between the two. Both `(n, 1)`, accumulator
+    /// dtype.
+    pub max: Tensor,
+    pub sum: Tensor,
+    pub settings: Settings,
+    pub kept: Arc<KeptTiles>,
+}
+
+/// What each row's `exp(z - max)` and one-hot are multiplied by, `(n, 1)` each.
+struct RowScales {
+    exp: Tensor,
+    one_hot: Tensor,
+}
+
+impl Backward for TensorBackward {
+    fn backward(
+        &self,
+        matrices: Matrices<'_>,
+        upstream: &Tensor,
+        wanted: Wanted,
+    ) -> Result<Gradients> {
+        self.kept.set(Tensor::new(&[1f64, 1.], &Device::Cpu)?);
+        let dtype = matrices.classifier.dtype();
+        let n = self.rows.rows.len();
+        if n == 0 {
+            return zeros(matrices, wanted);
+        }
+        // Accumulating dE over blocks of classes takes a copy of it in f32 for half-precision inputs.
+        let acc = accumulator(dtype);
+        let copy = n * matrices.classifier.dim(1)? * acc.size_in_bytes();
+        let scales = self.row_scales(upstream)?;
+        if wanted.embeddings
+            && (wanted.classifier || wanted.bias)
+            && acc != dtype
+            && copy > workspace(&self.settings) / 2
+        {
+            let only_embeddings = Wanted {
+                embeddings: true,
+                classifier: false,
+                bias: false,
+            };
+            let others = Wanted {
+                embeddings: false,
+                ..wanted
+            };
+            return Ok(Gradients {
+                embeddings: self
+                    .gradients(matrices, &scales, only_embeddings)?
+                    .embeddings,
+                ..self.gradients(matrices, &scales, others)?
+            });
+        }
+        self.gradients(matrices, &scales, wanted)
+    }
+}
+
+/// The gradients where no position counts.
+fn zeros(matrices: Matrices<'_>, wanted: Wanted) -> Result<Gradients> {
+    let zeros = |wanted: bool, of: Option<&Tensor>| match of {
+        Some(of) if wanted => of.zeros_like().map(Some),
+        _ => Ok(None),
+    };
+    Ok(Gradients {
+        embeddings: zeros(wanted.embeddings, Some(matrices.embeddings))?,
+        classifier: zeros(wanted.classifier, Some(matrices.classifier))?,
+        bias: zeros(wanted.bias, matrices.bias)?,
+    })
+}
+
+fn add(sum: Option<Tensor>, term: Tensor) -> Result<Option<Tensor>> {
+    match sum {
+        Some(sum) => (sum + term).map(Some),
+        None => Ok(Some(term)),
+    }
+}
+
+impl TensorBackward {
+    /// The gradients in one pass over the blocks of classes.
+    fn gradients(
+        &self,
+        matrices: Matrices<'_>,
+        scales: &RowScales,
+        wanted: Wanted,
+    ) -> Result<Gradients> {
+        let device = matrices.classifier.device();
+        let (vocab, hidden) = matrices.classifier.dims2()?;
+        let dtype = matrices.classifier.dtype();
+        let acc = accumulator(dtype);
+        let n = self.rows.rows.len();
+        let size = Blocks::new(
+            n,
+            vocab,
+            hidden,
+            acc.size_in_bytes(),
+            workspace(&self.settings),
+        );
+        let zeros = |wanted: bool, shape: &[usize], dtype| {
+            wanted
+                .then(|| Tensor::zeros(shape, dtype, device))
+                .transpose()
+        };
+        let de = zeros(wanted.embeddings, &[n, hidden], acc)?;
+        let dc = zeros(wanted.classifier, &[vocab, hidden], dtype)?;
+        let db = zeros(wanted.bias, &[vocab], dtype)?;
+        for classes in blocks(vocab, size.classes) {
+            let c = matrices
+                .classifier
+                .narrow(0, classes.start, classes.len())?
+                .to_dtype(acc)?;
+            let (mut dc_block, mut db_block) = (None, None);
+            for row_block in blocks(n, size.rows) {
+                let e = self.rows.embeddings(matrices.embeddings, &row_block)?;
+                let g = self.of_logits(&e, matrices, scales, &row_block, &classes)?;
+                if let Some(de) = &de {
+                    let sum = (de.narrow(0, row_block.start, row_block.len())? + g.matmul(&c)?)?;
+                    de.slice_set(&sum, 0, row_block.start)?;
+                }
+                if wanted.classifier {
+                    dc_block = add(dc_block, g.t()?.matmul(&e)?)?;
+                }
+                if wanted.bias {
+                    db_block = add(db_block, g.sum(0)?)?;
+                }
+            }
+            for (gradient, block) in [(&dc, dc_block), (&db, db_block)] {
+                if let (Some(gradient), Some(block)) = (gradient, block) {
+                    gradient.slice_set(&block.to_dtype(dtype)?, 0, classes.start)?;
+                }
+            }
+        }
+        Ok(Gradients {
+            embeddings: match de {
+                Some(de) => Some(self.spread(&de.to_dtype(dtype)?, matrices.embeddings)?),
+                None => None,
+            },
+            classifier: dc,
+            bias: db,
+        })
+    }
+
+    /// The gradient of a block of the logits, `e` being the embeddings of its rows.
+    fn of_logits(
+        &self,
+        e: &Tensor,
+        matrices: Matrices<'_>,
+        scales: &RowScales,
+        rows: &Range<usize>,
+        classes: &Range<usize>,
+    ) -> Result<Tensor> {
+        let pick = |t: &Tensor| t.narrow(0, rows.start, rows.len());
+        let z = logits(e, matrices, classes, self.settings.softcap)?;
+        let mut g = z
+            .broadcast_sub(&pick(&self.max)?)?
+            .exp()?
+            .broadcast_mul(&pick(&scales.exp)?)?;
+        if let Some((index, inside)) = self.rows.targets(rows, classes)? {
+            let one_hot = pick(&scales.one_hot)?;
+            let one_hot = inside.where_cond(&one_hot.neg()?, &one_hot.zeros_like()?)?;
+            g = g.scatter_add(&index, &one_hot, 1)?;
+        }
+        match self.settings.softcap {
+            Some(softcap) => g * (z / softcap)?.sqr()?.affine(-1., 1.)?,
+            None => Ok(g),
+        }
+    }
+
+    /// Rows that count, where they belong among all rows of the embeddings.
+    fn spread(&self, gradient: &Tensor, embeddings: &Tensor) -> Result<Tensor> {
+        match self.rows.rows.all {
+            true => Ok(gradient.clone()),
+            false => embeddings
+                .zeros_like()?
+                .index_add(&self.rows.embedding, gradient, 0),
+        }
+    }
+
+    /// With the upstream
+    /// gradients `g` of its loss (through the reduced loss or not) and `h` of its lse, the gradient of
+    /// its logits is `(g + h) softmax(z) - g onehot(y)`, and `g` has a share more in the softmax where
+    /// there is a z-loss.
+    fn row_scales(&self, upstream: &Tensor) -> Result<RowScales> {
+        let n = self.rows.rows.positions;
+        let upstream = upstream.to_dtype(self.max.dtype())?;
+        let pick = |start: usize| -> Result<Tensor> {
+            upstream
+                .narrow(0, start, n)?
+                .index_select(&self.rows.position, 0)
+        };
+        let loss = (upstream.narrow(0, 2 * n, 1)? * self.rows.rows.scale(self.settings.reduction))?;
+        let of_loss = pick(0)?.broadcast_add(&loss)?.unsqueeze(1)?;
+        let of_lse = pick(n)?.unsqueeze(1)?;
+        let in_softmax = match self.settings.z_loss {
+            0. => of_loss.clone(),
+            weight => {
+                let lse = (&self.max + self.sum.log()?)?;
+                (&of_loss * lse.affine(2. * weight, 1.)?)?
+            }
+        };
+        Ok(RowScales {
+            exp: ((in_softmax + of_lse)? / &self.sum)?,
+            one_hot: of_loss,
+        })
+    }
+}

@@ -1,0 +1,112 @@
+//! Blocks of rows and classes, and their logits.
+
+use crate::native::rows::HostRows;
+use crate::op::contract::accumulator;
+use crate::problem::Matrices;
+use candle_core::{Device, Result, Tensor};
+use std::ops::Range;
+
+/// [`HostRows`] and their lists as tensors `(n)` of u32.
+pub(super) struct DeviceRows {
+    pub rows: HostRows,
+    pub embedding: Tensor,
+    pub position: Tensor,
+    target: Tensor,
+}
+
+impl DeviceRows {
+    pub fn new(rows: HostRows, device: &Device) -> Result<Self> {
+        Ok(Self {
+            embedding: Tensor::new(rows.embedding.as_slice(), device)?,
+            position: Tensor::new(rows.position.as_slice(), device)?,
+            target: Tensor::new(rows.target.as_slice(), device)?,
+            rows,
+        })
+    }
+
+    /// The rows of this block of embeddings, in accumulator dtype.
+    pub fn embeddings(&self, embeddings: &Tensor, block: &Range<usize>) -> Result<Tensor> {
+        let block = if self.rows.all {
+            embeddings.narrow(0, block.start, block.len())?
+        } else {
+            let index = self.embedding.narrow(0, block.start, block.len())?;
+            embeddings.index_select(&index, 0)?
+        };
+        block.to_dtype(accumulator(block.dtype()))
+    }
+
+    /// For a block of rows and classes: the index of each row's target within the classes, clamped,
+    /// and whether it lies there, both `(rows, 1)`; `None` where no target does.
+    pub fn targets(
+        &self,
+        rows: &Range<usize>,
+        classes: &Range<usize>,
+    ) -> Result<Option<(Tensor, Tensor)>> {
+        let here = |t: &u32| classes.contains(&(*t as usize));
+        let targets = &self.rows.target[rows.clone()];
+        if !targets.iter().any(here) {
+            return Ok(None);
+        }
+        let index: Vec<u32> = targets
+            .iter()
+            .map(|t| if here(t) { t - classes.start as u32 } else { 0 })
+            .collect();
+        let inside: Vec<u8> = targets.iter().map(|t| here(t) as u8).collect();
+        let device = self.target.device();
+        let shape = (rows.len(), 1);
+        Ok(Some((
+            Tensor::from_vec(index, shape, device)?,
+            Tensor::from_vec(inside, shape, device)?,
+        )))
+    }
+}
+
+/// The sizes of the blocks that keep the temporaries of one block within the workspace.
+pub(super) struct Blocks {
+    pub rows: usize,
+    pub classes: usize,
+}
+
+impl Blocks {
+    /// Temporaries of the size of a block that live at once, at most.
+    const COPIES: usize = 6;
+
+    pub fn new(rows: usize, vocab: usize, hidden: usize, size: usize, workspace: usize) -> Self {
+        let rows = rows
+            .min(1024)
+            .min(workspace / 4 / (2 * hidden * size))
+            .max(1);
+        let classes = workspace / 4 * 3 / (Self::COPIES * rows * size + 2 * hidden * size);
+        Self {
+            rows,
+            classes: classes.clamp(1, vocab),
+        }
+    }
+}
+
+pub(super) fn blocks(len: usize, block: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..len)
+        .step_by(block)
+        .map(move |start| start..(start + block).min(len))
+}
+
+/// The block's logits, bias and softcap applied.
+pub(super) fn logits(
+    embeddings: &Tensor,
+    matrices: Matrices<'_>,
+    classes: &Range<usize>,
+    softcap: Option<f64>,
+) -> Result<Tensor> {
+    let narrow = |t: &Tensor| -> Result<Tensor> {
+        t.narrow(0, classes.start, classes.len())?
+            .to_dtype(embeddings.dtype())
+    };
+    let mut z = embeddings.matmul(&narrow(matrices.classifier)?.t()?)?;
+    if let Some(bias) = matrices.bias {
+        z = z.broadcast_add(&narrow(bias)?)?;
+    }
+    match softcap {
+        Some(softcap) => (z / softcap)?.tanh()? * softcap,
+        None => Ok(z),
+    }
+}

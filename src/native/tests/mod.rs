@@ -1,0 +1,214 @@
+//! The two implementations against each other. Neither shares code with the other beyond the list
+//! of rows.
+
+mod agreement;
+mod promises;
+
+use super::rows::HostRows;
+use super::{cpu, tensor};
+use crate::op::contract::{Forward, Wanted};
+use crate::problem::{Matrices, Problem};
+use crate::{Filter, Options};
+use candle_core::{DType, Device, Tensor};
+
+/// Numbers in `[-1, 1)` that a seed decides.
+fn noise(len: usize, seed: u64) -> Vec<f64> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    (0..len)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 11) as f64 / (1u64 << 52) as f64 - 1.
+        })
+        .collect()
+}
+
+struct Case {
+    batch: usize,
+    time: usize,
+    hidden: usize,
+    vocab: usize,
+    dtype: DType,
+    bias: bool,
+    /// Every so many-th target is ignored.
+    ignore: Option<usize>,
+    scale: f64,
+    /// The first so many classes are likely, and the targets.
+    likely: usize,
+}
+
+impl Case {
+    fn small() -> Self {
+        Self {
+            batch: 3,
+            time: 15,
+            hidden: 19,
+            vocab: 301,
+            dtype: DType::F32,
+            bias: true,
+            ignore: Some(3),
+            scale: 1.,
+            likely: 301,
+        }
+    }
+
+    fn problem(&self, options: &Options) -> Problem {
+        let tensor = |shape: &[usize], seed, scale: f64| {
+            let len = shape.iter().product();
+            let values: Vec<f64> = noise(len, seed).iter().map(|x| x * scale).collect();
+            Tensor::from_vec(values, shape, &Device::Cpu)
+                .unwrap()
+                .to_dtype(self.dtype)
+                .unwrap()
+        };
+        let e = tensor(&[self.batch, self.time, self.hidden], 1, self.scale);
+        let c = tensor(&[self.vocab, self.hidden], 2, 1.);
+        let targets: Vec<i64> = noise(self.batch * self.time, 3)
+            .iter()
+            .enumerate()
+            .map(|(i, x)| match self.ignore {
+                Some(every) if i % every == 0 => -100,
+                _ => ((x + 1.) / 2. * self.likely.min(self.vocab) as f64) as i64,
+            })
+            .collect();
+        let targets = Tensor::from_vec(targets, (self.batch, self.time), &Device::Cpu).unwrap();
+        let mut options = options.clone();
+        if self.bias {
+            let mut bias = noise(self.vocab, 4);
+            for unlikely in bias.iter_mut().skip(self.likely) {
+                *unlikely -= 20.;
+            }
+            let bias = Tensor::new(bias, &Device::Cpu).unwrap();
+            options = options.bias(&bias.to_dtype(self.dtype).unwrap());
+        }
+        Problem::new(&e, &c, &targets, &options).unwrap()
+    }
+}
+
+const ALL: Wanted = Wanted {
+    embeddings: true,
+    classifier: true,
+    bias: true,
+};
+
+fn wanted(problem: &Problem) -> Wanted {
+    Wanted {
+        bias: problem.bias.is_some(),
+        ..ALL
+    }
+}
+
+fn backward(
+    problem: &Problem,
+    forward: &Forward,
+    upstream: &Tensor,
+    wanted: Wanted,
+) -> Vec<Option<Vec<f64>>> {
+    let matrices = Matrices {
+        embeddings: &problem.embeddings,
+        classifier: &problem.classifier,
+        bias: problem.bias.as_ref(),
+    };
+    let gradients = forward
+        .backward
+        .backward(matrices, upstream, wanted)
+        .unwrap();
+    [
+        (gradients.embeddings, Some(&problem.embeddings)),
+        (gradients.classifier, Some(&problem.classifier)),
+        (gradients.bias, problem.bias.as_ref()),
+    ]
+    .into_iter()
+    .map(|(gradient, of)| {
+        let gradient = gradient?;
+        assert_eq!(gradient.dims(), of.unwrap().dims());
+        assert_eq!(gradient.dtype(), of.unwrap().dtype());
+        Some(values(&gradient))
+    })
+    .collect()
+}
+
+fn values(tensor: &Tensor) -> Vec<f64> {
+    tensor
+        .flatten_all()
+        .unwrap()
+        .to_dtype(DType::F64)
+        .unwrap()
+        .to_vec1()
+        .unwrap()
+}
+
+/// The distance relative to the second one's length.
+fn error(a: &[f64], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+    let difference = norm(&mut a.iter().zip(b).map(|(a, b)| a - b));
+    difference / norm(&mut b.iter().copied()).max(1e-30)
+}
+
+fn tolerance(dtype: DType) -> f64 {
+    match dtype {
+        DType::BF16 => 8e-3,
+        DType::F16 => 1e-3,
+        DType::F32 => 2e-6,
+        _ => 1e-12,
+    }
+}
+
+fn run_cpu(problem: &Problem) -> Forward {
+    let rows = HostRows::new(problem).unwrap();
+    cpu::forward(problem, rows, wanted(problem), Default::default()).unwrap()
+}
+
+fn run_tensor(problem: &Problem) -> Forward {
+    let mut problem = problem.clone();
+    problem.settings.workspace = None;
+    let rows = HostRows::new(&problem).unwrap();
+    tensor::forward(&problem, rows, Default::default()).unwrap()
+}
+
+/// Upstream gradients of the packed vector: of the loss alone, of another size, of everything.
+fn upstreams(problem: &Problem) -> Vec<Tensor> {
+    let n = problem.positions.len();
+    let loss = |u: f32| {
+        let mut values = vec![0f32; 2 * n + 1];
+        values[2 * n] = u;
+        values
+    };
+    let all = noise(2 * n + 1, 5).iter().map(|x| *x as f32).collect();
+    [loss(1.), loss(-0.75), all]
+        .into_iter()
+        .map(|values: Vec<f32>| Tensor::from_vec(values, 2 * n + 1, &Device::Cpu).unwrap())
+        .collect()
+}
+
+fn compare(name: &str, case: &Case, options: &Options) {
+    let problem = case.problem(options);
+    let tolerance = tolerance(case.dtype);
+    let second = run_tensor(&problem);
+    for upstream in upstreams(&problem) {
+        let first = run_cpu(&problem);
+        let off = error(&values(&first.packed), &values(&second.packed));
+        assert!(off < 2e-6, "{name}: loss off by {off}");
+        let b = backward(&problem, &second, &upstream, wanted(&problem));
+        // Twice: the second time there are no gradients left from the forward.
+        for time in 0..2 {
+            let a = backward(&problem, &first, &upstream, wanted(&problem));
+            for ((a, b), of) in a.iter().zip(&b).zip(["de", "dc", "db"]) {
+                assert_eq!(a.is_some(), b.is_some());
+                if let (Some(a), Some(b)) = (a, b) {
+                    let off = error(a, b);
+                    assert!(
+                        off < tolerance,
+                        "{name}: {of} off by {off}, backward {time}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+fn exact() -> Options {
+    Options::default().filter(Filter::Off)
+}

@@ -1,0 +1,97 @@
+//! What every implementation is given and gives back.
+
+use crate::problem::Matrices;
+use candle_core::{DType, Device, Result, Tensor};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// What gradients and statistics are summed up in for inputs of this dtype.
+pub(crate) fn accumulator(dtype: DType) -> DType {
+    match dtype {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
+    }
+}
+
+/// Which gradients are asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    pub embeddings: bool,
+    pub classifier: bool,
+    pub bias: bool,
+}
+
+impl Wanted {
+    pub fn any(self) -> bool {
+        self.embeddings || self.classifier || self.bias
+    }
+}
+
+/// Gradients in the dtype and shape of what they belong to, `None` where not wanted. That of the embeddings may be f32
+/// where the classes are sharded: then it is this rank's part of a sum.
+#[derive(Debug, Default)]
+pub(crate) struct Gradients {
+    pub embeddings: Option<Tensor>,
+    pub classifier: Option<Tensor>,
+    pub bias: Option<Tensor>,
+}
+
+/// What a forward leaves behind. Used as often as the user differentiates the graph.
+pub(crate) trait Backward: Send + Sync {
+    /// `upstream` is the gradient of the packed vector, contiguous f32.
+    fn backward(
+        &self,
+        matrices: Matrices<'_>,
+        upstream: &Tensor,
+        wanted: Wanted,
+    ) -> Result<Gradients>;
+}
+
+/// What a forward returns.
+pub(crate) struct Forward {
+    /// `[losses (n), lse (n), loss (1)]`, f32.
+    pub packed: Tensor,
+    pub backward: Box<dyn Backward>,
+    /// Where the gradients of the reduced loss are formed already: their source. It takes one number as upstream
+    /// gradient, and `backward` is then for the other numbers only.
+    pub loss: Option<Box<dyn Backward>>,
+}
+
+impl<B: Backward + ?Sized> Backward for Arc<B> {
+    fn backward(
+        &self,
+        matrices: Matrices<'_>,
+        upstream: &Tensor,
+        wanted: Wanted,
+    ) -> Result<Gradients> {
+        (**self).backward(matrices, upstream, wanted)
+    }
+}
+
+/// The tiles that the last backward kept, as known on the host or still counted on a device.
+#[derive(Debug, Default)]
+pub(crate) struct KeptTiles(Mutex<Option<Tensor>>);
+
+impl KeptTiles {
+    /// `kept` holds two u32 numbers or f64 numbers: tiles kept, tiles there are.
+    pub fn set(&self, kept: Tensor) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept);
+    }
+
+    pub fn share(&self) -> Result<Option<f64>> {
+        let kept = self
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        match kept {
+            None => Ok(None),
+            Some(kept) => {
+                let kept = kept
+                    .to_device(&Device::Cpu)?
+                    .to_dtype(DType::F64)?
+                    .to_vec1::<f64>()?;
+                Ok(Some(if kept[1] == 0. { 0. } else { kept[0] / kept[1] }))
+            }
+        }
+    }
+}

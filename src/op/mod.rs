@@ -1,0 +1,6 @@
+//! The loss as one operation of Candle: what its implementations have in common, which of them runs, and its node in
+//! the graph.
+
+pub(crate) mod contract;
+mod dispatch;
+pub(crate) mod graph;
