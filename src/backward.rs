@@ -72,28 +72,40 @@ pub fn backward(loss: &Tensor) -> Result<GradStore> {
     Ok(grads)
 }
 
-/// Hands a gradient that `node` has for its argument to Candle, or to [`backward`] where that is what
-/// differentiates the node and the argument is a `Var`.
-pub(crate) fn deliver(
+/// Hands the gradients that `node` has for its arguments to Candle, or those of a `Var` to [`backward`] where that is what
+/// differentiates the node.
+pub(crate) fn deliver<const COUNT: usize>(
     node: &Tensor,
-    argument: &Tensor,
-    grad: Option<Tensor>,
-) -> Result<Option<Tensor>> {
+    arguments: [&Tensor; COUNT],
+    gradients: Vec<Option<Tensor>>,
+) -> Result<[Option<Tensor>; COUNT]> {
+    let mut to_candle = [const { None }; COUNT];
     COLLECTED.with(|c| {
         let mut collected = c.borrow_mut();
-        let (Some(grad), Some(collected)) = (&grad, collected.as_mut()) else {
-            return Ok(grad);
-        };
-        if !argument.is_variable() || !collected.nodes.contains(&node.id()) {
-            return Ok(Some(grad.clone()));
+        let mut ours = collected
+            .as_mut()
+            .filter(|collected| collected.nodes.contains(&node.id()));
+        for ((to_candle, argument), gradient) in to_candle.iter_mut().zip(arguments).zip(gradients)
+        {
+            *to_candle = match (&mut ours, gradient) {
+                (Some(collected), Some(gradient)) if argument.is_variable() => {
+                    collected.add(argument, gradient)?;
+                    None
+                }
+                (_, gradient) => gradient,
+            };
         }
-        let sum = match collected.sums.remove(&argument.id()) {
-            Some((_, sum)) => (sum + grad)?,
-            None => grad.clone(),
-        };
-        collected
-            .sums
-            .insert(argument.id(), (argument.clone(), sum));
-        Ok(None)
+        Ok(to_candle)
     })
+}
+
+impl Collected {
+    fn add(&mut self, variable: &Tensor, gradient: Tensor) -> Result<()> {
+        let sum = match self.sums.remove(&variable.id()) {
+            Some((_, sum)) => (sum + gradient)?,
+            None => gradient,
+        };
+        self.sums.insert(variable.id(), (variable.clone(), sum));
+        Ok(())
+    }
 }

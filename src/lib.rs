@@ -48,6 +48,7 @@ mod backward;
 mod cuda;
 mod layer;
 mod loss;
+mod matrices;
 #[cfg(feature = "models")]
 pub mod models;
 mod native;

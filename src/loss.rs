@@ -4,7 +4,7 @@ use crate::objectives::z_loss;
 use crate::op::contract::KeptTiles;
 use crate::op::graph::apply;
 use crate::problem::Problem;
-use crate::{Options, Reduction};
+use crate::{Implementation, Options, Reduction, Strategy};
 use candle_core::{Result, Tensor};
 use std::sync::Arc;
 
@@ -36,6 +36,12 @@ pub struct Output {
     /// The part of the loss that [`Options::z_loss`] has added, reduced as the loss is, to be reported: no
     /// gradient goes through it. `None` where the weight is 0.
     pub z_loss: Option<Tensor>,
+    /// Which code has computed this: [`Implementation::Native`], [`Implementation::Cuda`], which are here the kernels
+    /// for compute capability 9.0, or [`Implementation::CudaPortable`].
+    pub implementation: Implementation,
+    /// [`Strategy::Fused`] where the gradients of the loss are formed already; [`Strategy::Recompute`] where a backward
+    /// computes the logits again, also where that was not asked for because the other could not be done.
+    pub strategy: Strategy,
     kept: Arc<KeptTiles>,
 }
 
@@ -99,8 +105,8 @@ pub fn linear_cross_entropy(
     targets: &Tensor,
     options: &Options,
 ) -> Result<Output> {
-    let problem = Problem::new(embeddings, classifier, targets, options)?;
-    let applied = apply(&problem)?;
+    let (problem, matrices) = Problem::new(embeddings, classifier, targets, options)?;
+    let applied = apply(&problem, matrices.as_ref())?;
     let loss = match options.reduction {
         Reduction::None => applied.losses.reshape(problem.shape.as_slice())?,
         Reduction::Mean | Reduction::Sum => applied.loss.reshape(())?,
@@ -114,6 +120,8 @@ pub fn linear_cross_entropy(
         loss,
         lse,
         z_loss,
+        implementation: applied.ran.implementation,
+        strategy: applied.ran.strategy,
         kept: applied.kept,
     })
 }

@@ -1,4 +1,9 @@
 //! Nodes of Candle's graph whose value is computed before they become part of it.
+//!
+//! An op of Candle's computes its one result from the storages of at most three arguments. Not so here: a checkpointed
+//! layer is made of other ops, which take tensors, and hands gradients to more variables than three; the weight of an
+//! adapted layer likewise; and a forward of the loss may have a second result. The node copies the value, which Candle
+//! has no way to move out of a tensor.
 
 use crate::backward::deliver;
 use candle_core::{
@@ -87,12 +92,7 @@ impl<N: Node> Computed<N> {
         upstream: &Tensor,
     ) -> Result<[Option<Tensor>; COUNT]> {
         let gradients = self.node.backward(&arguments, upstream)?;
-        let mut delivered = [const { None }; COUNT];
-        for ((to_candle, argument), gradient) in delivered.iter_mut().zip(arguments).zip(gradients)
-        {
-            *to_candle = deliver(result, argument, gradient)?;
-        }
-        Ok(delivered)
+        deliver(result, arguments, gradients)
     }
 }
 

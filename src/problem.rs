@@ -1,5 +1,6 @@
 //! A validated call: what every implementation is given.
 
+use crate::matrices::Matrices;
 use crate::{Filter, Implementation, Options, Reduction, Strategy, VocabParallel};
 use candle_core::{bail, DType, Device, Error, Result, Tensor};
 
@@ -71,52 +72,13 @@ impl Positions {
     }
 }
 
-/// The matrices of a call: what a forward and a backward both multiply. All contiguous.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Matrices<'a> {
-    /// `(rows, D)`
-    pub embeddings: &'a Tensor,
-    /// `(V, D)`
-    pub classifier: &'a Tensor,
-    /// `(V)`
-    pub bias: Option<&'a Tensor>,
-}
-
-/// The matrices of a call, outside of the user's graph.
-#[derive(Debug)]
-pub(crate) struct Detached {
-    embeddings: Tensor,
-    classifier: Tensor,
-    bias: Option<Tensor>,
-}
-
-impl Detached {
-    pub fn new(embeddings: &Tensor, classifier: &Tensor, bias: Option<&Tensor>) -> Self {
-        Self {
-            embeddings: embeddings.detach(),
-            classifier: classifier.detach(),
-            bias: bias.map(Tensor::detach),
-        }
-    }
-
-    pub fn matrices(&self) -> Matrices<'_> {
-        Matrices {
-            embeddings: &self.embeddings,
-            classifier: &self.classifier,
-            bias: self.bias.as_ref(),
-        }
-    }
-}
-
-/// A validated call.
+/// A validated call, without its matrices.
 #[derive(Debug, Clone)]
 pub(crate) struct Problem {
-    /// `(rows, D)`, contiguous, still part of the user's graph.
-    pub embeddings: Tensor,
-    /// `(V, D)`, contiguous.
-    pub classifier: Tensor,
-    /// `(V)`, contiguous.
-    pub bias: Option<Tensor>,
+    /// That of the matrices.
+    pub dtype: DType,
+    pub device: Device,
+    vocab: usize,
     /// `(rows)`, contiguous, i64, u32 or i32.
     pub targets: Tensor,
     pub positions: Positions,
@@ -126,12 +88,13 @@ pub(crate) struct Problem {
 }
 
 impl Problem {
+    /// The call, and its matrices as what they are in the user's graph.
     pub fn new(
         embeddings: &Tensor,
         classifier: &Tensor,
         targets: &Tensor,
         options: &Options,
-    ) -> Result<Self> {
+    ) -> Result<(Self, Matrices<Tensor>)> {
         let (lead, hidden) = match embeddings.dims() {
             [lead @ .., hidden] => (lead, *hidden),
             [] => bail!("embeddings must have shape (.., D), got a scalar"),
@@ -210,7 +173,7 @@ impl Problem {
             )
         }
         let threshold = |filter: Filter| filter.threshold(dtype);
-        Ok(Self {
+        let matrices = Matrices {
             // A matrix stays what it is: a `Var` that is reshaped is none to `backward`.
             embeddings: match embeddings.rank() {
                 2 => embeddings.contiguous()?,
@@ -223,6 +186,11 @@ impl Problem {
                 Some(bias) => Some(bias.contiguous()?),
                 None => None,
             },
+        };
+        let problem = Self {
+            dtype,
+            device: embeddings.device().clone(),
+            vocab,
             targets: match targets.is_contiguous() {
                 true => targets.flatten_all()?,
                 false => copyable(targets)?.flatten_all()?.contiguous()?,
@@ -247,15 +215,12 @@ impl Problem {
                 check_targets: options.check_targets,
                 vocab_parallel: options.vocab_parallel.clone(),
             },
-        })
-    }
-
-    pub fn detached(&self) -> Detached {
-        Detached::new(&self.embeddings, &self.classifier, self.bias.as_ref())
+        };
+        Ok((problem, matrices))
     }
 
     pub fn vocab(&self) -> usize {
-        self.classifier.dims()[0]
+        self.vocab
     }
 
     /// A target by its index among all targets. On a GPU this waits for the device.

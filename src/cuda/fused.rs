@@ -17,8 +17,9 @@ use super::{
     count_kept, hopper, logits, per_block, Kind, Operands, Outputs, Path, Range, Results, Rows,
     Saved, Statistics, TILE,
 };
+use crate::matrices::Matrices;
 use crate::op::contract::{self as op, Gradients, Wanted};
-use crate::problem::{Matrices, Settings};
+use crate::problem::Settings;
 use crate::{Reduction, Strategy};
 use candle_core::{DType, Result, Tensor};
 use std::sync::{Arc, Mutex};
@@ -593,7 +594,7 @@ impl op::Backward for Fused {
     /// computes the logits again.
     fn backward(
         &self,
-        matrices: Matrices<'_>,
+        matrices: Matrices<&Tensor>,
         upstream: &Tensor,
         wanted: Wanted,
     ) -> Result<Gradients> {

@@ -2,6 +2,7 @@
 //! `Device::new_cuda` is another one in every thread, and nothing here orders the one after the other: the
 //! documentation of the crate tells users.
 
+use crate::matrices::View;
 use candle_core::cuda_backend::cudarc::driver::{
     sys::{
         cuTensorMapEncodeTiled, CUdevice_attribute, CUfunction_attribute, CUresult, CUtensorMap,
@@ -259,6 +260,16 @@ impl Gpu {
         })
     }
 
+    /// The address of a contiguous matrix or vector, ready to be read on this stream while `read` runs.
+    pub fn read_view<R>(
+        &self,
+        view: View<'_, CudaStorage>,
+        read: impl FnOnce(u64) -> Result<R>,
+    ) -> Result<R> {
+        let (address, _until_read) = self.address(view.storage, view.layout)?;
+        read(address)
+    }
+
     /// The address of a contiguous tensor, ready to be read on this stream while `read` runs.
     pub fn read<R>(&self, tensor: &Tensor, read: impl FnOnce(u64) -> Result<R>) -> Result<R> {
         let (storage, layout) = tensor.storage_and_layout();
@@ -268,8 +279,7 @@ impl Gpu {
                 tensor.device().location()
             )
         };
-        let (address, _until_read) = self.address(storage, layout)?;
-        read(address)
+        self.read_view(View::new(storage, layout), read)
     }
 
     fn address<'a>(
@@ -337,7 +347,14 @@ impl Unfinished {
     }
 
     /// The tensor, once every kernel that writes it is launched.
-    pub fn finish(mut self, gpu: &Gpu) -> Tensor {
+    pub fn finish(self, gpu: &Gpu) -> Tensor {
+        let shape = self.shape.clone();
+        let none = candle_core::op::BackpropOp::none();
+        Tensor::from_storage(Storage::Cuda(self.finish_storage(gpu)), shape, none, false)
+    }
+
+    /// The same without a tensor around it.
+    pub fn finish_storage(mut self, gpu: &Gpu) -> CudaStorage {
         macro_rules! written {
             ($slice:expr) => {
                 drop($slice.device_ptr_mut(&gpu.stream))
@@ -349,12 +366,10 @@ impl Unfinished {
             CudaStorageSlice::F32(s) => written!(s),
             _ => {}
         }
-        let storage = CudaStorage {
+        CudaStorage {
             slice: self.slice,
             device: gpu.device.clone(),
-        };
-        let none = candle_core::op::BackpropOp::none();
-        Tensor::from_storage(Storage::Cuda(storage), self.shape, none, false)
+        }
     }
 }
 

@@ -14,11 +14,12 @@ mod plan;
 mod portable;
 mod shards;
 
+use crate::matrices::{Matrices, View};
 use crate::op::contract::{self as op, Gradients, KeptTiles, Wanted};
-use crate::problem::{Matrices, Problem, Settings};
-use crate::{Implementation, Reduction};
+use crate::problem::{Problem, Settings};
+use crate::{Implementation, Reduction, Strategy};
 use averages::{Averages, Filter, Filtered, Masses};
-use candle_core::{bail, DType, Device, Result, Shape, Tensor};
+use candle_core::{bail, CudaStorage, DType, Device, Result, Shape, Tensor};
 use launch::{Array, Buffer, Gpu, Kernel, Unfinished, ROWS};
 use params::*;
 use plan::{with_room, Sweep};
@@ -31,11 +32,11 @@ const ONE_BLOCK: u32 = 1024;
 
 /// Why the kernels cannot run on this problem, if they cannot.
 pub(crate) fn unsupported(problem: &Problem) -> Result<Option<String>> {
-    let location = problem.embeddings.device().location();
-    let Device::Cuda(device) = problem.embeddings.device() else {
+    let location = problem.device.location();
+    let Device::Cuda(device) = &problem.device else {
         return Ok(Some(format!("the inputs are on {location:?}")));
     };
-    let dtype = problem.embeddings.dtype();
+    let dtype = problem.dtype;
     if !matches!(dtype, DType::BF16 | DType::F16 | DType::F32) {
         return Ok(Some(format!("there are none for {dtype:?}")));
     }
@@ -95,14 +96,14 @@ impl Operands {
     /// Runs `with` while the matrices are held for reading.
     fn read<R>(
         gpu: &Gpu,
-        matrices: Matrices<'_>,
+        matrices: Matrices<View<'_, CudaStorage>>,
         settings: &Settings,
         with: impl FnOnce(Operands) -> Result<R>,
     ) -> Result<R> {
         let (vocab, hidden) = matrices.classifier.dims2()?;
         let kind = Kind::of(matrices.classifier.dtype())?;
-        gpu.read(matrices.embeddings, |embeddings| {
-            gpu.read(matrices.classifier, |classifier| {
+        gpu.read_view(matrices.embeddings, |embeddings| {
+            gpu.read_view(matrices.classifier, |classifier| {
                 let operands = |bias| Operands {
                     embeddings,
                     classifier,
@@ -117,7 +118,7 @@ impl Operands {
                 };
                 match matrices.bias {
                     None => with(operands(0)),
-                    Some(bias) => gpu.read(bias, |bias| with(operands(bias))),
+                    Some(bias) => gpu.read_view(bias, |bias| with(operands(bias))),
                 }
             })
         })
@@ -307,16 +308,11 @@ struct Statistics {
 
 pub(crate) fn forward(
     problem: &Problem,
+    matrices: Matrices<View<'_, CudaStorage>>,
     wanted: Wanted,
     kept: &Arc<KeptTiles>,
-) -> Result<op::Forward> {
-    let Device::Cuda(device) = problem.embeddings.device() else {
-        bail!(
-            "expected CUDA tensors, got {:?}",
-            problem.embeddings.device().location()
-        )
-    };
-    let gpu = Gpu::new(device);
+) -> Result<op::Forward<CudaStorage>> {
+    let gpu = Gpu::new(&matrices.embeddings.storage.device);
     let settings = &problem.settings;
     let n = problem.positions.len();
     let packed = gpu.unfinished(DType::F32, 2 * n + 1, false)?;
@@ -326,9 +322,7 @@ pub(crate) fn forward(
         row_max: gpu.buffer(n * 4)?,
         row_log_sum: gpu.buffer(n * 4)?,
     };
-    let detached = problem.detached();
-    let matrices = detached.matrices();
-    let (filtered, formed) = Operands::read(&gpu, matrices, settings, |operands| {
+    let (filtered, formed, path) = Operands::read(&gpu, matrices, settings, |operands| {
         let path = Path::choose(&gpu, operands, n, settings)?;
         let filter = filter(settings, wanted);
         let fused = with_room(settings.workspace, |workspace| {
@@ -354,7 +348,7 @@ pub(crate) fn forward(
             Ok(Some((formed, kept)))
         })?;
         if fused.is_some() {
-            return Ok((None, fused));
+            return Ok((None, fused, path));
         }
         let filtered = logits(
             &gpu,
@@ -369,7 +363,7 @@ pub(crate) fn forward(
             filter,
             settings.vocab_parallel.is_some().then_some(problem),
         )?;
-        Ok((filtered, None))
+        Ok((filtered, None, path))
     })?;
     let params = LossParams {
         packed: packed.address,
@@ -378,7 +372,7 @@ pub(crate) fn forward(
         mean: u32::from(settings.reduction == Reduction::Mean),
     };
     gpu.launch(&one_block("reduce_loss"), &params)?;
-    let packed = packed.finish(&gpu);
+    let packed = packed.finish_storage(&gpu);
     let saved = Arc::new(Saved {
         gpu,
         rows,
@@ -387,15 +381,26 @@ pub(crate) fn forward(
         settings: settings.clone(),
         kept: kept.clone(),
     });
-    Ok(op::Forward {
-        packed,
+    let ran = op::Ran {
+        implementation: match path {
+            Path::Portable => Implementation::CudaPortable,
+            Path::Hopper => Implementation::Cuda,
+        },
+        strategy: match formed {
+            Some(_) => Strategy::Fused,
+            None => Strategy::Recompute,
+        },
+    };
+    let left = op::Left {
+        ran,
         loss: formed.map(|(formed, kept)| {
             let fused = fused::Fused::new(saved.clone(), formed, kept);
             let fused: Box<dyn op::Backward> = Box::new(fused);
             fused
         }),
         backward: Box::new(saved),
-    })
+    };
+    Ok(op::Forward { packed, left })
 }
 
 /// What the gradients that are wanted ask of the filter; `None` if neither is filtered.
@@ -527,7 +532,18 @@ fn logits(
 impl op::Backward for Saved {
     fn backward(
         &self,
-        matrices: Matrices<'_>,
+        matrices: Matrices<&Tensor>,
+        upstream: &Tensor,
+        wanted: Wanted,
+    ) -> Result<Gradients> {
+        matrices.read(|matrices| self.gradients(matrices, upstream, wanted))
+    }
+}
+
+impl Saved {
+    fn gradients(
+        &self,
+        matrices: Matrices<View<'_, CudaStorage>>,
         upstream: &Tensor,
         wanted: Wanted,
     ) -> Result<Gradients> {
@@ -599,7 +615,7 @@ impl Outputs {
     /// `embeddings_grad` is the dtype of the gradient of the embeddings.
     fn new(
         gpu: &Gpu,
-        matrices: Matrices<'_>,
+        matrices: Matrices<View<'_, CudaStorage>>,
         wanted: Wanted,
         embeddings_grad: DType,
     ) -> Result<Self> {

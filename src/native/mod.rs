@@ -11,17 +11,28 @@ mod tensor;
 mod tests;
 mod workspace;
 
+use crate::matrices::{Matrices, View};
 use crate::op::contract::{Forward, KeptTiles, Wanted};
 use crate::problem::Problem;
-use candle_core::Result;
+use candle_core::{CpuStorage, Result, Tensor};
 use rows::HostRows;
 use std::sync::Arc;
 
-pub(crate) fn forward(problem: &Problem, wanted: Wanted, kept: &Arc<KeptTiles>) -> Result<Forward> {
-    let rows = HostRows::new(problem)?;
-    if problem.embeddings.device().is_cpu() {
-        cpu::forward(problem, rows, wanted, kept.clone())
-    } else {
-        tensor::forward(problem, rows, kept.clone())
-    }
+/// In main memory; the packed vector is one of numbers.
+pub(crate) fn on_cpu(
+    problem: &Problem,
+    matrices: Matrices<View<'_, CpuStorage>>,
+    wanted: Wanted,
+    kept: &Arc<KeptTiles>,
+) -> Result<Forward<Vec<f32>>> {
+    cpu::forward(problem, matrices, HostRows::new(problem)?, wanted, kept)
+}
+
+/// On any device; the matrices are outside of the user's graph.
+pub(crate) fn in_tensors(
+    problem: &Problem,
+    matrices: Matrices<&Tensor>,
+    kept: &Arc<KeptTiles>,
+) -> Result<Forward<Tensor>> {
+    tensor::forward(problem, matrices, HostRows::new(problem)?, kept)
 }

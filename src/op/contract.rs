@@ -1,6 +1,7 @@
 //! What every implementation is given and gives back.
 
-use crate::problem::Matrices;
+use crate::matrices::Matrices;
+use crate::{Implementation, Strategy};
 use candle_core::{DType, Device, Result, Tensor};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -40,26 +41,39 @@ pub(crate) trait Backward: Send + Sync {
     /// `upstream` is the gradient of the packed vector, contiguous f32.
     fn backward(
         &self,
-        matrices: Matrices<'_>,
+        matrices: Matrices<&Tensor>,
         upstream: &Tensor,
         wanted: Wanted,
     ) -> Result<Gradients>;
 }
 
 /// What a forward returns.
-pub(crate) struct Forward {
+pub(crate) struct Forward<P> {
     /// `[losses (n), lse (n), loss (1)]`, f32.
-    pub packed: Tensor,
+    pub packed: P,
+    pub left: Left,
+}
+
+/// What a forward leaves beside its results.
+pub(crate) struct Left {
+    pub ran: Ran,
     pub backward: Box<dyn Backward>,
     /// Where the gradients of the reduced loss are formed already: their source. It takes one number as upstream
     /// gradient, and `backward` is then for the other numbers only.
     pub loss: Option<Box<dyn Backward>>,
 }
 
+/// Which code has computed a loss, and how its gradients come about. Neither is `Auto`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Ran {
+    pub implementation: Implementation,
+    pub strategy: Strategy,
+}
+
 impl<B: Backward + ?Sized> Backward for Arc<B> {
     fn backward(
         &self,
-        matrices: Matrices<'_>,
+        matrices: Matrices<&Tensor>,
         upstream: &Tensor,
         wanted: Wanted,
     ) -> Result<Gradients> {

@@ -1,27 +1,37 @@
 //! The choice among the implementations.
 
-use super::contract::{Forward, KeptTiles, Wanted};
-use crate::native;
 use crate::problem::Problem;
 use crate::Implementation;
-use candle_core::{bail, Result};
-use std::sync::Arc;
+use candle_core::{bail, Device, Result};
 
-pub(super) fn forward(problem: &Problem, wanted: Wanted, kept: &Arc<KeptTiles>) -> Result<Forward> {
-    if problem.settings.implementation != Implementation::Native {
-        match no_kernels(problem)? {
-            #[cfg(feature = "cuda")]
-            None => return crate::cuda::forward(problem, wanted, kept),
-            Some(_) if problem.settings.implementation == Implementation::Auto => {}
-            Some(why) => bail!(
-                "Implementation::{:?}: the CUDA kernels cannot run: {why}",
-                problem.settings.implementation
-            ),
-            #[cfg(not(feature = "cuda"))]
-            None => {}
+/// What can compute a loss.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Choice {
+    /// The CUDA kernels.
+    Kernels,
+    /// The native implementation for the CPU.
+    Cpu,
+    /// The native implementation in Candle tensor operations.
+    TensorOperations,
+}
+
+impl Choice {
+    pub fn new(problem: &Problem) -> Result<Self> {
+        if problem.settings.implementation != Implementation::Native {
+            match no_kernels(problem)? {
+                None => return Ok(Self::Kernels),
+                Some(_) if problem.settings.implementation == Implementation::Auto => {}
+                Some(why) => bail!(
+                    "Implementation::{:?}: the CUDA kernels cannot run: {why}",
+                    problem.settings.implementation
+                ),
+            }
         }
+        Ok(match problem.device {
+            Device::Cpu => Self::Cpu,
+            _ => Self::TensorOperations,
+        })
     }
-    native::forward(problem, wanted, kept)
 }
 
 /// Why the CUDA kernels cannot run, if they cannot.
@@ -35,6 +45,6 @@ fn no_kernels(problem: &Problem) -> Result<Option<String>> {
 fn no_kernels(problem: &Problem) -> Result<Option<String>> {
     Ok(Some(format!(
         "this program was built without the feature `cuda`, and the inputs are on {:?}",
-        problem.embeddings.device().location()
+        problem.device.location()
     )))
 }

@@ -3,17 +3,17 @@
 use super::element::{Element, Real};
 use super::gradients::FormedGradients;
 use super::kept::{CLASSIFIER, EMBEDDINGS};
-use super::operands::with_inputs;
+use super::operands::inputs;
 use super::passes;
-use super::recompute::Left;
+use super::recompute::Remembered;
+use crate::matrices::Matrices;
 use crate::op::contract::{Backward, Gradients, KeptTiles, Wanted};
-use crate::problem::Matrices;
 use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub(super) struct CpuBackward<T: Element> {
-    left: Left<T>,
+    known: Remembered<T>,
     /// Gradients for an upstream gradient of 1 of the reduced loss, until they are handed out.
     formed: Mutex<Option<FormedGradients<T>>>,
     report: Arc<KeptTiles>,
@@ -22,7 +22,7 @@ pub(super) struct CpuBackward<T: Element> {
 impl<T: Element> Backward for CpuBackward<T> {
     fn backward(
         &self,
-        matrices: Matrices<'_>,
+        matrices: Matrices<&Tensor>,
         upstream: &Tensor,
         wanted: Wanted,
     ) -> Result<Gradients> {
@@ -30,16 +30,11 @@ impl<T: Element> Backward for CpuBackward<T> {
         let upstream = upstream.to_vec1::<f32>()?;
         let gradients = match self.take_formed(&upstream, wanted) {
             Some(formed) => formed,
-            None => {
-                let left = &self.left;
-                with_inputs::<T, _>(
-                    matrices,
-                    &left.rows,
-                    &left.settings,
-                    left.plan.lanes,
-                    |inputs| Ok(left.recompute(inputs, &upstream, wanted)),
-                )?
-            }
+            None => matrices.read(|matrices| {
+                let known = &self.known;
+                let inputs = inputs::<T>(matrices, &known.rows, &known.settings, known.plan.lanes)?;
+                Ok(known.recompute(&inputs, &upstream, wanted))
+            })?,
         };
         let tensor = |values: Option<Vec<T>>, of: Option<&Tensor>| match (values, of) {
             (Some(values), Some(of)) => {
@@ -56,16 +51,20 @@ impl<T: Element> Backward for CpuBackward<T> {
 }
 
 impl<T: Element> CpuBackward<T> {
-    pub fn new(left: Left<T>, formed: Option<FormedGradients<T>>, report: Arc<KeptTiles>) -> Self {
+    pub fn new(
+        known: Remembered<T>,
+        formed: Option<FormedGradients<T>>,
+        report: Arc<KeptTiles>,
+    ) -> Self {
         Self {
-            left,
+            known,
             formed: Mutex::new(formed),
             report,
         }
     }
 
     fn report_kept(&self, wanted: Wanted) -> Result<()> {
-        let count = |wanted: bool, gradient: u8| wanted.then(|| self.left.kept.count(gradient));
+        let count = |wanted: bool, gradient: u8| wanted.then(|| self.known.kept.count(gradient));
         let embeddings = count(wanted.embeddings, EMBEDDINGS);
         let classifier = count(wanted.classifier || wanted.bias, CLASSIFIER);
         if let Some((kept, all)) = embeddings.max(classifier) {

@@ -7,40 +7,42 @@ use super::element::{Element, Real};
 use super::gradients::{EmbeddingsGradient, FormedGradients};
 use super::inputs::Inputs;
 use super::kept::Kept;
-use super::operands::with_inputs;
+use super::operands::inputs;
 use super::plan::Plan;
-use super::recompute::Left;
+use super::recompute::Remembered;
 use super::shards::sharded;
 use super::statistics::{blocks, RowLoss, Scale, Softmax, TILE};
+use crate::matrices::{Matrices, View};
 use crate::native::rows::HostRows;
-use crate::op::contract::{Forward, KeptTiles, Wanted};
+use crate::op::contract::{Forward, KeptTiles, Left, Ran, Wanted};
 use crate::problem::{Problem, Settings};
-use candle_core::{DType, Device, Result, Tensor};
+use crate::{Implementation, Strategy};
+use candle_core::{CpuStorage, DType, Result};
 use half::{bf16, f16};
 use std::sync::Arc;
 
 pub(in crate::native) fn forward(
     problem: &Problem,
+    matrices: Matrices<View<'_, CpuStorage>>,
     rows: HostRows,
     wanted: Wanted,
-    kept: Arc<KeptTiles>,
-) -> Result<Forward> {
-    match problem.embeddings.dtype() {
-        DType::BF16 => forward_of::<bf16>(problem, rows, wanted, kept),
-        DType::F16 => forward_of::<f16>(problem, rows, wanted, kept),
-        DType::F64 => forward_of::<f64>(problem, rows, wanted, kept),
-        _ => forward_of::<f32>(problem, rows, wanted, kept),
+    kept: &Arc<KeptTiles>,
+) -> Result<Forward<Vec<f32>>> {
+    match problem.dtype {
+        DType::BF16 => forward_of::<bf16>(problem, matrices, rows, wanted, kept),
+        DType::F16 => forward_of::<f16>(problem, matrices, rows, wanted, kept),
+        DType::F64 => forward_of::<f64>(problem, matrices, rows, wanted, kept),
+        _ => forward_of::<f32>(problem, matrices, rows, wanted, kept),
     }
 }
 
 fn forward_of<T: Element>(
     problem: &Problem,
+    matrices: Matrices<View<'_, CpuStorage>>,
     rows: HostRows,
     wanted: Wanted,
-    report: Arc<KeptTiles>,
-) -> Result<Forward> {
-    let detached = problem.detached();
-    let matrices = detached.matrices();
+    report: &Arc<KeptTiles>,
+) -> Result<Forward<Vec<f32>>> {
     let settings = problem.settings.clone();
     let n = rows.len();
     let (vocab, hidden) = matrices.classifier.dims2()?;
@@ -62,56 +64,61 @@ fn forward_of<T: Element>(
     let mut losses = Vec::with_capacity(n);
     let mut formed = None;
     if n > 0 {
-        with_inputs::<T, _>(matrices, &rows, &settings, plan.lanes, |inputs| {
-            match plan.fused_rows {
-                Some(block) => {
-                    formed = Some(fused(
-                        inputs,
-                        block,
-                        &settings,
-                        wanted,
+        let inputs = inputs::<T>(matrices, &rows, &settings, plan.lanes)?;
+        match plan.fused_rows {
+            Some(block) => {
+                formed = Some(fused(
+                    &inputs,
+                    block,
+                    &settings,
+                    wanted,
+                    &mut kept,
+                    &mut softmax,
+                    &mut losses,
+                ));
+            }
+            None if settings.vocab_parallel.is_some() => {
+                losses = sharded(&inputs, plan.rows, problem, &mut kept, &mut softmax)?;
+            }
+            None => {
+                for block in blocks(n, plan.rows) {
+                    let embeddings = inputs.block_embeddings(&block);
+                    losses.extend(inputs.forward(
+                        &embeddings,
+                        &block,
+                        None,
                         &mut kept,
                         &mut softmax,
-                        &mut losses,
                     ));
                 }
-                None if settings.vocab_parallel.is_some() => {
-                    losses = sharded(inputs, plan.rows, problem, &mut kept, &mut softmax)?;
-                }
-                None => {
-                    for block in blocks(n, plan.rows) {
-                        let embeddings = inputs.block_embeddings(&block);
-                        losses.extend(inputs.forward(
-                            &embeddings,
-                            &block,
-                            None,
-                            &mut kept,
-                            &mut softmax,
-                        ));
-                    }
-                }
             }
-            Ok(())
-        })?;
+        }
     }
-    let packed = pack(&rows, &losses, &settings)?;
-    let left = Left {
+    let packed = pack(&rows, &losses, &settings);
+    let ran = Ran {
+        implementation: Implementation::Native,
+        strategy: match formed {
+            Some(_) => Strategy::Fused,
+            None => Strategy::Recompute,
+        },
+    };
+    let known = Remembered {
         rows,
         softmax,
         kept,
         settings,
         plan,
     };
-    let backward = Box::new(CpuBackward::<T>::new(left, formed, report));
-    Ok(Forward {
-        packed,
-        backward,
+    let left = Left {
+        ran,
+        backward: Box::new(CpuBackward::<T>::new(known, formed, report.clone())),
         loss: None,
-    })
+    };
+    Ok(Forward { packed, left })
 }
 
 /// The losses and lse of all positions, and the reduced loss.
-fn pack(rows: &HostRows, losses: &[RowLoss], settings: &Settings) -> Result<Tensor> {
+fn pack(rows: &HostRows, losses: &[RowLoss], settings: &Settings) -> Vec<f32> {
     let mut packed = vec![0f32; 2 * rows.positions + 1];
     let mut sum = 0.;
     for (position, &RowLoss { nll, lse }) in rows.position.iter().zip(losses) {
@@ -121,8 +128,7 @@ fn pack(rows: &HostRows, losses: &[RowLoss], settings: &Settings) -> Result<Tens
         sum += loss;
     }
     packed[2 * rows.positions] = (sum * rows.scale(settings.reduction)) as f32;
-    let len = packed.len();
-    Tensor::from_vec(packed, len, &Device::Cpu)
+    packed
 }
 
 /// The forward that forms the gradients while a block of rows has its logits in memory.

@@ -13,7 +13,7 @@ use crate::op::contract::Wanted;
 use crate::problem::Settings;
 
 /// What the forward leaves for every backward.
-pub(super) struct Left<T: Element> {
+pub(super) struct Remembered<T: Element> {
     pub rows: HostRows,
     pub softmax: Vec<Softmax<T::Real>>,
     pub kept: Kept<T::Real>,
@@ -21,7 +21,7 @@ pub(super) struct Left<T: Element> {
     pub plan: Plan,
 }
 
-impl<T: Element> Left<T> {
+impl<T: Element> Remembered<T> {
     pub fn recompute(
         &self,
         inputs: &Inputs<'_, T>,

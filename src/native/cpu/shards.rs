@@ -49,7 +49,7 @@ fn over_ranks<R: Real>(
     let Some(shard) = &problem.settings.vocab_parallel else {
         return Ok(here.to_vec());
     };
-    let dtype = accumulator(problem.embeddings.dtype());
+    let dtype = accumulator(problem.dtype);
     let tensor = |number: fn(&RowSum<R>) -> f64| {
         let numbers: Vec<f64> = here.iter().map(number).collect();
         Tensor::new(numbers, &Device::Cpu)?.to_dtype(dtype)

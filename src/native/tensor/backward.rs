@@ -1,9 +1,10 @@
 //! Gradients from logits that are computed again.
 
 use super::blocks::{blocks, logits, Blocks, DeviceRows};
+use crate::matrices::Matrices;
 use crate::native::workspace::workspace;
 use crate::op::contract::{accumulator, Backward, Gradients, KeptTiles, Wanted};
-use crate::problem::{Matrices, Settings};
+use crate::problem::Settings;
 use candle_core::{Device, Result, Tensor};
 use std::ops::Range;
 use std::sync::Arc;
@@ -27,7 +28,7 @@ struct RowScales {
 impl Backward for TensorBackward {
     fn backward(
         &self,
-        matrices: Matrices<'_>,
+        matrices: Matrices<&Tensor>,
         upstream: &Tensor,
         wanted: Wanted,
     ) -> Result<Gradients> {
@@ -67,7 +68,7 @@ impl Backward for TensorBackward {
 }
 
 /// The gradients where no position counts.
-fn zeros(matrices: Matrices<'_>, wanted: Wanted) -> Result<Gradients> {
+fn zeros(matrices: Matrices<&Tensor>, wanted: Wanted) -> Result<Gradients> {
     let zeros = |wanted: bool, of: Option<&Tensor>| match of {
         Some(of) if wanted => of.zeros_like().map(Some),
         _ => Ok(None),
@@ -90,7 +91,7 @@ impl TensorBackward {
     /// The gradients in one pass over the blocks of classes.
     fn gradients(
         &self,
-        matrices: Matrices<'_>,
+        matrices: Matrices<&Tensor>,
         scales: &RowScales,
         wanted: Wanted,
     ) -> Result<Gradients> {
@@ -154,7 +155,7 @@ impl TensorBackward {
     fn of_logits(
         &self,
         e: &Tensor,
-        matrices: Matrices<'_>,
+        matrices: Matrices<&Tensor>,
         scales: &RowScales,
         rows: &Range<usize>,
         classes: &Range<usize>,

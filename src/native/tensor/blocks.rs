@@ -1,8 +1,8 @@
 //! Blocks of rows and classes, and their logits.
 
+use crate::matrices::Matrices;
 use crate::native::rows::HostRows;
 use crate::op::contract::accumulator;
-use crate::problem::Matrices;
 use candle_core::{Device, Result, Tensor};
 use std::ops::Range;
 
@@ -93,7 +93,7 @@ pub(super) fn blocks(len: usize, block: usize) -> impl Iterator<Item = Range<usi
 /// The block's logits, bias and softcap applied.
 pub(super) fn logits(
     embeddings: &Tensor,
-    matrices: Matrices<'_>,
+    matrices: Matrices<&Tensor>,
     classes: &Range<usize>,
     softcap: Option<f64>,
 ) -> Result<Tensor> {

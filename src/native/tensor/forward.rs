@@ -2,11 +2,13 @@
 
 use super::backward::TensorBackward;
 use super::blocks::{blocks, logits, Blocks, DeviceRows};
+use crate::matrices::Matrices;
 use crate::native::rows::HostRows;
 use crate::native::workspace::workspace;
-use crate::op::contract::{accumulator, Forward, KeptTiles};
-use crate::problem::{Matrices, Problem, Settings};
+use crate::op::contract::{accumulator, Forward, KeptTiles, Left, Ran};
+use crate::problem::{Problem, Settings};
 use crate::vocab_parallel::collective::ShardRows;
+use crate::{Implementation, Strategy};
 use candle_core::{DType, Device, Result, Tensor, D};
 use std::sync::Arc;
 
@@ -16,11 +18,10 @@ const LOWEST: f32 = f32::MIN;
 
 pub(in crate::native) fn forward(
     problem: &Problem,
+    matrices: Matrices<&Tensor>,
     rows: HostRows,
-    kept: Arc<KeptTiles>,
-) -> Result<Forward> {
-    let detached = problem.detached();
-    let matrices = detached.matrices();
+    kept: &Arc<KeptTiles>,
+) -> Result<Forward<Tensor>> {
     let device = matrices.embeddings.device();
     let rows = Arc::new(DeviceRows::new(rows, device)?);
     let all = match rows.rows.len() {
@@ -33,13 +34,17 @@ pub(in crate::native) fn forward(
         max: all.max.unsqueeze(1)?,
         sum: all.sum.unsqueeze(1)?,
         settings: problem.settings.clone(),
-        kept,
+        kept: kept.clone(),
     };
-    Ok(Forward {
-        packed,
+    let left = Left {
+        ran: Ran {
+            implementation: Implementation::Native,
+            strategy: Strategy::Recompute,
+        },
         backward: Box::new(backward),
         loss: None,
-    })
+    };
+    Ok(Forward { packed, left })
 }
 
 /// What the rows that count are over all classes, those of all ranks: tensors `(n)` in accumulator dtype.
@@ -60,7 +65,7 @@ impl Statistics {
         })
     }
 
-    fn new(problem: &Problem, matrices: Matrices<'_>, rows: &DeviceRows) -> Result<Self> {
+    fn new(problem: &Problem, matrices: Matrices<&Tensor>, rows: &DeviceRows) -> Result<Self> {
         let settings = &problem.settings;
         let device = matrices.embeddings.device();
         let dtype = accumulator(matrices.embeddings.dtype());

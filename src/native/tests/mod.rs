@@ -4,12 +4,13 @@
 mod agreement;
 mod promises;
 
-use super::rows::HostRows;
-use super::{cpu, tensor};
-use crate::op::contract::{Forward, Wanted};
-use crate::problem::{Matrices, Problem};
+use super::{in_tensors, on_cpu};
+use crate::matrices::Matrices;
+use crate::op::contract::{Forward, KeptTiles, Wanted};
+use crate::problem::Problem;
 use crate::{Filter, Options};
 use candle_core::{DType, Device, Tensor};
+use std::sync::Arc;
 
 /// Numbers in `[-1, 1)` that a seed decides.
 fn noise(len: usize, seed: u64) -> Vec<f64> {
@@ -53,7 +54,7 @@ impl Case {
         }
     }
 
-    fn problem(&self, options: &Options) -> Problem {
+    fn call(&self, options: &Options) -> Call {
         let tensor = |shape: &[usize], seed, scale: f64| {
             let len = shape.iter().product();
             let values: Vec<f64> = noise(len, seed).iter().map(|x| x * scale).collect();
@@ -82,7 +83,20 @@ impl Case {
             let bias = Tensor::new(bias, &Device::Cpu).unwrap();
             options = options.bias(&bias.to_dtype(self.dtype).unwrap());
         }
-        Problem::new(&e, &c, &targets, &options).unwrap()
+        Call::new(&e, &c, &targets, &options)
+    }
+}
+
+/// A call and its matrices.
+struct Call {
+    problem: Problem,
+    matrices: Matrices<Tensor>,
+}
+
+impl Call {
+    fn new(embeddings: &Tensor, classifier: &Tensor, targets: &Tensor, options: &Options) -> Self {
+        let (problem, matrices) = Problem::new(embeddings, classifier, targets, options).unwrap();
+        Self { problem, matrices }
     }
 }
 
@@ -92,32 +106,28 @@ const ALL: Wanted = Wanted {
     bias: true,
 };
 
-fn wanted(problem: &Problem) -> Wanted {
+fn wanted(call: &Call) -> Wanted {
     Wanted {
-        bias: problem.bias.is_some(),
+        bias: call.matrices.bias.is_some(),
         ..ALL
     }
 }
 
 fn backward(
-    problem: &Problem,
-    forward: &Forward,
+    call: &Call,
+    forward: &Forward<Tensor>,
     upstream: &Tensor,
     wanted: Wanted,
 ) -> Vec<Option<Vec<f64>>> {
-    let matrices = Matrices {
-        embeddings: &problem.embeddings,
-        classifier: &problem.classifier,
-        bias: problem.bias.as_ref(),
-    };
     let gradients = forward
+        .left
         .backward
-        .backward(matrices, upstream, wanted)
+        .backward(call.matrices.as_ref(), upstream, wanted)
         .unwrap();
     [
-        (gradients.embeddings, Some(&problem.embeddings)),
-        (gradients.classifier, Some(&problem.classifier)),
-        (gradients.bias, problem.bias.as_ref()),
+        (gradients.embeddings, Some(&call.matrices.embeddings)),
+        (gradients.classifier, Some(&call.matrices.classifier)),
+        (gradients.bias, call.matrices.bias.as_ref()),
     ]
     .into_iter()
     .map(|(gradient, of)| {
@@ -156,21 +166,27 @@ fn tolerance(dtype: DType) -> f64 {
     }
 }
 
-fn run_cpu(problem: &Problem) -> Forward {
-    let rows = HostRows::new(problem).unwrap();
-    cpu::forward(problem, rows, wanted(problem), Default::default()).unwrap()
+fn run_cpu(call: &Call) -> Forward<Tensor> {
+    run_cpu_for(call, wanted(call), &Arc::default())
 }
 
-fn run_tensor(problem: &Problem) -> Forward {
-    let mut problem = problem.clone();
+fn run_cpu_for(call: &Call, wanted: Wanted, kept: &Arc<KeptTiles>) -> Forward<Tensor> {
+    let matrices = call.matrices.as_ref();
+    let forward = matrices.read(|matrices| on_cpu(&call.problem, matrices, wanted, kept));
+    let Forward { packed, left } = forward.unwrap();
+    let packed = Tensor::new(packed, &Device::Cpu).unwrap();
+    Forward { packed, left }
+}
+
+fn run_tensor(call: &Call) -> Forward<Tensor> {
+    let mut problem = call.problem.clone();
     problem.settings.workspace = None;
-    let rows = HostRows::new(&problem).unwrap();
-    tensor::forward(&problem, rows, Default::default()).unwrap()
+    in_tensors(&problem, call.matrices.as_ref(), &Arc::default()).unwrap()
 }
 
 /// Upstream gradients of the packed vector: of the loss alone, of another size, of everything.
-fn upstreams(problem: &Problem) -> Vec<Tensor> {
-    let n = problem.positions.len();
+fn upstreams(call: &Call) -> Vec<Tensor> {
+    let n = call.problem.positions.len();
     let loss = |u: f32| {
         let mut values = vec![0f32; 2 * n + 1];
         values[2 * n] = u;
@@ -184,17 +200,17 @@ fn upstreams(problem: &Problem) -> Vec<Tensor> {
 }
 
 fn compare(name: &str, case: &Case, options: &Options) {
-    let problem = case.problem(options);
+    let call = case.call(options);
     let tolerance = tolerance(case.dtype);
-    let second = run_tensor(&problem);
-    for upstream in upstreams(&problem) {
-        let first = run_cpu(&problem);
+    let second = run_tensor(&call);
+    for upstream in upstreams(&call) {
+        let first = run_cpu(&call);
         let off = error(&values(&first.packed), &values(&second.packed));
         assert!(off < 2e-6, "{name}: loss off by {off}");
-        let b = backward(&problem, &second, &upstream, wanted(&problem));
+        let b = backward(&call, &second, &upstream, wanted(&call));
         // Twice: the second time there are no gradients left from the forward.
         for time in 0..2 {
-            let a = backward(&problem, &first, &upstream, wanted(&problem));
+            let a = backward(&call, &first, &upstream, wanted(&call));
             for ((a, b), of) in a.iter().zip(&b).zip(["de", "dc", "db"]) {
                 assert_eq!(a.is_some(), b.is_some());
                 if let (Some(a), Some(b)) = (a, b) {
