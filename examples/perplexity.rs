@@ -8,11 +8,11 @@ mod common;
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::{DType, Device};
-use candle_cut_cross_entropy::models::{CausalLm, Config, Decoder};
-use candle_cut_cross_entropy::{Options, Reduction};
+use candle_cut_cross_entropy::models::{Config, Decoder};
+use candle_cut_cross_entropy::Options;
 use candle_nn::VarMap;
 use clap::{Parser, ValueEnum};
-use common::tokens::{self, Encoder, Sequence};
+use common::tokens::{self, Batch, Encoder, Sequence};
 use common::{files, memory};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::PathBuf;
@@ -25,6 +25,10 @@ struct Args {
     /// finetune, out/finetune/model]
     #[arg(long)]
     checkpoint: Option<PathBuf>,
+    /// A folder with adapters of the checkpoint, as finetune and peft write them [default of --checkpoint then: the
+    /// model that they name]
+    #[arg(long)]
+    adapter: Option<PathBuf>,
     /// A text file [default: the README of this crate]
     #[arg(long)]
     data: Option<PathBuf>,
@@ -73,10 +77,11 @@ fn run(args: Args) -> Result<String> {
         "--stride must be at least 1 and less than --length {length}, got {stride}"
     );
     ensure!(args.batch > 0, "--batch must be at least 1, got 0");
-    let checkpoint = match args.checkpoint {
-        Some(folder) => folder,
-        None if PathBuf::from(FINE_TUNED).is_dir() => FINE_TUNED.into(),
-        None => bail!(
+    let checkpoint = match (args.checkpoint, &args.adapter) {
+        (Some(folder), _) => folder,
+        (None, Some(adapter)) => files::base_of_adapter(adapter)?,
+        (None, None) if PathBuf::from(FINE_TUNED).is_dir() => FINE_TUNED.into(),
+        (None, None) => bail!(
             "no --checkpoint and no {FINE_TUNED}, which `cargo run --release --example finetune` makes"
         ),
     };
@@ -106,19 +111,24 @@ fn run(args: Args) -> Result<String> {
     };
 
     let model = Decoder::load(&checkpoint, &VarMap::new(), dtype, &device)?;
-    let model = model.frozen()?;
+    let model = match &args.adapter {
+        Some(adapter) => model.load_adapters(adapter, &VarMap::new())?.frozen()?,
+        None => model.frozen()?,
+    };
+    let whose = match &args.adapter {
+        Some(adapter) => format!("{} with {}", checkpoint.display(), adapter.display()),
+        None => checkpoint.display().to_string(),
+    };
     let windows = windows(&tokens, length, stride);
 
     let bar = ProgressBar::new(windows.len() as u64).with_style(ProgressStyle::with_template(
         "{bar:40} {pos}/{len} windows, {elapsed} of about {duration}",
     )?);
-    let options = Options::default().reduction(Reduction::Sum);
     let started = Instant::now();
     let (mut sum, mut positions) = (0., 0);
     for batch in windows.chunks(args.batch) {
         let batch: Vec<&Sequence> = batch.iter().collect();
-        let (ids, labels) = tokens::batch(&batch, &device)?;
-        let loss = model.loss(&ids, &labels, &options)?.loss;
+        let loss = Batch::padded(&batch, &device)?.summed_loss(&model, &Options::default())?;
         sum += f64::from(loss.to_scalar::<f32>()?);
         positions += batch.iter().map(|window| window.positions()).sum::<usize>();
         bar.inc(batch.len() as u64);
@@ -127,12 +137,10 @@ fn run(args: Args) -> Result<String> {
     let mean = sum / positions as f64;
     ensure!(
         mean.is_finite(),
-        "the mean loss of {name} under {} is {mean}",
-        checkpoint.display()
+        "the mean loss of {name} under {whose} is {mean}"
     );
     Ok(format!(
-        "{name} under {}: {positions} tokens predicted, mean loss {mean:.4}, perplexity {:.3}, {:.4} bits per byte, {:.0} tokens/s",
-        checkpoint.display(),
+        "{name} under {whose}: {positions} tokens predicted, mean loss {mean:.4}, perplexity {:.3}, {:.4} bits per byte, {:.0} tokens/s",
         mean.exp(),
         sum / std::f64::consts::LN_2 / text.len() as f64,
         positions as f64 / started.elapsed().as_secs_f64(),
@@ -223,5 +231,56 @@ mod tests {
         candle_core::safetensors::save(&tensors.collect(), &weights).unwrap();
         let error = perplexity(&folder, &["--length", "32"]).unwrap_err();
         assert!(error.to_string().contains("is NaN"), "{error}");
+    }
+
+    #[test]
+    fn adapters_count_and_name_their_base() {
+        use candle_cut_cross_entropy::models::Lora;
+        let folder = place("perplexity-adapter");
+        let name = |name: &str| folder.0.join(name).to_string_lossy().into_owned();
+        let (base, vars) = (name("base"), VarMap::new());
+        let model = Decoder::load(&base, &VarMap::new(), DType::F32, &Device::Cpu).unwrap();
+        let model = model.with_lora(&Lora::default(), &vars).unwrap();
+        for var in vars.all_vars() {
+            var.set(&(var.ones_like().unwrap() * 0.02).unwrap())
+                .unwrap();
+        }
+        model.save_adapters(name("adapter")).unwrap();
+        model.save(name("merged")).unwrap();
+        fs::copy(name("base/tokenizer.json"), name("merged/tokenizer.json")).unwrap();
+        let perplexity = |arguments: &[&str]| {
+            let usual = ["perplexity", "--data", &name("text.txt"), "--length", "32"];
+            let args = Args::try_parse_from(usual.iter().chain(arguments)).unwrap();
+            run(args).map(|line| {
+                line.split("perplexity ")
+                    .nth(1)
+                    .unwrap()
+                    .split(',')
+                    .next()
+                    .unwrap()
+                    .to_owned()
+            })
+        };
+        let adapter = name("adapter");
+        let with = perplexity(&["--adapter", &adapter]).unwrap();
+        assert_eq!(
+            with,
+            perplexity(&["--checkpoint", &name("merged")]).unwrap()
+        );
+        assert_eq!(
+            with,
+            perplexity(&["--checkpoint", &base, "--adapter", &adapter]).unwrap()
+        );
+        assert_ne!(with, perplexity(&["--checkpoint", &base]).unwrap());
+        let config = folder.0.join("adapter/adapter_config.json");
+        let text = fs::read_to_string(&config).unwrap();
+        fs::write(&config, text.replace(&base, "hub/name")).unwrap();
+        let error = perplexity(&["--adapter", &adapter])
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("hub/name, which is no folder here"),
+            "{error}"
+        );
     }
 }

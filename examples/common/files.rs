@@ -1,6 +1,7 @@
 //! Files that are read and written: no input is written over, no missing one is replaced by a default.
 
 use anyhow::{bail, ensure, Context, Result};
+use serde_json::Value;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
@@ -72,7 +73,8 @@ pub fn check_file(path: &Path) -> Result<()> {
 /// the permissions are those of a new file.
 pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let temporary = folder_of(path).join(format!(".{name}.{}.tmp", std::process::id()));
+    // One name, so that what an interruption leaves is written over by the next.
+    let temporary = folder_of(path).join(format!(".{name}.tmp"));
     let write = || -> std::io::Result<()> {
         let mut file = File::create(&temporary)?;
         file.write_all(bytes)?;
@@ -100,7 +102,7 @@ pub fn read_text(path: &Path) -> Result<String> {
     let bytes = fs::read(path).with_context(|| format!("reading {name}"))?;
     check_lfs(path)?;
     let Ok(text) = String::from_utf8(bytes) else {
-        bail!("{name} is not a text in UTF-8; compressed files and Parquet are not read")
+        bail!("{name} is not a text in UTF-8; compressed files are not read")
     };
     let text = match text.strip_prefix('\u{feff}') {
         Some(text) => text.to_owned(),
@@ -170,6 +172,28 @@ pub fn check_checkpoint(folder: &Path) -> Result<()> {
         check_lfs(path)?;
     }
     Ok(())
+}
+
+/// The checkpoint that adapters are of, as their config names it.
+pub fn base_of_adapter(folder: &Path) -> Result<PathBuf> {
+    let path = folder.join("adapter_config.json");
+    let config: Value = serde_json::from_str(&read_text(&path)?)
+        .with_context(|| format!("reading {}", path.display()))?;
+    match config["base_model_name_or_path"]
+        .as_str()
+        .map(PathBuf::from)
+    {
+        Some(base) if base.is_dir() => Ok(base),
+        Some(base) => bail!(
+            "{} names the base model {}, which is no folder here: --checkpoint says where it is",
+            path.display(),
+            base.display()
+        ),
+        None => bail!(
+            "{} names no base model: --checkpoint says where it is",
+            path.display()
+        ),
+    }
 }
 
 /// The same for all but the weights.

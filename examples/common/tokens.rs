@@ -2,9 +2,11 @@
 
 use super::files;
 use anyhow::{bail, ensure, Context, Result};
-use candle_core::{Device, Tensor};
-use candle_cut_cross_entropy::models::Config;
+use candle_core::{Device, Shape, Tensor, D};
+use candle_cut_cross_entropy::models::{CausalLm, Config, Decoder};
+use candle_cut_cross_entropy::{Options, Reduction};
 use serde_json::Value;
+use std::ops::Range;
 use std::path::Path;
 use tokenizers::Tokenizer;
 
@@ -87,8 +89,8 @@ impl Encoder {
         }
     }
 
-    /// The tokens of the text itself and the bytes where each begins in it.
-    pub fn encode_spans(&self, text: &str) -> Result<Vec<(u32, usize)>> {
+    /// The tokens of the text itself and the bytes of it that each stands for.
+    pub fn encode_spans(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>> {
         let encoding = self
             .tokenizer
             .encode(text, false)
@@ -103,8 +105,11 @@ impl Encoder {
                 self.vocab
             )
         }
-        let starts = encoding.get_offsets().iter().map(|&(start, _)| start);
-        Ok(ids.iter().copied().zip(starts).collect())
+        let spans = encoding
+            .get_offsets()
+            .iter()
+            .map(|&(start, end)| start..end);
+        Ok(ids.iter().copied().zip(spans).collect())
     }
 
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
@@ -149,42 +154,138 @@ pub fn check_length(length: usize, config: &Config) -> Result<()> {
     Ok(())
 }
 
-/// Tokens, and which of them are learnt.
+/// Tokens, and what each weighs in the loss: those that weigh 0 are not learnt.
 pub struct Sequence {
     pub ids: Vec<u32>,
-    pub learnt: Vec<bool>,
+    pub weights: Vec<f32>,
 }
 
 impl Sequence {
     /// Tokens that are learnt from this one on.
     pub fn from(ids: Vec<u32>, start: usize) -> Self {
-        let learnt = (0..ids.len()).map(|i| i >= start).collect();
-        Self { ids, learnt }
+        let weights = (0..ids.len()).map(|i| if i >= start { 1. } else { 0. });
+        Self {
+            weights: weights.collect(),
+            ids,
+        }
     }
 
     /// How many tokens count. Nothing predicts the first.
     pub fn positions(&self) -> usize {
-        self.learnt.iter().skip(1).filter(|&&learnt| learnt).count()
+        let counted = |&&weight: &&f32| weight > 0.;
+        self.weights.iter().skip(1).filter(counted).count()
+    }
+
+    /// What they weigh together.
+    pub fn weight(&self) -> f64 {
+        self.weights
+            .iter()
+            .skip(1)
+            .map(|&weight| f64::from(weight))
+            .sum()
     }
 }
 
-/// Ids and labels, `(batch, time)`, padded on the right with tokens that do not count.
-pub fn batch(sequences: &[&Sequence], device: &Device) -> candle_core::Result<(Tensor, Tensor)> {
-    let time = sequences.iter().map(|s| s.ids.len()).max().unwrap_or(0);
-    let (mut ids, mut labels) = (Vec::new(), Vec::new());
-    for sequence in sequences {
-        ids.extend(&sequence.ids);
-        let tokens = sequence.ids.iter().zip(&sequence.learnt);
-        labels.extend(tokens.map(|(&id, &learnt)| match learnt {
-            true => i64::from(id),
-            false => IGNORED,
-        }));
-        ids.resize(ids.len() + time - sequence.ids.len(), 0);
-        labels.resize(ids.len(), IGNORED);
+/// Sequences as tensors.
+pub struct Batch {
+    /// `(batch, time)`, padded on the right, or `(tokens)`, one sequence after the other.
+    pub ids: Tensor,
+    /// Of the same shape; tokens that do not count, and those that nothing of their sequence predicts, are [`IGNORED`].
+    pub labels: Tensor,
+    /// What each position's loss is multiplied by: the weight of the label that it predicts. `None` where all that
+    /// count weigh 1.
+    pub weights: Option<Tensor>,
+    /// Of the sequences that lie one after the other.
+    lengths: Option<Vec<usize>>,
+}
+
+impl Batch {
+    /// Rows of the longest sequence's length.
+    pub fn padded(sequences: &[&Sequence], device: &Device) -> candle_core::Result<Self> {
+        let time = sequences.iter().map(|s| s.ids.len()).max().unwrap_or(0);
+        let lengths = vec![time; sequences.len()];
+        Self::new(
+            sequences,
+            &lengths,
+            (sequences.len(), time).into(),
+            None,
+            device,
+        )
     }
-    let shape = (sequences.len(), time);
-    Ok((
-        Tensor::from_vec(ids, shape, device)?,
-        Tensor::from_vec(labels, shape, device)?,
-    ))
+
+    /// One row without padding.
+    pub fn packed(sequences: &[&Sequence], device: &Device) -> candle_core::Result<Self> {
+        let lengths: Vec<usize> = sequences.iter().map(|s| s.ids.len()).collect();
+        let tokens: usize = lengths.iter().sum();
+        Self::new(
+            sequences,
+            &lengths,
+            tokens.into(),
+            Some(lengths.clone()),
+            device,
+        )
+    }
+
+    /// Each sequence is filled up to its length.
+    fn new(
+        sequences: &[&Sequence],
+        filled: &[usize],
+        shape: Shape,
+        lengths: Option<Vec<usize>>,
+        device: &Device,
+    ) -> candle_core::Result<Self> {
+        let (mut ids, mut labels, mut weights) = (Vec::new(), Vec::new(), Vec::new());
+        let mut end = 0;
+        for (sequence, filled) in sequences.iter().zip(filled) {
+            end += filled;
+            ids.extend(&sequence.ids);
+            for (i, (&id, &weight)) in sequence.ids.iter().zip(&sequence.weights).enumerate() {
+                labels.push(match i > 0 && weight > 0. {
+                    true => i64::from(id),
+                    false => IGNORED,
+                });
+            }
+            weights.extend(sequence.weights.iter().skip(1));
+            ids.resize(end, 0);
+            labels.resize(end, IGNORED);
+            weights.resize(end, 0.);
+        }
+        let alike = weights.iter().all(|&weight| weight == 0. || weight == 1.);
+        Ok(Self {
+            ids: Tensor::from_vec(ids, &shape, device)?,
+            labels: Tensor::from_vec(labels, &shape, device)?,
+            weights: match alike {
+                true => None,
+                false => Some(Tensor::from_vec(weights, &shape, device)?),
+            },
+            lengths,
+        })
+    }
+
+    /// What the model's head reads of them.
+    pub fn hidden_states(&self, model: &Decoder) -> candle_core::Result<Tensor> {
+        match &self.lengths {
+            None => model.hidden_states(&self.ids),
+            Some(lengths) => model.packed_hidden_states(&self.ids, lengths),
+        }
+    }
+
+    /// The sum of the losses of all that count, each times its weight.
+    pub fn summed_loss(&self, model: &Decoder, options: &Options) -> candle_core::Result<Tensor> {
+        let options = options.clone().reduction(match self.weights {
+            None => Reduction::Sum,
+            Some(_) => Reduction::None,
+        });
+        let head = model.head(&options)?;
+        let loss = head
+            .forward(&self.hidden_states(model)?, &self.labels)?
+            .loss;
+        match &self.weights {
+            None => Ok(loss),
+            Some(weights) => {
+                let predicting = loss.dim(D::Minus1)?;
+                (loss * weights.narrow(D::Minus1, 0, predicting)?)?.sum_all()
+            }
+        }
+    }
 }

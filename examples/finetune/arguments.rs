@@ -60,15 +60,17 @@ pub struct Run {
     pub random_weights: bool,
     /// What to learn from [default: the sources and documents of this crate]
     ///
-    /// Records are JSON: one object a line, or an array of them. A record has one of
+    /// Records are JSON, one object a line or an array of them, or the rows of a Parquet file. A record has one of
     ///
-    ///     messages                      a conversation, written by the tokenizer's chat template
+    ///     messages                      a conversation, written by the tokenizer's chat template, which reads
+    ///                                   `tools` and `chat_template_kwargs` too
     ///     instruction, input, output    `input` may be absent
     ///     prompt, completion
     ///     text
     ///
-    /// Of conversations the answers are learnt, of instructions the output, of prompts the completion.
-    /// Instructions become the prompt
+    /// Of conversations the answers are learnt, of instructions the output, of prompts the completion. A record
+    /// and an answer may have a `weight`, 1 where there is none, which multiplies the loss of its tokens; the
+    /// loss is the mean by weight. What weighs 0 is not learnt. Instructions become the prompt
     ///
     ///     ### Instruction:
     ///     {instruction}
@@ -106,6 +108,10 @@ pub struct Run {
     dtype: Type,
     #[arg(long, value_enum, default_value_t = On::Cpu)]
     device: On,
+    /// Lay the sequences of a batch end to end rather than fill them up to the longest: the same loss, and
+    /// less work where lengths differ
+    #[arg(long)]
+    pub packing: bool,
     /// Sequences that are in memory at once
     #[arg(long, default_value_t = 8)]
     pub batch: usize,
@@ -124,8 +130,13 @@ pub struct Run {
     /// Steps in which the learning rate rises [default: a fifteenth of --steps]
     #[arg(long)]
     pub warm_up: Option<usize>,
+    /// Of AdamW; norms and biases have none
     #[arg(long, default_value_t = 0.01)]
     pub weight_decay: f64,
+    /// NAME=FACTOR or NAME=FACTOR,DECAY: tensors with NAME in their names have the learning rate times FACTOR, and
+    /// DECAY as weight decay; several may be given, of which the first counts
+    #[arg(long, value_parser = group)]
+    group: Vec<String>,
     /// Of AdamW
     #[arg(long, default_value_t = 0.9)]
     pub beta1: f64,
@@ -139,6 +150,9 @@ pub struct Run {
     /// The scale of the adapters, times their rank [default: 16]
     #[arg(long, requires = "lora")]
     lora_alpha: Option<f64>,
+    /// The share of an adapter's inputs that are dropped in training [default: 0]
+    #[arg(long, requires = "lora")]
+    lora_dropout: Option<f64>,
     /// The modules with an adapter, such as q_proj,v_proj [default: all projections]
     #[arg(long, requires = "lora", value_delimiter = ',')]
     lora_targets: Option<Vec<String>>,
@@ -196,6 +210,33 @@ fn filter(text: &str) -> Result<String, String> {
     }
 }
 
+/// The text of a group, once it is known to be one.
+fn group(text: &str) -> Result<String, String> {
+    parse_group(text).map(|_| text.to_owned())
+}
+
+/// A part of a name, the factor of the learning rate, and the weight decay.
+type NamedGroup = (String, (f64, Option<f64>));
+
+fn parse_group(text: &str) -> Result<NamedGroup, String> {
+    let wrong = || {
+        format!("{text:?} is not NAME=FACTOR or NAME=FACTOR,DECAY with numbers that are at least 0")
+    };
+    let number = |text: &str| match text.parse::<f64>() {
+        Ok(number) if number >= 0. && number.is_finite() => Ok(number),
+        _ => Err(wrong()),
+    };
+    let (name, numbers) = text.split_once('=').ok_or_else(wrong)?;
+    let (factor, decay) = match numbers.split_once(',') {
+        Some((factor, decay)) => (number(factor)?, Some(number(decay)?)),
+        None => (number(numbers)?, None),
+    };
+    match name.is_empty() {
+        true => Err(wrong()),
+        false => Ok((name.to_owned(), (factor, decay))),
+    }
+}
+
 impl Args {
     /// An error for numbers that no run can have.
     pub fn check(&self) -> Result<()> {
@@ -239,6 +280,7 @@ impl Args {
             ("validation", run.validation),
             ("beta1", run.beta1),
             ("beta2", run.beta2),
+            ("lora-dropout", run.lora_dropout.unwrap_or(0.)),
         ] {
             ensure!(
                 (0. ..1.).contains(&value),
@@ -278,12 +320,21 @@ impl Run {
         self.learning_rate.unwrap_or(default)
     }
 
+    /// What `--group` says.
+    pub fn groups(&self) -> Result<Vec<NamedGroup>> {
+        let groups = self.group.iter().map(|text| parse_group(text));
+        groups
+            .map(|group| group.map_err(anyhow::Error::msg))
+            .collect()
+    }
+
     /// The adapters, where only those are trained.
     pub fn lora(&self) -> Option<Lora> {
         let default = Lora::default();
         Some(Lora {
             rank: self.lora?,
             alpha: self.lora_alpha.unwrap_or(default.alpha),
+            dropout: self.lora_dropout.unwrap_or(default.dropout),
             targets: self.lora_targets.clone().unwrap_or(default.targets),
         })
     }

@@ -2,12 +2,12 @@
 
 use crate::arguments::Learn;
 use crate::chat::Template;
+use crate::common::corpus;
 use crate::common::tokens::{Encoder, Sequence};
-use crate::common::{corpus, files};
-use crate::records::{self, Content, Example};
+use crate::records::{self, Chat, Content, Example};
 use anyhow::{bail, ensure, Context, Result};
-use rand::{rngs::StdRng, seq::SliceRandom, SeedableRng};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
 pub struct Data {
@@ -47,11 +47,16 @@ impl Data {
             });
         };
         let name = path.display().to_string();
-        let content = records::parse(path, files::read_text(path)?).context(name.clone())?;
+        let content = records::read(path).with_context(|| name.clone())?;
         if let Content::Records(records) = &content {
             ensure!(!records.records.is_empty(), "{name} has no records");
         }
         Ok(Self { name, content })
+    }
+
+    /// What errors call it.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// What it was read as, and what of it is not read.
@@ -98,8 +103,9 @@ impl Data {
                 .records
                 .iter()
                 .flat_map(|record| match &record.example {
-                    Example::Text { prompt, text } => vec![&**prompt, &**text],
-                    Example::Chat { messages, .. } => messages
+                    Example::Text { prompt, text, .. } => vec![&**prompt, &**text],
+                    Example::Chat { chat, .. } => chat
+                        .messages
                         .iter()
                         .filter_map(|message| message["content"].as_str())
                         .collect(),
@@ -177,7 +183,11 @@ impl Example {
             Self::Text { text, .. } if text.is_empty() => {
                 return Ok(Err("the text to learn is empty".into()))
             }
-            Self::Text { prompt, text } => {
+            Self::Text {
+                prompt,
+                text,
+                weight,
+            } => {
                 let mut ids = Vec::new();
                 if !prompt.is_empty() {
                     ids = encoder.encode_from_begin(prompt)?;
@@ -189,33 +199,37 @@ impl Example {
                     false => encoder.encode(text)?,
                 });
                 encoder.end(&mut ids);
-                Sequence::from(ids, start)
+                let mut sequence = Sequence::from(ids, start);
+                if rules.learn == Learn::All {
+                    sequence.weights.fill(1.);
+                }
+                sequence.weights.iter_mut().for_each(|w| *w *= weight);
+                sequence
             }
-            Self::Chat { messages, tools } => {
+            Self::Chat {
+                chat,
+                weight,
+                answers,
+            } => {
                 let Some(template) = rules.template else {
                     bail!("`messages` need a chat template: the tokenizer has none, --chat-template names one")
                 };
-                let (text, answers) = match template.answers(messages, tools) {
-                    Ok(rendered) => rendered,
-                    Err(e) => return Ok(Err(format!("{e:#}"))),
+                let others = match rules.learn {
+                    Learn::All => *weight,
+                    Learn::Answers => 0.,
                 };
-                // The template writes the special tokens.
-                let tokens = encoder.encode_spans(&text)?;
-                let inside = |start: &usize| answers.iter().any(|answer| answer.contains(start));
-                let learnt = tokens.iter().map(|(_, start)| inside(start)).collect();
-                let ids = tokens.into_iter().map(|(id, _)| id).collect();
-                Sequence { ids, learnt }
+                match chat_sequence(chat, others, answers, template, rules.encoder)? {
+                    Ok(sequence) => sequence,
+                    Err(why) => return Ok(Err(why)),
+                }
             }
         };
-        if rules.learn == Learn::All {
-            sequence.learnt.fill(true);
-        }
         if sequence.positions() == 0 {
             return Ok(Err("no token to learn".into()));
         }
         let cut = sequence.ids.len() > rules.length;
         sequence.ids.truncate(rules.length);
-        sequence.learnt.truncate(rules.length);
+        sequence.weights.truncate(rules.length);
         Ok(match sequence.positions() {
             0 => Err("what comes before the text to learn fills --length".into()),
             _ => Ok((sequence, cut)),
@@ -223,35 +237,42 @@ impl Example {
     }
 }
 
-/// Sets a share of the sequences apart, the same ones for the same seed: (to train on, to validate on).
-pub fn hold_out(
-    mut sequences: Vec<Sequence>,
-    share: f64,
-    seed: u64,
-) -> Result<(Vec<Sequence>, Vec<Sequence>)> {
-    let count = sequences.len();
-    if share == 0. {
-        return Ok((sequences, Vec::new()));
+/// A conversation's sequence by the weights of its answers and of all else, or why it has none.
+fn chat_sequence(
+    chat: &Chat,
+    others: f32,
+    weights: &[f32],
+    template: &Template,
+    encoder: &Encoder,
+) -> Result<Result<Sequence, String>> {
+    let (text, answers) = match template.answers(chat) {
+        Ok(rendered) => rendered,
+        Err(e) => return Ok(Err(format!("{e:#}"))),
+    };
+    let alike = weights.iter().all(|weight| Some(weight) == weights.first());
+    if answers.len() != weights.len() && !alike {
+        return Ok(Err(format!(
+            "{} answers with weights of their own, of which the chat template marks {} parts",
+            weights.len(),
+            answers.len()
+        )));
     }
-    ensure!(
-        count > 1,
-        "{count} sequence, one to train on and one to validate on are the least; --validation 0 does without"
-    );
-    sequences.shuffle(&mut StdRng::seed_from_u64(seed));
-    let held_out = (count as f64 * share).round() as usize;
-    let validation = sequences.split_off(count - held_out.clamp(1, count - 1));
-    Ok((sequences, validation))
-}
-
-/// A number that tells whether data is the same.
-pub fn fingerprint(sequences: &[Sequence]) -> u64 {
-    let mut hash = files::Fnv::default();
-    for sequence in sequences {
-        hash.add(&(sequence.ids.len() as u64).to_le_bytes());
-        for (id, &learnt) in sequence.ids.iter().zip(&sequence.learnt) {
-            hash.add(&id.to_le_bytes());
-            hash.add(&[u8::from(learnt)]);
+    // The template writes the special tokens.
+    let tokens = encoder.encode_spans(&text)?;
+    let weight = |span: &Range<usize>| {
+        // As in transformers, a token is an answer's if any of it is.
+        let within = |answer: &Range<usize>| span.start < answer.end && answer.start < span.end;
+        match answers.iter().position(within) {
+            Some(answer) => weights
+                .get(answer)
+                .or(weights.first())
+                .copied()
+                .unwrap_or(1.),
+            None => others,
         }
-    }
-    hash.0
+    };
+    Ok(Ok(Sequence {
+        weights: tokens.iter().map(|(_, span)| weight(span)).collect(),
+        ids: tokens.into_iter().map(|(id, _)| id).collect(),
+    }))
 }

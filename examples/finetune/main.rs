@@ -14,8 +14,10 @@ mod common;
 mod data;
 mod files;
 mod model;
+mod python;
 mod records;
 mod run;
+mod split;
 #[cfg(test)]
 mod tests;
 

@@ -3,13 +3,14 @@
 use crate::arguments::{Loss, Run};
 use crate::chat::Template;
 use crate::checkpoints::Checkpoint;
-use crate::common::tokens::{self, Encoder, Sequence, IGNORED};
+use crate::common::tokens::{self, Batch, Encoder, Sequence, IGNORED};
 use crate::data::Data;
-use anyhow::{ensure, Context, Result};
+use crate::records::Chat;
+use anyhow::{bail, ensure, Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
-use candle_cut_cross_entropy::models::{generate, CausalLm, Decoder, Sampling};
-use candle_cut_cross_entropy::{Options, Preset, Reduction};
-use candle_nn::VarMap;
+use candle_cut_cross_entropy::models::{generate, AdamW, CausalLm, Decoder, Group, Sampling};
+use candle_cut_cross_entropy::{Options, Preset};
+use candle_nn::{ParamsAdamW, VarMap};
 use rand::{rngs::StdRng, Rng, SeedableRng};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -62,31 +63,66 @@ pub fn by_name(vars: &VarMap) -> BTreeMap<String, Var> {
     vars.clone().into_iter().collect()
 }
 
-/// The sum of the losses of all positions that count.
+/// The optimizer of all variables, each in the first group of `--group` that names it.
+pub fn optimizer(run: &Run, vars: &VarMap) -> Result<AdamW> {
+    let params = ParamsAdamW {
+        beta1: run.beta1,
+        beta2: run.beta2,
+        weight_decay: run.weight_decay,
+        ..ParamsAdamW::default()
+    };
+    let named = by_name(vars);
+    let groups = run.groups()?;
+    for (part, _) in &groups {
+        ensure!(
+            named.keys().any(|name| name.contains(part)),
+            "--group {part}: none of the trained tensors has that in its name; the first is {}",
+            named.keys().next().map_or("none", String::as_str)
+        );
+    }
+    let optimizer = AdamW::with_groups(vars, params.clone(), |name, var| {
+        let usual = Group::of(var, &params);
+        let named = groups.iter().find(|(part, _)| name.contains(part));
+        named.map_or(usual, |(_, (factor, decay))| Group {
+            lr_factor: *factor,
+            weight_decay: decay.unwrap_or(usual.weight_decay),
+        })
+    })?;
+    Ok(optimizer)
+}
+
+/// The sum of the losses of all positions that count, each times its weight.
 pub fn summed_loss(model: &Decoder, run: &Run, sequences: &[&Sequence]) -> Result<Tensor> {
-    let (ids, labels) = tokens::batch(sequences, model.device())?;
+    let batch = match run.packing {
+        true => Batch::packed(sequences, model.device())?,
+        false => Batch::padded(sequences, model.device())?,
+    };
     let preset = match run.loss {
         Loss::Cce => Preset::Cce,
         Loss::CceKahanFullC => Preset::CceKahanFullC,
         Loss::Exact => Preset::CceExact,
         Loss::Native => Preset::Native,
-        Loss::Baseline => return stored_logits_loss(model, &ids, &labels),
+        Loss::Baseline => return stored_logits_loss(model, &batch),
     };
-    let mut options = Options::preset(preset).reduction(Reduction::Sum);
+    let mut options = Options::preset(preset);
     if let Some(filter) = &run.filter {
         options = options.filter(filter.parse()?);
     }
-    Ok(model.loss(&ids, &labels, &options)?.loss)
+    Ok(batch.summed_loss(model, &options)?)
 }
 
 /// The same by Candle's own loss, which has no label to ignore: the positions that count are chosen.
-fn stored_logits_loss(model: &Decoder, ids: &Tensor, labels: &Tensor) -> Result<Tensor> {
-    let steps = ids.dim(1)? - 1;
-    let hidden = model
-        .hidden_states(ids)?
-        .narrow(1, 0, steps)?
-        .flatten_to(1)?;
-    let labels = labels.narrow(1, 1, steps)?.flatten_all()?;
+fn stored_logits_loss(model: &Decoder, batch: &Batch) -> Result<Tensor> {
+    if batch.weights.is_some() {
+        bail!("the data has weights, which --loss baseline does not know")
+    }
+    let (ids, last) = (&batch.ids, batch.ids.rank() - 1);
+    let steps = ids.dim(last)? - 1;
+    let hidden = batch
+        .hidden_states(model)?
+        .narrow(last, 0, steps)?
+        .flatten_to(last)?;
+    let labels = batch.labels.narrow(last, 1, steps)?.flatten_all()?;
     let (rows, targets): (Vec<u32>, Vec<i64>) = (0..)
         .zip(labels.to_vec1::<i64>()?)
         .filter(|&(_, label)| label != IGNORED)
@@ -99,20 +135,20 @@ fn stored_logits_loss(model: &Decoder, ids: &Tensor, labels: &Tensor) -> Result<
     Ok((mean * count)?)
 }
 
-/// The mean loss of all positions that count; `None` of no sequences.
+/// The mean loss of all positions that count, by their weights; `None` of no sequences.
 pub fn evaluate(model: &Decoder, run: &Run, sequences: &[Sequence]) -> Result<Option<f64>> {
     if sequences.is_empty() {
         return Ok(None);
     }
-    let (mut sum, mut positions) = (0., 0);
+    let (mut sum, mut weight) = (0., 0.);
     let mut all: Vec<&Sequence> = sequences.iter().collect();
     // Like lengths side by side need little padding.
     all.sort_by_key(|sequence| sequence.ids.len());
     for batch in all.chunks(run.batch) {
         sum += f64::from(summed_loss(model, run, batch)?.to_scalar::<f32>()?);
-        positions += batch.iter().map(|s| s.positions()).sum::<usize>();
+        weight += batch.iter().map(|s| s.weight()).sum::<f64>();
     }
-    let mean = sum / positions as f64;
+    let mean = sum / weight;
     ensure!(
         mean.is_finite(),
         "the loss of the validation data is {mean}; try a lower --learning-rate"
@@ -130,7 +166,8 @@ pub fn prompt(
     let ids = match template.filter(|_| data.has_chats()) {
         Some(template) => {
             let messages = [serde_json::json!({"role": "user", "content": text})];
-            encoder.encode(&template.render(&messages, &serde_json::Value::Null, true)?)?
+            let rendered = template.render(&messages, &Chat::default(), true)?;
+            encoder.encode(&rendered.text)?
         }
         None => encoder.encode_from_begin(&data.prompt(text))?,
     };
@@ -159,7 +196,7 @@ pub fn answer(
 
 /// Prints how the model goes on after a sequence's prompt, or after its first half.
 pub fn show(model: &Decoder, encoder: &Encoder, sequence: &Sequence) -> Result<()> {
-    let first = sequence.learnt.iter().position(|&learnt| learnt);
+    let first = sequence.weights.iter().position(|&weight| weight > 0.);
     let first = first.context("a sequence without anything to learn")?;
     let prompt = match first {
         0 => sequence.ids.len() / 2,

@@ -1,9 +1,18 @@
 //! The records of a file, by what they say is to be learnt.
 
-use anyhow::{anyhow, bail, ensure, Context, Result};
+use crate::common::files;
+use anyhow::{anyhow, bail, Context, Result};
+use parquet::file::reader::SerializedFileReader;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
+
+/// What a Parquet file begins with.
+const PARQUET: &[u8] = b"PAR1";
+/// The names of what a model thinks before it answers; templates ask for one or another.
+const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
 /// What a file holds.
 pub enum Content {
@@ -26,10 +35,26 @@ pub struct Record {
 }
 
 pub enum Example {
-    /// A text to learn, after a prompt that may be empty.
-    Text { prompt: String, text: String },
-    /// A conversation for the chat template, and the tools that it may name.
-    Chat { messages: Vec<Value>, tools: Value },
+    /// A text to learn, after a prompt that may be empty, and what each of its tokens weighs.
+    Text {
+        prompt: String,
+        text: String,
+        weight: f32,
+    },
+    /// A conversation, what each of its tokens weighs, and each of its answers' tokens, answer by answer.
+    Chat {
+        chat: Chat,
+        weight: f32,
+        answers: Vec<f32>,
+    },
+}
+
+/// A conversation for the chat template, the tools that it may name, and what else it may read.
+#[derive(Default)]
+pub struct Chat {
+    pub messages: Vec<Value>,
+    pub tools: Value,
+    pub kwargs: Map<String, Value>,
 }
 
 /// The text before an output. `Run::data` shows it to the user.
@@ -41,8 +66,29 @@ pub fn instruction_prompt(instruction: &str, input: &str) -> String {
     format!("### Instruction:\n{instruction}\n\n{input}### Response:\n")
 }
 
-/// Reads records from JSON and from JSON lines, whatever the file is called; any other text is plain.
-pub fn parse(path: &Path, text: String) -> Result<Content> {
+/// Reads the rows of a Parquet file, records from JSON and from JSON lines, whatever the file is called; any other text
+/// is plain.
+pub fn read(path: &Path) -> Result<Content> {
+    let mut begin = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(PARQUET.len() as u64).read_to_end(&mut begin))
+        .with_context(|| format!("reading {}", path.display()))?;
+    match begin == PARQUET {
+        true => read_parquet(path),
+        false => parse(path, files::read_text(path)?),
+    }
+}
+
+fn read_parquet(path: &Path) -> Result<Content> {
+    let rows = SerializedFileReader::new(File::open(path)?)?.into_iter();
+    let values = (1..)
+        .zip(rows)
+        .map(|(number, row)| Ok((format!("row {number}"), row?.to_json_value())))
+        .collect::<Result<Vec<_>>>()?;
+    Ok(Content::Records(records(values)?))
+}
+
+fn parse(path: &Path, text: String) -> Result<Content> {
     let extension = path.extension().unwrap_or_default().to_ascii_lowercase();
     let named = ["jsonl", "json", "ndjson"].iter().any(|e| extension == *e);
     let begin = text.trim_start();
@@ -108,18 +154,38 @@ fn example(value: &Value) -> Result<(Example, &'static [&'static str])> {
         Some(Value::String(text)) => Ok(Some(text.clone())),
         Some(other) => Err(anyhow!("`{name}` is {other}, a string is wanted")),
     };
+    let weight = weight(value)?;
     if let Some(messages) = given("messages") {
         let messages = check_messages(messages)?;
-        let tools = given("tools").cloned().unwrap_or(Value::Null);
-        return Ok((Example::Chat { messages, tools }, &["messages", "tools"]));
+        let answers = messages.iter().filter(|m| m["role"] == "assistant");
+        let answers = answers
+            .map(|message| Ok(weight * self::weight(message)?))
+            .collect::<Result<_>>()?;
+        let kwargs = match given("chat_template_kwargs") {
+            None => Map::new(),
+            Some(Value::Object(kwargs)) => kwargs.clone(),
+            Some(other) => bail!("`chat_template_kwargs` is {other}, an object is wanted"),
+        };
+        let chat = Chat {
+            messages,
+            tools: given("tools").cloned().unwrap_or(Value::Null),
+            kwargs,
+        };
+        let used = &["messages", "tools", "chat_template_kwargs", "weight"];
+        let example = Example::Chat {
+            chat,
+            weight,
+            answers,
+        };
+        return Ok((example, used));
     }
     for (before, after, used) in [
         (
             "instruction",
             "output",
-            &["instruction", "input", "output"] as &[&str],
+            &["instruction", "input", "output", "weight"] as &[&str],
         ),
-        ("prompt", "completion", &["prompt", "completion"]),
+        ("prompt", "completion", &["prompt", "completion", "weight"]),
     ] {
         match (string(before)?, string(after)?) {
             (Some(prompt), Some(text)) => {
@@ -127,7 +193,12 @@ fn example(value: &Value) -> Result<(Example, &'static [&'static str])> {
                     "prompt" => prompt,
                     _ => instruction_prompt(&prompt, &string("input")?.unwrap_or_default()),
                 };
-                return Ok((Example::Text { prompt, text }, used));
+                let example = Example::Text {
+                    prompt,
+                    text,
+                    weight,
+                };
+                return Ok((example, used));
             }
             (Some(_), None) => bail!("`{before}` without `{after}`"),
             (None, Some(_)) => bail!("`{after}` without `{before}`"),
@@ -136,8 +207,12 @@ fn example(value: &Value) -> Result<(Example, &'static [&'static str])> {
     }
     match string("text")? {
         Some(text) => {
-            let prompt = String::new();
-            Ok((Example::Text { prompt, text }, &["text"]))
+            let example = Example::Text {
+                prompt: String::new(),
+                text,
+                weight,
+            };
+            Ok((example, &["text", "weight"]))
         }
         None => bail!(
             "none of `messages`, `instruction` and `output`, `prompt` and `completion`, `text`; it has {}",
@@ -149,15 +224,34 @@ fn example(value: &Value) -> Result<(Example, &'static [&'static str])> {
     }
 }
 
+/// What the tokens of a record or of a message weigh.
+fn weight(of: &Value) -> Result<f32> {
+    match &of["weight"] {
+        Value::Null => Ok(1.),
+        value => match value.as_f64().map(|weight| weight as f32) {
+            Some(weight) if weight >= 0. && weight.is_finite() => Ok(weight),
+            _ => bail!("`weight` is {value}, a number that is at least 0 is wanted"),
+        },
+    }
+}
+
+/// The messages as transformers hands them to a template: without what is null, and with what the model thinks by the
+/// names that templates ask for.
 fn check_messages(messages: &Value) -> Result<Vec<Value>> {
     let Some(messages) = messages.as_array() else {
         bail!("`messages` is {messages}, an array is wanted")
     };
-    for message in messages {
-        ensure!(
-            message.get("role").is_some_and(Value::is_string),
-            "a message is an object with a `role` and a `content`, got {message}"
-        );
-    }
-    Ok(messages.clone())
+    let check = |message: &Value| match message {
+        Value::Object(fields) if fields.get("role").is_some_and(Value::is_string) => {
+            let mut fields = fields.clone();
+            fields.retain(|_, value| !value.is_null());
+            if let Some(thought) = REASONING.iter().find_map(|name| fields.get(*name)).cloned() {
+                fields.entry("thinking").or_insert(thought.clone());
+                fields.insert("reasoning_content".into(), thought);
+            }
+            Ok(Value::Object(fields))
+        }
+        other => bail!("a message is an object with a `role` and a `content`, got {other}"),
+    };
+    messages.iter().map(check).collect()
 }

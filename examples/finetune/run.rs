@@ -5,14 +5,15 @@ use crate::chat::Template;
 use crate::checkpoints::{self, Checkpoint, State};
 use crate::common::tokens::{self, Encoder, Sequence};
 use crate::common::{files as inputs, meter, plot, training};
-use crate::data::{self, Data, Rules};
+use crate::data::Rules;
 use crate::files::{self, Output};
 use crate::model;
+use crate::split::Sources;
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::Tensor;
 use candle_cut_cross_entropy::backward;
 use candle_cut_cross_entropy::models::{clip_gradients, Accumulator, AdamW, Config, Decoder};
-use candle_nn::{Optimizer, ParamsAdamW, VarMap};
+use candle_nn::{Optimizer, VarMap};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use std::io::IsTerminal;
@@ -56,14 +57,9 @@ pub fn run(args: &Args) -> Result<()> {
     let device = run.device()?;
     let arguments = run.as_map()?;
     let saved = saved(args)?;
-    let data = Data::read(run.data.as_deref())?;
-    println!("{}", data.describe());
-    let held_out = match &run.validation_data {
-        Some(path) => Some(Data::read(Some(path))?),
-        None => None,
-    };
+    let sources = Sources::read(run)?;
     let output = Output::prepare(&args.output, run, &checkpoints::folders(&args.output)?)?;
-    let base = files::base(run, &output, &data.texts(), saved.is_some())?;
+    let base = files::base(run, &output, &sources.data.texts(), saved.is_some())?;
     let weights = inputs::fingerprint(&base)?;
 
     let config = Config::from_file(base.join("config.json"))?;
@@ -77,34 +73,19 @@ pub fn run(args: &Args) -> Result<()> {
         length: run.length,
         strict: args.strict,
     };
-    let made = data.sequences(&rules)?;
-    let skipped = made.describe_skipped();
-    let fingerprint = data::fingerprint(&made.sequences);
-    let (train, validation) = match &held_out {
-        None => data::hold_out(made.sequences, run.validation, run.seed)?,
-        Some(held_out) => (made.sequences, held_out.sequences(&rules)?.sequences),
-    };
-    let total = |sequences: &[Sequence]| sequences.iter().map(Sequence::positions).sum::<usize>();
-    println!(
-        "{} sequences with {} tokens to learn, {} with {} to validate on, {} cut to {} tokens",
-        train.len(),
-        total(&train),
-        validation.len(),
-        total(&validation),
-        made.cut,
-        run.length
-    );
-    if let Some(skipped) = &skipped {
+    let split = sources.split(run, &rules)?;
+    println!("{}", split.describe());
+    for skipped in &split.skipped {
         println!("{skipped}");
     }
-    let steps = args.total_steps(train.len())?;
+    let steps = args.total_steps(split.train.len())?;
     let prompts = args
         .prompt
         .iter()
         .map(|text| {
             Ok((
                 &**text,
-                model::prompt(text, &data, &encoder, template.as_ref())?,
+                model::prompt(text, &sources.data, &encoder, template.as_ref())?,
             ))
         })
         .collect::<Result<_>>()?;
@@ -112,20 +93,14 @@ pub fn run(args: &Args) -> Result<()> {
     let meter = meter::Meter::new(&device)?;
     meter.start()?;
     let (model, vars) = model::load(run, &base, saved.as_ref(), &device)?;
-    let params = ParamsAdamW {
-        beta1: run.beta1,
-        beta2: run.beta2,
-        weight_decay: run.weight_decay,
-        ..ParamsAdamW::default()
-    };
-    let mut optimizer = AdamW::from_varmap(&vars, params)?;
+    let mut optimizer = model::optimizer(run, &vars)?;
     let frozen = model.frozen()?;
     let mut state = match saved {
         Some(saved) => {
             let folder = saved.folder.display();
             let done = saved.state.step;
             ensure!(
-                saved.state.data == fingerprint,
+                saved.state.data == split.fingerprint,
                 "the data of --data, or its tokens, are others than in {folder}"
             );
             ensure!(
@@ -154,21 +129,21 @@ pub fn run(args: &Args) -> Result<()> {
                 steps,
                 base: weights,
                 run: arguments,
-                data: fingerprint,
+                data: split.fingerprint,
                 train: Vec::new(),
                 validation: Vec::new(),
             }
         }
     };
-    let setup = Setup {
+    let mut setup = Setup {
         args,
         output: &output,
         model,
         frozen,
         vars,
         encoder,
-        train,
-        validation,
+        train: split.train,
+        validation: split.validation,
         prompts,
     };
     if state.step == 0 {
@@ -194,7 +169,7 @@ pub fn run(args: &Args) -> Result<()> {
     let speed = setup.steps(&mut state, &mut optimizer)?;
     let peak = meter.peak()?;
     setup.finish(&base, &state)?;
-    if let Some(skipped) = &skipped {
+    for skipped in &split.skipped {
         println!("{skipped}");
     }
     if speed.tokens > 0 {
@@ -244,7 +219,7 @@ fn summary(state: &State) -> String {
 }
 
 impl Setup<'_> {
-    fn steps(&self, state: &mut State, optimizer: &mut AdamW) -> Result<Speed> {
+    fn steps(&mut self, state: &mut State, optimizer: &mut AdamW) -> Result<Speed> {
         let run = &self.args.run;
         // Their order decides the rounding of the norm.
         let variables: Vec<_> = model::by_name(&self.vars).into_values().collect();
@@ -267,16 +242,20 @@ impl Setup<'_> {
             // Like lengths side by side need little padding.
             sequences.sort_by_key(|sequence| sequence.ids.len());
             let positions = sequences.iter().map(|s| s.positions()).sum::<usize>();
+            let weight = sequences.iter().map(|s| s.weight()).sum::<f64>();
             let mut sum = 0.;
-            for batch in sequences.chunks(run.batch) {
+            for (i, batch) in sequences.chunks(run.batch).enumerate() {
+                // Another seed for every batch of the run.
+                let seed = run.seed ^ ((state.step * run.accumulate + i) as u64).rotate_left(32);
+                self.model.set_dropout_seed(Some(seed));
                 let loss = model::summed_loss(&self.model, run, batch)?;
                 accumulator.add(backward(&loss)?)?;
                 sum += f64::from(loss.to_scalar::<f32>()?);
             }
-            let gradients = accumulator.take(1. / positions as f64)?;
+            let gradients = accumulator.take(1. / weight)?;
             let mut gradients = gradients.context("no gradients")?;
             let norm = clip_gradients(&mut gradients, &variables, run.clip)?;
-            let loss = sum / positions as f64;
+            let loss = sum / weight;
             let factor = run.schedule.factor(state.step, state.steps, warm_up);
             let rate = run.learning_rate() * factor;
             state.step += 1;

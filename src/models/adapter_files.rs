@@ -1,8 +1,9 @@
 //! Adapters on disk, as Hugging Face peft keeps them.
 
-use super::lora::{last_name, saved_name, Adapter};
+use super::adapter::{last_name, saved_name, Adapter};
+use super::causal_lm::CausalLm;
+use super::decoder::Decoder;
 use super::staging::Staging;
-use super::{CausalLm, Decoder};
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{bail, DType, Error, Result, Tensor, Var};
 use candle_nn::VarMap;
@@ -22,6 +23,8 @@ struct PeftConfig {
     peft_type: String,
     r: usize,
     lora_alpha: f64,
+    #[serde(default)]
+    lora_dropout: f64,
     #[serde(default)]
     use_rslora: bool,
     target_modules: Value,
@@ -66,6 +69,12 @@ impl PeftConfig {
                 config.lora_alpha
             ));
         }
+        if !(0. ..1.).contains(&config.lora_dropout) {
+            return refuse(format!(
+                "lora_dropout must be at least 0 and less than 1, got {}",
+                config.lora_dropout
+            ));
+        }
         for (key, value) in &config.others {
             let nothing = match value {
                 Value::Null | Value::Bool(false) => true,
@@ -103,11 +112,11 @@ impl PeftConfig {
 
 impl Decoder {
     /// This decoder with its weights frozen and the adapters of a folder beside them, in peft's files:
-    /// `adapter_config.json`, whose rank, alpha and `use_rslora` count, and
+    /// `adapter_config.json`, whose rank, alpha, dropout and `use_rslora` count, and
     /// `adapter_model.safetensors`. They are put into `vars` under their names, to go on training.
     ///
     /// An adapter of another dtype than the weights is f32 (f64 beside f64), and its product is rounded to
-    /// the weights' dtype at the end.
+    /// the weights' dtype at the end. One of the head has no dropout.
     ///
     /// ```no_run
     /// # use candle_core::{DType, Device};
@@ -176,6 +185,8 @@ impl Decoder {
                     a: load(name("lora_A"), (config.r, inputs))?,
                     b: load(name("lora_B"), (outputs, config.r))?,
                     scale: config.scale(),
+                    dropout: config.lora_dropout,
+                    number: 0,
                 }))
             },
         )?;
@@ -220,7 +231,7 @@ impl Decoder {
             "r": rank,
             "lora_alpha": first.scale * rank as f64,
             "target_modules": names,
-            "lora_dropout": 0.0,
+            "lora_dropout": first.dropout,
             "bias": "none",
             "fan_in_fan_out": false,
             "inference_mode": true,

@@ -1,9 +1,11 @@
 //! The decoder: embedding, layers, norm, head.
 
-use super::checkpointing::{self, checkpoint};
-use super::layers::{Layer, Loaded, Loader, Norm, Positions};
-use super::lora::Adapter;
-use super::{CausalLm, Config};
+use super::adapter::Adapter;
+use super::causal_lm::CausalLm;
+use super::config::{Config, LayerConfig};
+use super::layers::{Layer, Norm, Positions, Shared};
+use super::loader::{Loaded, Loader};
+use super::recompute::{checkpoint, Recompute};
 use candle_core::{bail, DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 use std::collections::BTreeMap;
@@ -16,8 +18,9 @@ use std::sync::Arc;
 /// [`Decoder::new`] takes those of any `VarBuilder`.
 ///
 /// Attention stores the scores, `(batch, heads, time, time)`; the head's logits are never stored.
-/// There is no dropout. All sequences of a batch have one length: pad them on the right and ignore the
-/// labels of the padding, which nothing before it sees.
+/// There is no dropout but that of adapters. All sequences of a batch have one length: pad them on the right and ignore
+/// the labels of the padding, which nothing before it sees; or lay them end to end
+/// ([`Decoder::packed_hidden_states`]).
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -54,6 +57,7 @@ pub struct Decoder {
     head_adapter: Option<Adapter>,
     loaded: Loaded,
     gradient_checkpointing: bool,
+    dropout_seed: Option<u64>,
     name_or_path: Option<String>,
     device: Device,
 }
@@ -92,6 +96,7 @@ impl Decoder {
             head_adapter,
             loaded: loader.loaded(),
             gradient_checkpointing: false,
+            dropout_seed: None,
             name_or_path: None,
             device,
         })
@@ -107,6 +112,12 @@ impl Decoder {
     /// Whether the layers compute again what the backward needs.
     pub fn gradient_checkpointing(&self) -> bool {
         self.gradient_checkpointing
+    }
+
+    /// Turns the dropout of adapters on, for forwards that train: which numbers are dropped follows from the seed, so give
+    /// each batch another. `None`, as at first, turns it off. A [`Decoder::frozen`] decoder has it off.
+    pub fn set_dropout_seed(&mut self, seed: Option<u64>) {
+        self.dropout_seed = seed;
     }
 
     /// Where the weights are from, which saved adapters name as their base: the folder that
@@ -200,6 +211,109 @@ impl Decoder {
             _ => Ok(mask),
         }
     }
+
+    /// The states that the head reads, `(tokens, D)`, of sequences that lie end to end in `ids`, `(tokens)`: the first
+    /// has `lengths[0]` tokens, and so on. Each sees itself alone, and its positions begin at 0, as in a batch, but
+    /// without padding. For a loss, the label of each first token must be one that is ignored: the token before it is
+    /// another sequence's.
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use candle_cut_cross_entropy::models::{CausalLm, Config, Decoder};
+    /// # use candle_cut_cross_entropy::Options;
+    /// # use candle_nn::{VarBuilder, VarMap};
+    /// # fn main() -> candle_core::Result<()> {
+    /// # let config = Config::from_json(
+    /// #     r#"{
+    /// #         "model_type": "llama", "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64,
+    /// #         "num_hidden_layers": 2, "num_attention_heads": 4
+    /// #     }"#,
+    /// # )?;
+    /// # let weights = VarMap::new();
+    /// # let decoder = Decoder::new(config, VarBuilder::from_varmap(&weights, DType::F32, &Device::Cpu))?;
+    /// let ids = Tensor::new(&[1u32, 5, 7, 9, 8], &Device::Cpu)?; // 1 5 7 and 9 8
+    /// let labels = Tensor::new(&[-100i64, 5, 7, -100, 8], &Device::Cpu)?;
+    /// let hidden = decoder.packed_hidden_states(&ids, &[3, 2])?;
+    /// let loss = decoder.head(&Options::default())?.forward(&hidden, &labels)?.loss;
+    /// # let _ = loss;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// Lengths that are 0 or do not add up to the tokens, and those of [`CausalLm::hidden_states`].
+    pub fn packed_hidden_states(&self, ids: &Tensor, lengths: &[usize]) -> Result<Tensor> {
+        let tokens = ids.dims1()?;
+        if tokens == 0 || lengths.contains(&0) || lengths.iter().sum::<usize>() != tokens {
+            bail!("sequences of lengths {lengths:?} in {tokens} tokens: each must have some, and all together as many")
+        }
+        let parts: Vec<_> = lengths.iter().map(|&length| (1, length)).collect();
+        self.states(&self.checked(ids)?, &parts)
+    }
+
+    /// The states of rows of tokens, which are sequences of these `(batch, time)`, one part after the other.
+    fn states(&self, ids: &Tensor, parts: &[(usize, usize)]) -> Result<Tensor> {
+        let rows = self.embedding.index_select(ids, 0)?;
+        let mut x = match self.config.embedding_scale {
+            Some(scale) => (rows * scale)?,
+            None => rows,
+        };
+        let mut kinds: Vec<(LayerConfig, Arc<Shared>)> = Vec::new();
+        for (i, (layer, kind)) in self.layers.iter().zip(&self.config.layers).enumerate() {
+            let known = kinds.iter().find(|(other, _)| other == kind);
+            let shared = match known {
+                Some((_, shared)) => shared.clone(),
+                None => {
+                    let shared = Arc::new(self.shared(kind, parts)?);
+                    kinds.push((*kind, shared.clone()));
+                    shared
+                }
+            };
+            x = match self.gradient_checkpointing {
+                false => layer.forward(&x, &shared)?,
+                true => {
+                    let layer = PlacedLayer {
+                        layer: layer.clone(),
+                        shared,
+                    };
+                    checkpoint(layer, &x, self.variables(i))?
+                }
+            };
+        }
+        let states = self.norm.forward(&x)?;
+        match self.config.logit_scale {
+            Some(scale) => states * scale,
+            None => Ok(states),
+        }
+    }
+
+    /// What the layers of one kind share.
+    fn shared(&self, kind: &LayerConfig, parts: &[(usize, usize)]) -> Result<Shared> {
+        let mut all: Vec<Arc<Positions>> = Vec::with_capacity(parts.len());
+        for &(batch, time) in parts {
+            let same = |other: &&Arc<Positions>| (other.batch, other.time) == (batch, time);
+            let positions = match all.iter().find(same) {
+                Some(positions) => positions.clone(),
+                None => Arc::new(Positions {
+                    batch,
+                    time,
+                    angles: match kind.rope {
+                        Some(rope) => {
+                            let rope = &self.config.ropes[rope];
+                            Some(rope.angles(time, self.dtype(), &self.device)?)
+                        }
+                        None => None,
+                    },
+                    mask: self.mask(time, kind.window)?,
+                }),
+            };
+            all.push(positions);
+        }
+        Ok(Shared {
+            parts: all,
+            dropout_seed: self.dropout_seed,
+        })
+    }
 }
 
 impl CausalLm for Decoder {
@@ -208,44 +322,7 @@ impl CausalLm for Decoder {
         if batch * time == 0 {
             bail!("no tokens: ids have shape {:?}", ids.dims())
         }
-        let ids = self.checked(ids)?;
-        let rows = self.embedding.index_select(&ids, 0)?;
-        let mut x = match self.config.embedding_scale {
-            Some(scale) => (rows * scale)?,
-            None => rows,
-        };
-        // Layers of one kind share their mask and angles.
-        let mut kinds: Vec<(super::LayerConfig, Arc<Positions>)> = Vec::new();
-        for (i, (layer, kind)) in self.layers.iter().zip(&self.config.layers).enumerate() {
-            let known = kinds.iter().position(|(other, _)| other == kind);
-            let known = match known {
-                Some(known) => known,
-                None => {
-                    let rope = &self.config.ropes[kind.rope];
-                    let positions = Positions {
-                        batch,
-                        time,
-                        angles: rope.angles(time, self.dtype(), &self.device)?,
-                        mask: self.mask(time, kind.window)?,
-                    };
-                    kinds.push((*kind, Arc::new(positions)));
-                    kinds.len() - 1
-                }
-            };
-            let positions = &kinds[known].1;
-            x = match self.gradient_checkpointing {
-                false => layer.forward(&x, positions)?,
-                true => {
-                    let layer = PlacedLayer {
-                        layer: layer.clone(),
-                        positions: positions.clone(),
-                    };
-                    checkpoint(layer, &x, self.variables(i))?
-                }
-            };
-        }
-        self.norm
-            .forward(&x)?
+        self.states(&self.checked(ids)?, &[(batch, time)])?
             .reshape((batch, time, self.config.hidden_size))
     }
 
@@ -265,14 +342,14 @@ impl CausalLm for Decoder {
     }
 }
 
-/// A layer at its positions.
+/// A layer and what it shares with others.
 struct PlacedLayer {
     layer: Layer,
-    positions: Arc<Positions>,
+    shared: Arc<Shared>,
 }
 
-impl checkpointing::Layer for PlacedLayer {
+impl Recompute for PlacedLayer {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.layer.forward(x, &self.positions)
+        self.layer.forward(x, &self.shared)
     }
 }

@@ -2,91 +2,13 @@
 //!
 //! Candle's fused softmax, norms and rotary embeddings have none, so none is used here.
 
-use super::lora::{product, Adapter, Adapters};
+use super::adapter::{product, Adapter};
+use super::config::Config;
+use super::loader::Loader;
 use super::rope::Angles;
-use super::Config;
-use candle_core::{DType, Device, Result, Shape, Tensor, D};
-use candle_nn::{Activation, Init, Module, VarBuilder};
-use std::cell::RefCell;
-use std::collections::BTreeMap;
-use std::rc::Rc;
-
-/// Loads, or creates, tensors and keeps their names.
-#[derive(Clone)]
-pub(super) struct Loader<'a> {
-    vb: VarBuilder<'a>,
-    deviation: f64,
-    adapters: &'a Adapters<'a>,
-    loaded: Rc<RefCell<Loaded>>,
-}
-
-/// What a loader has loaded: weights by their names, adapters by those of their modules.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Loaded {
-    pub tensors: BTreeMap<String, Tensor>,
-    pub adapters: BTreeMap<String, Adapter>,
-}
-
-impl<'a> Loader<'a> {
-    pub(super) fn new(vb: VarBuilder<'a>, config: &Config, adapters: &'a Adapters<'a>) -> Self {
-        Self {
-            vb,
-            deviation: config.initializer_range,
-            adapters,
-            loaded: Rc::default(),
-        }
-    }
-
-    pub(super) fn device(&self) -> &Device {
-        self.vb.device()
-    }
-
-    pub(super) fn pp(&self, name: impl ToString) -> Self {
-        Self {
-            vb: self.vb.pp(name),
-            ..self.clone()
-        }
-    }
-
-    /// A matrix whose new values are small random numbers.
-    pub(super) fn matrix(&self, shape: (usize, usize), name: &str) -> Result<Tensor> {
-        let init = Init::Randn {
-            mean: 0.,
-            stdev: self.deviation,
-        };
-        self.get(shape, name, init)
-    }
-
-    fn vector(&self, len: usize, name: &str, value: f64) -> Result<Tensor> {
-        self.get(len, name, Init::Const(value))
-    }
-
-    fn get(&self, shape: impl Into<Shape>, name: &str, init: Init) -> Result<Tensor> {
-        let tensor = self.vb.get_with_hints(shape, name, init)?;
-        let full_name = match self.vb.prefix() {
-            prefix if prefix.is_empty() => name.to_owned(),
-            prefix => format!("{prefix}.{name}"),
-        };
-        let mut loaded = self.loaded.borrow_mut();
-        loaded.tensors.insert(full_name, tensor.clone());
-        Ok(tensor)
-    }
-
-    /// The adapter of this module, if it has one.
-    pub(super) fn adapter(&self, inputs: usize, outputs: usize) -> Result<Option<Adapter>> {
-        let module = self.vb.prefix();
-        let adapter = (self.adapters)(&module, inputs, outputs)?;
-        if let Some(adapter) = &adapter {
-            let mut loaded = self.loaded.borrow_mut();
-            loaded.adapters.insert(module, adapter.clone());
-        }
-        Ok(adapter)
-    }
-
-    pub(super) fn loaded(&self) -> Loaded {
-        self.loaded.borrow().clone()
-    }
-}
+use candle_core::{DType, Result, Tensor, D};
+use candle_nn::{Activation, Module};
+use std::sync::Arc;
 
 /// The dtype to sum and exponentiate in.
 fn wide(dtype: DType) -> DType {
@@ -149,10 +71,10 @@ impl Linear {
         })
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, dropout_seed: Option<u64>) -> Result<Tensor> {
         let mut y = product(x, &self.weight)?;
         if let Some(adapter) = &self.adapter {
-            y = (y + adapter.forward(x)?)?;
+            y = (y + adapter.forward(x, dropout_seed)?)?;
         }
         match &self.bias {
             Some(bias) => y.broadcast_add(bias),
@@ -190,11 +112,14 @@ impl Projections {
         Ok(Projections::Apart(linears))
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Vec<Tensor>> {
+    fn forward(&self, x: &Tensor, dropout_seed: Option<u64>) -> Result<Vec<Tensor>> {
         match self {
-            Projections::Apart(linears) => linears.iter().map(|l| l.forward(x)).collect(),
+            Projections::Apart(linears) => {
+                let outputs = linears.iter().map(|l| l.forward(x, dropout_seed));
+                outputs.collect()
+            }
             Projections::Fused(linear, sizes) => {
-                let y = linear.forward(x)?;
+                let y = linear.forward(x, dropout_seed)?;
                 let mut start = 0;
                 let mut parts = Vec::with_capacity(sizes.len());
                 for &size in sizes {
@@ -207,13 +132,21 @@ impl Projections {
     }
 }
 
-/// What the layers of one kind share in a forward: the angles of the positions, and the mask, 0 where
-/// a position sees another and -inf elsewhere, `(time, time)`.
+/// Rows that are sequences of one length: the angles of their positions, `None` where nothing is turned, and the mask,
+/// 0 where a position sees another and -inf elsewhere, `(time, time)`.
 pub(super) struct Positions {
     pub batch: usize,
     pub time: usize,
-    pub angles: Angles,
+    pub angles: Option<Angles>,
     pub mask: Tensor,
+}
+
+/// What the layers of one kind share in a forward.
+pub(super) struct Shared {
+    /// What the rows are, one part after the other.
+    pub parts: Vec<Arc<Positions>>,
+    /// From which the numbers follow that adapters drop.
+    pub dropout_seed: Option<u64>,
 }
 
 #[derive(Debug, Clone)]
@@ -263,18 +196,39 @@ impl Attention {
         })
     }
 
-    /// Rows `(batch * time, hidden)` to the same.
-    fn forward(&self, x: &Tensor, positions: &Positions) -> Result<Tensor> {
+    /// Rows `(rows, hidden)` to the same.
+    fn forward(&self, x: &Tensor, shared: &Shared) -> Result<Tensor> {
+        let qkv = self.query_key_value.forward(x, shared.dropout_seed)?;
+        let attended = match shared.parts.as_slice() {
+            [positions] => self.attend(&qkv, positions)?,
+            parts => {
+                let (mut start, mut attended) = (0, Vec::with_capacity(parts.len()));
+                for positions in parts {
+                    let rows = positions.batch * positions.time;
+                    let part = qkv.iter().map(|x| x.narrow(0, start, rows));
+                    attended.push(self.attend(&part.collect::<Result<Vec<_>>>()?, positions)?);
+                    start += rows;
+                }
+                Tensor::cat(&attended, 0)?
+            }
+        };
+        self.output.forward(&attended, shared.dropout_seed)
+    }
+
+    /// Rows `(batch * time, ..)` of queries, keys and values to what each position makes of the values.
+    fn attend(&self, qkv: &[Tensor], positions: &Positions) -> Result<Tensor> {
         let &Positions { batch, time, .. } = positions;
-        let qkv = self.query_key_value.forward(x)?;
         let (mut query, mut key) = (self.split(&qkv[0], batch)?, self.split(&qkv[1], batch)?);
         let value = self.split(&qkv[2], batch)?.transpose(1, 2)?.contiguous()?;
         if let Some((query_norm, key_norm)) = &self.query_and_key_norms {
             query = query_norm.forward(&query)?;
             key = key_norm.forward(&key)?;
         }
-        let query = positions.angles.turn(&query.transpose(1, 2)?)?;
-        let key = positions.angles.turn(&key.transpose(1, 2)?)?;
+        let turned = |x: Tensor| match &positions.angles {
+            Some(angles) => angles.turn(&x.transpose(1, 2)?),
+            None => x.transpose(1, 2)?.contiguous(),
+        };
+        let (query, key) = (turned(query)?, turned(key)?);
 
         // The queries that share a key are rows of one product.
         let shared = (batch, self.key_value_heads, (), self.head_dim);
@@ -286,20 +240,19 @@ impl Attention {
         };
         let scores = scores
             .reshape((batch, self.heads, time, time))?
-            .to_dtype(wide(x.dtype()))?
+            .to_dtype(wide(value.dtype()))?
             .broadcast_add(&positions.mask)?;
-        let weights = softmax(&scores)?.to_dtype(x.dtype())?.reshape((
+        let weights = softmax(&scores)?.to_dtype(value.dtype())?.reshape((
             batch,
             self.key_value_heads,
             (),
             time,
         ))?;
-        let attended = weights
+        weights
             .matmul(&value)?
             .reshape((batch, self.heads, time, self.head_dim))?
             .transpose(1, 2)?
-            .reshape((batch * time, self.heads * self.head_dim))?;
-        self.output.forward(&attended)
+            .reshape((batch * time, self.heads * self.head_dim))
     }
 
     /// Rows to `(batch, time, heads, head_dim)`.
@@ -341,14 +294,14 @@ impl Mlp {
         })
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let gate_up = self.gate_up.forward(x)?;
+    fn forward(&self, x: &Tensor, dropout_seed: Option<u64>) -> Result<Tensor> {
+        let gate_up = self.gate_up.forward(x, dropout_seed)?;
         let gate = self.activation.forward(&gate_up[0])?;
-        self.down.forward(&(gate * &gate_up[1])?)
+        self.down.forward(&(gate * &gate_up[1])?, dropout_seed)
     }
 }
 
-/// A layer: attention and MLP, each normalised before, in Gemma 2 and 3 also after.
+/// A layer: attention and MLP, each normalised before, in Gemma 2 and 3 also after, in Granite scaled.
 #[derive(Debug, Clone)]
 pub(super) struct Layer {
     attention_norm: Norm,
@@ -357,6 +310,7 @@ pub(super) struct Layer {
     mlp_norm: Norm,
     mlp: Mlp,
     output_norm: Option<Norm>,
+    scale: Option<f64>,
 }
 
 impl Layer {
@@ -378,20 +332,27 @@ impl Layer {
             mlp_norm,
             mlp: Mlp::new(config, loader.pp("mlp"))?,
             output_norm,
+            scale: config.residual_scale,
         })
     }
 
-    /// Rows `(batch * time, hidden)` to the same.
-    pub(super) fn forward(&self, x: &Tensor, positions: &Positions) -> Result<Tensor> {
-        let normed = |norm: &Option<Norm>, y: Tensor| match norm {
-            Some(norm) => norm.forward(&y),
-            None => Ok(y),
+    /// Rows `(rows, hidden)` to the same.
+    pub(super) fn forward(&self, x: &Tensor, shared: &Shared) -> Result<Tensor> {
+        let added = |norm: &Option<Norm>, y: Tensor| -> Result<Tensor> {
+            let y = match norm {
+                Some(norm) => norm.forward(&y)?,
+                None => y,
+            };
+            match self.scale {
+                Some(scale) => y * scale,
+                None => Ok(y),
+            }
         };
-        let attended = self
-            .attention
-            .forward(&self.attention_norm.forward(x)?, positions)?;
-        let x = (x + normed(&self.attended_norm, attended)?)?;
-        let y = self.mlp.forward(&self.mlp_norm.forward(&x)?)?;
-        &x + normed(&self.output_norm, y)?
+        let normed = self.attention_norm.forward(x)?;
+        let attended = self.attention.forward(&normed, shared)?;
+        let x = (x + added(&self.attended_norm, attended)?)?;
+        let normed = self.mlp_norm.forward(&x)?;
+        let y = self.mlp.forward(&normed, shared.dropout_seed)?;
+        &x + added(&self.output_norm, y)?
     }
 }

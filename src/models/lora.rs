@@ -1,8 +1,10 @@
 //! Low-rank adapters (LoRA): small trainable matrices beside frozen weights.
 
-use super::layers::Loader;
-use super::{CausalLm, Config, Decoder};
-use crate::node::{attach, Node};
+use super::adapter::{last_name, saved_name, Adapter, Adapters, HEAD};
+use super::causal_lm::CausalLm;
+use super::config::Config;
+use super::decoder::Decoder;
+use super::loader::Loader;
 use candle_core::{bail, Result, Tensor};
 use candle_nn::{Init, VarBuilder, VarMap};
 use std::collections::HashMap;
@@ -19,7 +21,6 @@ const PROJECTIONS: [&str; 9] = [
     "gate_up_proj",
     "down_proj",
 ];
-pub(super) const HEAD: &str = "lm_head";
 
 /// Which matrices of a decoder get a low-rank adapter: instead of `W` `(out, in)`, which is frozen,
 ///
@@ -27,8 +28,7 @@ pub(super) const HEAD: &str = "lm_head";
 /// W + (alpha / rank) B A,   A (rank, in), B (out, rank)
 /// ```
 ///
-/// with only `A` and `B` trained. `B` begins as 0, so that a new adapter changes nothing. There is no
-/// dropout.
+/// with only `A` and `B` trained. `B` begins as 0, so that a new adapter changes nothing.
 ///
 /// ```
 /// # use candle_core::{DType, Device, Tensor};
@@ -62,6 +62,9 @@ pub struct Lora {
     pub rank: usize,
     /// The product `B A` is scaled by `alpha / rank`.
     pub alpha: f64,
+    /// The share of the numbers of `x` that are 0 in `B A x` while [`Decoder::set_dropout_seed`] asks for it; the others
+    /// are divided by `1 - dropout`. At least 0 and less than 1.
+    pub dropout: f64,
     /// The last names of the modules with an adapter, such as `q_proj`. `lm_head` is the head: its
     /// adapter costs two matrices of the head's size while it trains, and of a tied matrix it changes
     /// the head only.
@@ -69,11 +72,12 @@ pub struct Lora {
 }
 
 impl Default for Lora {
-    /// Rank 8, alpha 16, every projection of attention and MLP, not the head.
+    /// Rank 8, alpha 16, no dropout, every projection of attention and MLP, not the head.
     fn default() -> Self {
         Self {
             rank: 8,
             alpha: 16.,
+            dropout: 0.,
             targets: PROJECTIONS.map(str::to_owned).to_vec(),
         }
     }
@@ -112,56 +116,10 @@ impl Lora {
             a: vb.get_with_hints((rank, inputs), "lora_A.weight", init)?,
             b: vb.get_with_hints((outputs, rank), "lora_B.weight", Init::Const(0.))?,
             scale: alpha / rank as f64,
+            dropout: self.dropout,
+            number: 0,
         }))
     }
-}
-
-/// An adapter of one matrix.
-#[derive(Debug, Clone)]
-pub(super) struct Adapter {
-    pub a: Tensor,
-    pub b: Tensor,
-    pub scale: f64,
-}
-
-impl Adapter {
-    /// What it adds to `x W^T`, in the dtype of `x`.
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let inner = x.to_dtype(self.a.dtype())?.matmul(&self.a.t()?)?;
-        (inner.matmul(&self.b.t()?)? * self.scale)?.to_dtype(x.dtype())
-    }
-
-    /// The matrix with the adapter in it.
-    pub(super) fn merged(&self, weight: &Tensor) -> Result<Tensor> {
-        let product = self.b.detach().matmul(&self.a.detach())?;
-        let wide = weight.detach().to_dtype(product.dtype())?;
-        let merged = (wide + (product * self.scale)?)?.to_dtype(weight.dtype())?;
-        attach(merged, &[&self.a, &self.b], Merge(self.scale))
-    }
-
-    pub(super) fn tensors(&self) -> [&Tensor; 2] {
-        [&self.a, &self.b]
-    }
-
-    fn detached(&self) -> Self {
-        Self {
-            a: self.a.detach(),
-            b: self.b.detach(),
-            scale: self.scale,
-        }
-    }
-}
-
-/// Gives the adapter of a module, by its name and its numbers of inputs and outputs.
-pub(super) type Adapters<'a> = dyn Fn(&str, usize, usize) -> Result<Option<Adapter>> + 'a;
-
-/// The name of a module in peft's files.
-pub(super) fn saved_name(module: &str) -> String {
-    format!("base_model.model.{module}")
-}
-
-pub(super) fn last_name(module: &str) -> &str {
-    module.rsplit('.').next().unwrap_or(module)
 }
 
 impl Decoder {
@@ -172,13 +130,23 @@ impl Decoder {
     /// The weights are shared, not copied. [`Decoder::save`] saves them with the adapters merged.
     ///
     /// # Errors
-    /// A rank of 0, an alpha that is not finite, a target that no module has, a decoder that has adapters already.
+    /// A rank of 0; an alpha that is not finite; a dropout that is no share, or one of the head, whose adapter is added
+    /// to its matrix; a target that no module has; a decoder that has adapters already.
     pub fn with_lora(&self, lora: &Lora, vars: &VarMap) -> Result<Self> {
         if lora.rank == 0 {
             bail!("the rank of an adapter must be at least 1")
         }
         if !lora.alpha.is_finite() {
             bail!("the alpha of an adapter must be finite, got {}", lora.alpha)
+        }
+        if !(0. ..1.).contains(&lora.dropout) {
+            bail!(
+                "the dropout of an adapter must be at least 0 and less than 1, got {}",
+                lora.dropout
+            )
+        }
+        if lora.dropout > 0. && lora.targets.iter().any(|target| target == HEAD) {
+            bail!("an adapter of {HEAD} has no dropout: it is added to the matrix")
         }
         if !self.adapters().is_empty() {
             bail!("the decoder has adapters already: save or merge it first")
@@ -255,41 +223,5 @@ impl Decoder {
         decoder.set_gradient_checkpointing(self.gradient_checkpointing());
         decoder.set_name_or_path(self.name_or_path());
         Ok(decoder)
-    }
-}
-
-/// `x W^T` for rows `x`. Where `W` is not tracked, its gradient is not computed: Candle's product would
-/// compute and drop it.
-pub(super) fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    if weight.track_op() || !x.track_op() {
-        return x.matmul(&weight.t()?);
-    }
-    let y = x.detach().matmul(&weight.t()?)?;
-    attach(y, &[x], Frozen(weight.clone()))
-}
-
-/// `W + scale B A` of `A` and `B`. Candle's sum would form a gradient of `W` too.
-struct Merge(f64);
-
-impl Node for Merge {
-    const NAME: &'static str = "merged-adapter";
-
-    fn backward(&self, arguments: &[&Tensor], upstream: &Tensor) -> Result<Vec<Option<Tensor>>> {
-        let (a, b) = (arguments[0].detach(), arguments[1].detach());
-        let upstream = upstream.detach().to_dtype(a.dtype())?;
-        let of_a = (b.t()?.matmul(&upstream)? * self.0)?;
-        let of_b = (upstream.matmul(&a.t()?)? * self.0)?;
-        Ok(vec![Some(of_a), Some(of_b)])
-    }
-}
-
-/// A product with a matrix that does not change.
-struct Frozen(Tensor);
-
-impl Node for Frozen {
-    const NAME: &'static str = "frozen-linear";
-
-    fn backward(&self, _: &[&Tensor], upstream: &Tensor) -> Result<Vec<Option<Tensor>>> {
-        Ok(vec![Some(upstream.matmul(&self.0)?)])
     }
 }

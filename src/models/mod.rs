@@ -1,7 +1,7 @@
 //! Decoders that train with this crate's loss, from and to Hugging Face checkpoints (feature `models`).
 //!
 //! [`Decoder`] is one trainable decoder for every [`Family`]: Llama, Mistral, Phi-3, Qwen 2 and 3,
-//! Gemma 1 to 3. A [`Config`] read from `config.json` says how they differ. It is a [`CausalLm`]:
+//! Gemma 1 to 3, SmolLM 3, Granite 3. A [`Config`] read from `config.json` says how they differ. It is a [`CausalLm`]:
 //! [`loss`](CausalLm::loss) never stores logits, [`generate`] shows what was learnt.
 //!
 //! For less memory: [`Lora`] trains adapters instead of weights,
@@ -23,15 +23,18 @@
 //! `gemma`'s `forward_embeds_without_projection` stops before the last norm, which is private too.
 
 mod adamw;
+mod adapter;
 mod adapter_files;
 mod causal_lm;
-mod checkpoint;
-mod checkpointing;
+mod checkpoint_files;
 mod config;
 mod decoder;
+mod entries;
 mod gradients;
 mod layers;
+mod loader;
 mod lora;
+mod recompute;
 mod rope;
 mod staging;
 mod stored;

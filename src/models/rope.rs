@@ -1,6 +1,6 @@
 //! Rotary position embeddings and the ways their frequencies are scaled.
 
-use super::config::invalid;
+use super::entries::invalid;
 use candle_core::{DType, Device, Result, Tensor, D};
 use serde::Deserialize;
 use std::borrow::Cow;

@@ -1,7 +1,7 @@
 //! The tensors of a checkpoint, under whichever of the usual names they are stored.
 
-use super::checkpoint::CONFIG;
-use super::{Config, Decoder};
+use super::config::{Config, CONFIG};
+use super::decoder::Decoder;
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{bail, Device, Result, Tensor};
 use std::collections::BTreeMap;

@@ -1,6 +1,6 @@
 //! The models of candle-transformers that show their hidden states.
 
-use super::CausalLm;
+use super::causal_lm::CausalLm;
 use candle_core::{Device, Result, Tensor};
 use candle_transformers::models::smol::smollm3;
 use candle_transformers::models::{qwen2, qwen3, qwen3_moe};

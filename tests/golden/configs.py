@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "smollm3", "granite"]
 TIMES = [4, 40, 400]
 POINTS = [-1.5, -0.25, 0.75]
 
@@ -79,6 +79,13 @@ VARIANTS += [
         full_attention=dict(rope_type="linear", factor=8.0), sliding_attention=dict(rope_theta=30.0)))),
     ("gemma3_text", HEADS | dict(partial_rotary_factor=0.5, num_hidden_layers=7)),
 ]
+VARIANTS += [
+    ("smollm3", HEADS | dict(no_rope_layer_interval=3, use_sliding_window=True, sliding_window=6, mlp_bias=True)),
+    ("smollm3", HEADS | dict(no_rope_layers=[1, 0, 0, 1, 1], attention_bias=True, tie_word_embeddings=False)),
+    ("smollm3", HEADS | dict(rope_theta=300.0, sliding_window=6, rope_scaling=dict(rope_type="linear", factor=2.0))),
+    ("granite", HEADS | dict(embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.015625,
+                             logits_scaling=8.0, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
+]
 GEMMA3_TEXT = dict(
     hidden_size=32, intermediate_size=48, model_type="gemma3_text", num_hidden_layers=7, sliding_window=6,
     rope_scaling=dict(rope_type="linear", factor=8.0))
@@ -125,6 +132,7 @@ def read(entries):
     kinds = getattr(text, "layer_types", None) or ["full_attention"]
     kinds = kinds if text.model_type == "gemma3_text" else [kinds[0]]
     embedding_class = type(body.rotary_emb)
+    turned = [getattr(l.self_attn, "use_rope", True) for l in layers]
     ropes = {kind: rope(text, kind, embedding_class) for kind in sorted(set(kinds))}
     bias = lambda module, *names: any(getattr(getattr(module, n, None), "bias", None) is not None for n in names)
     fused = hasattr(attention, "qkv_proj")
@@ -157,7 +165,11 @@ def read(entries):
         initializer_range=text.initializer_range,
         eos_token_ids=eos if isinstance(eos, list) else [] if eos is None else [eos],
         windows=windows,
-        rope_of_layer=[sorted(set(kinds)).index(kind) for kind in kinds] if len(kinds) > 1 else [0] * len(layers),
+        rope_of_layer=[sorted(set(kinds)).index(kind) for kind in kinds] if len(kinds) > 1
+        else [0 if turns else None for turns in turned],
+        embedding_scale=getattr(text, "embedding_multiplier", None),
+        residual_scale=getattr(text, "residual_multiplier", None),
+        logit_divisor=getattr(text, "logits_scaling", None),
         ropes=list(ropes.values()),
     )
 

@@ -2,7 +2,9 @@
 tests/models.
 
     pip install torch transformers --extra-index-url https://download.pytorch.org/whl/cpu
-    python tests/golden/models.py
+    python tests/golden/models.py [CASE ..]
+
+Without a case, all are written.
 
 A case is a folder as `save_pretrained` writes it, weights in bf16, and expected.safetensors: `ids`, `labels`,
 and, computed in f32, `logits`, `loss`, and `gradient_norms`, one of each parameter in the order of their names.
@@ -10,6 +12,7 @@ and, computed in f32, `logits`, `loss`, and `gradient_norms`, one of each parame
 """
 
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -51,6 +54,12 @@ CASES = {
         rope_parameters=dict(
             full_attention=dict(rope_type="linear", rope_theta=1000.0, factor=8.0),
             sliding_attention=dict(rope_type="default", rope_theta=100.0)))),
+    "smollm3": ("smollm3", SIZES | dict(
+        num_hidden_layers=3, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=5,
+        rope_parameters=dict(rope_type="default", rope_theta=100.0))),
+    "granite": ("granite", SIZES | dict(
+        embedding_multiplier=3.0, residual_multiplier=0.4, attention_multiplier=0.3, logits_scaling=1.5,
+        attention_bias=True, rope_parameters=dict(rope_type="default", rope_theta=100.0))),
 }
 SHARDED = {"llama"}
 
@@ -90,7 +99,9 @@ def make(folder, model_type, settings):
 
 if __name__ == "__main__":
     root = Path(__file__).parent / "models"
-    shutil.rmtree(root, ignore_errors=True)
     for seed, (name, (model_type, settings)) in enumerate(CASES.items()):
+        if name not in (sys.argv[1:] or CASES):
+            continue
+        shutil.rmtree(root / name, ignore_errors=True)
         torch.manual_seed(seed)
         make(root / name, model_type, settings)

@@ -60,14 +60,41 @@ fn entries_mean_what_they_mean_to_transformers() -> Result<()> {
         let scale = read["attention_scale"].as_f64().unwrap();
         assert!((config.attention_scale - scale).abs() < 1e-12, "{text}");
 
+        let embedding_scale = config
+            .embedding_scale
+            .filter(|_| config.family == Family::Granite);
+        for (what, got, want) in [
+            ("embedding_scale", embedding_scale, &read["embedding_scale"]),
+            (
+                "residual_scale",
+                config.residual_scale,
+                &read["residual_scale"],
+            ),
+            (
+                "logit_divisor",
+                config.logit_scale.map(|scale| 1. / scale),
+                &read["logit_divisor"],
+            ),
+        ] {
+            let (got, want) = (got.unwrap_or(1.), want.as_f64().unwrap_or(1.));
+            assert!(
+                (got - want).abs() < 1e-12,
+                "{what} {got}, want {want}: {text}"
+            );
+        }
+
         // Theirs are in another order, and those that no layer uses are left out.
         for (layer, (got, want)) in of_layers
             .iter()
             .zip(read["rope_of_layer"].as_array().unwrap())
             .enumerate()
         {
-            let rope = &config.ropes[*got];
-            let want = &read["ropes"][want.as_u64().unwrap() as usize];
+            assert_eq!(got.is_none(), want.is_null(), "layer {layer} of {text}");
+            let (Some(got), Some(want)) = (*got, want.as_u64()) else {
+                continue;
+            };
+            let rope = &config.ropes[got];
+            let want = &read["ropes"][want as usize];
             let scale = want["scale"].as_f64().unwrap();
             assert!((rope.scale - scale).abs() < 1e-6, "layer {layer} of {text}");
             for at in want["at"].as_array().unwrap() {
@@ -151,6 +178,16 @@ fn what_transformers_would_pass_over_or_fail_at_is_named() {
         ("gemma2", json!({"hidden_activation": "tanh"}), "\"tanh\""),
         ("llama", json!({"per_layer_config": {}}), "per_layer_config"),
         ("gemma3", json!({}), "needs a text_config"),
+        (
+            "smollm3",
+            json!({"no_rope_layers": [1]}),
+            "no_rope_layers has 1 entries",
+        ),
+        (
+            "granite",
+            json!({"logits_scaling": 0.0}),
+            "logits_scaling must be positive",
+        ),
     ] {
         let message = error(Config::from_json(&small(model_type, entries).to_string()));
         assert!(message.contains(named), "{named}: {message}");

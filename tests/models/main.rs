@@ -9,6 +9,7 @@ mod fine_tuning;
 mod gguf;
 mod gradients;
 mod heads;
+mod packing;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -22,7 +23,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const CASES: [&str; 10] = [
+const CASES: [&str; 12] = [
     "llama",
     "llama3",
     "mistral",
@@ -33,6 +34,8 @@ const CASES: [&str; 10] = [
     "gemma",
     "gemma2",
     "gemma3",
+    "smollm3",
+    "granite",
 ];
 
 fn folder(case: &str) -> PathBuf {

@@ -1,4 +1,4 @@
-//! Records, special tokens, and chat templates.
+//! Records and special tokens.
 
 use super::*;
 
@@ -74,7 +74,7 @@ fn records_are_read_whatever_the_file_is_called() {
             "{\"text\": \"a\"}\n[1]",
             "line 2: a record is a JSON object",
         ),
-        ("{\"text\": null, \"id\": 1}", "it has id, text"),
+        ("{\"text\": null, \"id\": 1}", "it has text, id"),
         (
             "[{\"text\": \"a\"}, {\"prompt\": \"a\"}]",
             "record 2: `prompt` without",
@@ -86,9 +86,15 @@ fn records_are_read_whatever_the_file_is_called() {
         let error = place.sequences("bad.json", text, None).err().unwrap();
         assert!(format!("{error:#}").contains(said), "{text}: {error:#}");
     }
+    let binary = place.0.write("d.zst", b"\x28\xb5\x2f\xfd");
+    let error = Data::read(Some(&binary)).err().unwrap();
+    assert!(
+        format!("{error:#}").contains("not a text in UTF-8"),
+        "{error:#}"
+    );
     let parquet = place.0.write("d.parquet", b"PAR1\xff\xfe");
     let error = Data::read(Some(&parquet)).err().unwrap();
-    assert!(error.to_string().contains("not a text in UTF-8"), "{error}");
+    assert!(format!("{error:#}").contains("d.parquet: "), "{error:#}");
 }
 
 #[test]
@@ -178,118 +184,152 @@ fn epochs_and_validation_are_as_asked() {
     assert!(validated("other"));
 }
 
-const CHATML: &str = "\
-{% for message in messages %}
-    {%- if loop.first and message['role'] != 'system' %}
-        {{- '<|im_start|>system\\nBe kind<|im_end|>\\n' }}
-    {%- endif %}
-    {{- '<|im_start|>' + message.role + '\\n' + message['content'].strip() + '<|im_end|>' + '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}";
-
-fn template(source: &str) -> Template {
-    Template::new(
-        source.into(),
-        Map::from_iter([("bos_token".into(), "<s>".into())]),
-    )
-    .unwrap()
-}
-
+/// A Parquet file of two rows, with a list of messages and a nullable weight.
 #[test]
-fn conversations_are_written_by_the_template_and_the_answers_are_learnt() {
-    let place = Place::new("chat");
-    let messages = json!({"messages": [
-        {"role": "user", "content": "sat?"},
-        {"role": "assistant", "content": " on "},
-        {"role": "user", "content": "cat?"},
-        {"role": "assistant", "content": "mat"},
-    ]});
+fn rows_of_parquet_are_records() {
+    use parquet::column::writer::ColumnWriter;
+    use parquet::data_type::ByteArray;
+    use parquet::file::properties::WriterProperties;
+    use parquet::file::writer::SerializedFileWriter;
+    let place = Place::new("parquet");
+    let schema = "message schema {
+        optional group messages (LIST) { repeated group list { optional group element {
+            optional binary content (UTF8); optional binary role (UTF8); } } }
+        optional double weight;
+    }";
+    let schema = std::sync::Arc::new(parquet::schema::parser::parse_message_type(schema).unwrap());
+    let snappy = WriterProperties::builder().set_compression(parquet::basic::Compression::SNAPPY);
+    let path = place.path("d.parquet");
+    let file = fs::File::create(&path).unwrap();
+    let mut writer = SerializedFileWriter::new(file, schema, snappy.build().into()).unwrap();
+    let mut rows = writer.next_row_group().unwrap();
+    let mut column = 0;
+    while let Some(mut writer) = rows.next_column().unwrap() {
+        let texts = |texts: [&str; 4]| texts.map(|text| ByteArray::from(text.as_bytes().to_vec()));
+        match (column, writer.untyped()) {
+            (0, ColumnWriter::ByteArrayColumnWriter(w)) => {
+                let values = texts(["sat?", "on", "cat?", "mat"]);
+                w.write_batch(&values, Some(&[4; 4]), Some(&[0, 1, 0, 1]))
+                    .unwrap();
+            }
+            (1, ColumnWriter::ByteArrayColumnWriter(w)) => {
+                let values = texts(["user", "assistant", "user", "assistant"]);
+                w.write_batch(&values, Some(&[4; 4]), Some(&[0, 1, 0, 1]))
+                    .unwrap();
+            }
+            (2, ColumnWriter::DoubleColumnWriter(w)) => {
+                w.write_batch(&[0.5], Some(&[0, 1]), None).unwrap();
+            }
+            _ => panic!("column {column}"),
+        }
+        column += 1;
+        writer.close().unwrap();
+    }
+    rows.close().unwrap();
+    writer.close().unwrap();
+
+    let encoder = place.encoder();
+    let template = super::chat::template(super::chat::CHATML);
     let rules = Rules {
-        encoder: &place.encoder(),
-        template: Some(&template(CHATML)),
+        encoder: &encoder,
+        template: Some(&template),
         learn: Learn::Answers,
         length: 200,
         strict: true,
     };
-    let data = place.0.write("d.jsonl", messages.to_string());
-    let data = Data::read(Some(&data)).unwrap();
-    let made = data.sequences(&rules).unwrap();
-    let (whole, learnt) = texts(&place.encoder(), &made.sequences[0]);
-    assert_eq!(
-        whole,
-        "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\nsat?<|im_end|>\n\
-         <|im_start|>assistant\non<|im_end|>\n<|im_start|>user\ncat?<|im_end|>\n\
-         <|im_start|>assistant\nmat<|im_end|>\n"
+    let data = Data::read(Some(&path)).unwrap();
+    assert!(
+        data.describe().ends_with(": 2 records"),
+        "{}",
+        data.describe()
     );
-    assert_eq!(learnt, "on<|im_end|>mat<|im_end|>");
-    let all = data
-        .sequences(&Rules {
-            learn: Learn::All,
-            ..rules
-        })
-        .unwrap();
-    assert_eq!(texts(&place.encoder(), &all.sequences[0]).1, whole);
-}
-
-#[test]
-fn templates_have_what_transformers_gives_them() {
-    let messages = [json!({"role": "user", "content": "a"})];
-    let render =
-        |source: &str| template(source).render(&messages, &json!([{"b": 1, "a": [1, "é<"]}]), true);
-    assert_eq!(
-        render("{{ bos_token }}{{ messages[0].content }}").unwrap(),
-        "<s>a"
-    );
-    assert_eq!(
-        render("{{ tools[0] | tojson }}").unwrap(),
-        r#"{"a": [1, "é<"], "b": 1}"#
-    );
-    assert_eq!(
-        render(
-            "{% for i in range(3) %}{% if i == 1 %}{% continue %}{% endif %}{{ i }}{% endfor %}"
-        )
-        .unwrap(),
-        "02"
-    );
-    let error = render("{{ raise_exception('roles must alternate') }}").unwrap_err();
-    assert_eq!(error.to_string(), "roles must alternate");
-    assert_eq!(
-        render("{{ 'a,b'.split(',')[-1] }}{{ messages[0].get('x', 'y') }}").unwrap(),
-        "by"
-    );
-}
-
-#[test]
-fn a_chat_template_is_found_and_used_in_a_run() {
-    let place = Place::new("template");
-    let chat = json!({"messages": [
-        {"role": "user", "content": "sat?"}, {"role": "assistant", "content": "on the mat"},
-    ]});
-    place
-        .0
-        .write("d.json", json!([chat, chat, chat]).to_string());
-    let chats = ["--data", "@/d.json", "--length", "64"];
-    assert!(place.error(&chats).contains("--chat-template"));
-    place.0.write("t.jinja", CHATML);
-    let named = ["--chat-template", "@/t.jinja", "--prompt", "sat?"];
-    place.run(&[&chats[..], &named].concat()).unwrap();
-    let config = |value: Value| {
-        place
-            .0
-            .write("base/tokenizer_config.json", value.to_string())
-    };
-    for template in [
-        json!(CHATML),
-        json!([{"name": "default", "template": CHATML}]),
+    let made = data.sequences(&rules).unwrap().sequences;
+    for (sequence, learnt, weight) in [
+        (&made[0], "on<|im_end|>", 1.),
+        (&made[1], "mat<|im_end|>", 0.5),
     ] {
-        config(json!({"chat_template": template}));
-        place.run(&chats).unwrap();
-        assert!(place.path("out/model/tokenizer_config.json").is_file());
+        assert_eq!(texts(&encoder, sequence).1, learnt);
+        assert!(sequence.weights.iter().all(|&w| w == 0. || w == weight));
     }
-    config(json!({"chat_template": "{% for %}"}));
-    assert!(place.error(&chats).contains("cannot be read"));
-    place.0.write("base/tokenizer_config.json", "{");
-    assert!(place.error(&chats).contains("tokenizer_config.json"));
+}
+
+#[test]
+fn skipped_records_of_the_validation_are_named_too() {
+    let place = Place::new("skipped-validation");
+    let data = json!({"text": "The cat sat."}).to_string();
+    place.0.write("d.jsonl", [&*data; 3].join("\n"));
+    let held_out = [data, json!({"text": ""}).to_string()].join("\n");
+    place.0.write("v.jsonl", held_out);
+    let arguments = ["--data", "@/d.jsonl", "--validation-data", "@/v.jsonl"];
+    let error = place.error(&[&arguments[..], &["--strict"]].concat());
+    assert!(error.contains("v.jsonl, line 2"), "{error}");
+    let args = place.arguments(&arguments).unwrap();
+    let rules = Rules {
+        encoder: &place.encoder(),
+        template: None,
+        learn: Learn::Answers,
+        length: 32,
+        strict: false,
+    };
+    let split = Sources::read(&args.run)
+        .unwrap()
+        .split(&args.run, &rules)
+        .unwrap();
+    assert_eq!((split.train.len(), split.validation.len()), (3, 1));
+    let [skipped] = split.skipped.as_slice() else {
+        panic!("{:?}", split.skipped)
+    };
+    assert!(
+        skipped.contains("v.jsonl: 1 records skipped") && skipped.contains("line 2"),
+        "{skipped}"
+    );
+}
+
+#[test]
+fn weights_are_of_records_and_of_answers() {
+    let place = Place::new("weights-of");
+    let encoder = place.encoder();
+    let of = |record: Value, learn| {
+        let path = place.0.write("d.jsonl", record.to_string());
+        let rules = Rules {
+            encoder: &encoder,
+            template: Some(&super::chat::template(super::chat::CHATML)),
+            learn,
+            length: 200,
+            strict: true,
+        };
+        let made = Data::read(Some(&path)).and_then(|data| data.sequences(&rules));
+        let sequence = made.map(|made| made.sequences.into_iter().next().unwrap());
+        sequence.map_err(|e| format!("{e:#}"))
+    };
+    let distinct = |sequence: &Sequence| {
+        let mut weights = sequence.weights.clone();
+        weights.dedup();
+        weights
+    };
+    let prompt = json!({"prompt": "The cat", "completion": " sat.", "weight": 0.25});
+    assert_eq!(
+        distinct(&of(prompt.clone(), Learn::Answers).unwrap()),
+        [0., 0.25]
+    );
+    assert_eq!(distinct(&of(prompt, Learn::All).unwrap()), [0.25]);
+    let chat = json!({"weight": 2, "messages": [
+        {"role": "user", "content": "sat?"}, {"role": "assistant", "content": "on", "weight": 0},
+        {"role": "user", "content": "cat?"}, {"role": "assistant", "content": "mat", "weight": 1.5},
+    ]});
+    let made = of(chat.clone(), Learn::Answers).unwrap();
+    assert_eq!(distinct(&made), [0., 3., 0.]);
+    assert_eq!(texts(&encoder, &made).1, "mat<|im_end|>");
+    assert_eq!(
+        distinct(&of(chat, Learn::All).unwrap()),
+        [2., 0., 2., 3., 2.]
+    );
+    let error = of(json!({"text": "a", "weight": -1}), Learn::All)
+        .err()
+        .unwrap();
+    assert!(error.contains("line 1: `weight` is -1"), "{error}");
+    let error = of(json!({"text": "a", "weight": 0}), Learn::All)
+        .err()
+        .unwrap();
+    assert!(error.contains("no token to learn"), "{error}");
 }

@@ -6,6 +6,7 @@ use crate::common::fixture::{checkpoint, contents, Folder, TEXT};
 use crate::common::tokens::{Encoder, Sequence};
 use crate::data::{Data, Rules, Sequences};
 use crate::run::run;
+use crate::split::Sources;
 use anyhow::Result;
 use candle_cut_cross_entropy::models::Config;
 use clap::Parser;
@@ -13,8 +14,10 @@ use serde_json::{json, Map, Value};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+mod chat;
 mod data;
 mod files;
+mod training;
 
 /// A folder with a checkpoint and a text, for a run of two steps into `out`.
 struct Place(Folder);
@@ -32,7 +35,7 @@ impl Place {
     }
 
     /// `@` in an argument is the folder; what is given here comes after, and in place of, the usual.
-    fn run(&self, arguments: &[&str]) -> Result<()> {
+    fn arguments(&self, arguments: &[&str]) -> Result<Args> {
         let usual = [
             ("--checkpoint", "@/base"),
             ("--data", "@/text.txt"),
@@ -49,7 +52,11 @@ impl Place {
         let folder = self.0 .0.to_string_lossy();
         let all = ["finetune"].into_iter().chain(usual).chain(steps.copied());
         let all = all.chain(arguments.iter().copied());
-        run(&Args::try_parse_from(all.map(|a| a.replace('@', &folder)))?)
+        Ok(Args::try_parse_from(all.map(|a| a.replace('@', &folder)))?)
+    }
+
+    fn run(&self, arguments: &[&str]) -> Result<()> {
+        run(&self.arguments(arguments)?)
     }
 
     fn error(&self, arguments: &[&str]) -> String {
@@ -90,8 +97,9 @@ impl Place {
 /// The text of a sequence, and that of its learnt tokens, special tokens included.
 fn texts(encoder: &Encoder, sequence: &Sequence) -> (String, String) {
     let decode = |ids: &[u32]| encoder.tokenizer.decode(ids, false).unwrap();
-    let learnt = sequence.ids.iter().zip(&sequence.learnt);
-    let learnt: Vec<u32> = learnt.filter(|(_, &l)| l).map(|(&id, _)| id).collect();
+    let learnt = sequence.ids.iter().zip(&sequence.weights);
+    let learnt = learnt.filter(|(_, &weight)| weight > 0.);
+    let learnt: Vec<u32> = learnt.map(|(&id, _)| id).collect();
     (decode(&sequence.ids), decode(&learnt))
 }
 

@@ -1,6 +1,6 @@
 //! The families and what each of them means by an entry that is not there.
 
-use super::invalid;
+use crate::models::entries::invalid;
 use candle_core::{Error, Result};
 use std::str::FromStr;
 
@@ -25,11 +25,15 @@ pub enum Family {
     /// `gemma3_text`: the text model of Gemma 3, with a rotary embedding for local layers and one for
     /// global ones. Of a `gemma3` checkpoint, which sees images too, it is the `text_config`.
     Gemma3,
+    /// `smollm3`: SmolLM 3, a Llama of which every fourth layer turns nothing.
+    SmolLm3,
+    /// `granite`: Granite 3 (dense), a Llama with scales.
+    Granite,
 }
 
 impl Family {
     /// Every family.
-    pub const ALL: [Family; 8] = [
+    pub const ALL: [Family; 10] = [
         Family::Llama,
         Family::Mistral,
         Family::Phi3,
@@ -38,6 +42,8 @@ impl Family {
         Family::Gemma,
         Family::Gemma2,
         Family::Gemma3,
+        Family::SmolLm3,
+        Family::Granite,
     ];
 
     /// The `model_type` in `config.json`.
@@ -51,6 +57,8 @@ impl Family {
             Family::Gemma => "gemma",
             Family::Gemma2 => "gemma2",
             Family::Gemma3 => "gemma3_text",
+            Family::SmolLm3 => "smollm3",
+            Family::Granite => "granite",
         }
     }
 
@@ -95,6 +103,8 @@ pub(super) struct Defaults {
     pub max_position_embeddings: usize,
     pub rms_norm_eps: f64,
     pub sliding_window: Option<usize>,
+    pub rope_theta: f64,
+    pub tie_word_embeddings: bool,
     pub eos_token_id: Option<u32>,
 }
 
@@ -111,6 +121,8 @@ impl Family {
             max_position_embeddings: 2048,
             rms_norm_eps: 1e-6,
             sliding_window: None,
+            rope_theta: 1e4,
+            tie_word_embeddings: false,
             eos_token_id: Some(2),
         };
         let qwen = Defaults {
@@ -132,6 +144,7 @@ impl Family {
             head_dim: Some(256),
             max_position_embeddings: 8192,
             sliding_window: Some(4096),
+            tie_word_embeddings: true,
             eos_token_id: Some(1),
             ..llama
         };
@@ -171,8 +184,22 @@ impl Family {
             Family::Gemma3 => Defaults {
                 vocab_size: 262_208,
                 max_position_embeddings: 131_072,
+                rope_theta: 1e6,
                 ..gemma2
             },
+            Family::SmolLm3 => Defaults {
+                vocab_size: 128_256,
+                hidden_size: 2048,
+                num_hidden_layers: 36,
+                num_attention_heads: 16,
+                num_key_value_heads: Some(4),
+                max_position_embeddings: 32_768,
+                rope_theta: 2e6,
+                tie_word_embeddings: true,
+                eos_token_id: Some(128_001),
+                ..llama
+            },
+            Family::Granite => llama,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! What differs from layer to layer: windows and rotary embeddings.
 
-use super::entries::Entries;
-use super::{invalid, Family};
+use super::family::Family;
+use crate::models::entries::{invalid, Entries};
 use crate::models::rope::{Parameters, Rope};
 use candle_core::Result;
 use serde::Deserialize;
@@ -14,13 +14,21 @@ const FULL: &str = "full_attention";
 pub(super) fn windows(family: Family, entries: &Entries, n: usize) -> Result<Vec<Option<usize>>> {
     let default = family.defaults().sliding_window;
     let window = match family {
-        Family::Llama | Family::Gemma => None,
-        Family::Qwen2 | Family::Qwen3 if !entries.or("use_sliding_window", false)? => None,
+        Family::Llama | Family::Gemma | Family::Granite => None,
+        Family::Qwen2 | Family::Qwen3 | Family::SmolLm3
+            if !entries.or("use_sliding_window", false)? =>
+        {
+            None
+        }
         _ => entries.optional_size("sliding_window", default)?,
     };
     let own: Vec<bool> = match family {
-        Family::Llama | Family::Mistral | Family::Phi3 | Family::Gemma => {
+        Family::Llama | Family::Mistral | Family::Phi3 | Family::Gemma | Family::Granite => {
             vec![window.is_some(); n]
+        }
+        Family::SmolLm3 => {
+            let turned = turned(family, entries, n)?;
+            turned.iter().map(|t| window.is_some() && !t).collect()
         }
         Family::Qwen2 | Family::Qwen3 => {
             let first = entries.or("max_window_layers", 28)?;
@@ -35,7 +43,7 @@ pub(super) fn windows(family: Family, entries: &Entries, n: usize) -> Result<Vec
             let named = layer_types(&types, n)?;
             let fixed = matches!(
                 family,
-                Family::Llama | Family::Mistral | Family::Phi3 | Family::Gemma
+                Family::Llama | Family::Mistral | Family::Phi3 | Family::Gemma | Family::Granite
             );
             if fixed && named != own {
                 return invalid(format!(
@@ -48,11 +56,27 @@ pub(super) fn windows(family: Family, entries: &Entries, n: usize) -> Result<Vec
     };
     if window.is_none() && sliding.contains(&true) {
         return invalid(format!(
-            "layers of type {SLIDING} need a sliding_window (in Qwen also use_sliding_window)"
+            "layers of type {SLIDING} need a sliding_window (in Qwen and SmolLM 3 also use_sliding_window)"
         ));
     }
     let window = |sliding: bool| window.filter(|_| sliding);
     Ok(sliding.into_iter().map(window).collect())
+}
+
+/// Which layers turn queries and keys: all but some of SmolLM 3's.
+pub(super) fn turned(family: Family, entries: &Entries, n: usize) -> Result<Vec<bool>> {
+    if family != Family::SmolLm3 {
+        return Ok(vec![true; n]);
+    }
+    let interval = entries.size("no_rope_layer_interval", 4)?;
+    match entries.optional::<Vec<u8>>("no_rope_layers", None)? {
+        None => Ok(alternating(n, interval)),
+        Some(flags) if flags.len() < n => invalid(format!(
+            "no_rope_layers has {} entries for num_hidden_layers {n}",
+            flags.len()
+        )),
+        Some(flags) => Ok(flags.iter().take(n).map(|&turns| turns != 0).collect()),
+    }
 }
 
 /// Every `pattern`-th layer sees everything.
@@ -105,6 +129,7 @@ pub(super) fn ropes(
         Parameters::deserialize(&value)
             .or_else(|e| invalid(format!("rope parameters {value}: {e}")))
     };
+    let theta = family.defaults().rope_theta;
     if family == Family::Gemma3 {
         if old.as_ref().is_some_and(nested) {
             return invalid(format!(
@@ -124,7 +149,7 @@ pub(super) fn ropes(
         let mut full = of(FULL)?;
         full.extend(old.into_iter().flatten());
         let (mut full, mut sliding) = (read(full)?, read(of(SLIDING)?)?);
-        full.rope_theta = Some(full.rope_theta.unwrap_or(entries.or("rope_theta", 1e6)?));
+        full.rope_theta = Some(full.rope_theta.unwrap_or(entries.or("rope_theta", theta)?));
         let local = entries.or("rope_local_base_freq", 1e4)?;
         sliding.rope_theta = Some(sliding.rope_theta.unwrap_or(local));
         let rope = |parameters: Parameters| {
@@ -140,7 +165,7 @@ pub(super) fn ropes(
         ));
     }
     let mut parameters = read(given)?;
-    let theta = entries.or("rope_theta", 1e4)?;
+    let theta = entries.or("rope_theta", theta)?;
     parameters.rope_theta = Some(parameters.rope_theta.unwrap_or(theta));
     // It counts before the one in the parameters.
     let default = (family == Family::Phi3).then_some(4096);

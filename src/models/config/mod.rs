@@ -1,18 +1,20 @@
 //! A decoder's architecture, read from the `config.json` of a Hugging Face checkpoint.
 
-mod entries;
 mod family;
 mod layers;
 
 pub use family::Family;
 
+use super::entries::{invalid, Entries};
 use super::rope::Rope;
 use candle_core::{DType, Error, Result};
 use candle_nn::Activation;
-use entries::Entries;
 use serde_json::{json, Map, Value};
 use std::path::Path;
 use std::str::FromStr;
+
+/// The name of the file.
+pub(super) const CONFIG: &str = "config.json";
 
 /// The architecture of a decoder: what its family and its `config.json` say, in one form for all.
 ///
@@ -67,6 +69,10 @@ pub struct Config {
     pub norm_queries_and_keys: bool,
     /// What embeddings are multiplied by.
     pub embedding_scale: Option<f64>,
+    /// What attention and MLP give is multiplied by, before it is added.
+    pub residual_scale: Option<f64>,
+    /// What the logits are multiplied by.
+    pub logit_scale: Option<f64>,
     /// What the products of queries and keys are multiplied by.
     pub attention_scale: f64,
     /// The soft cap of those products.
@@ -101,8 +107,8 @@ pub struct Config {
 pub struct LayerConfig {
     /// How many positions a position sees, itself the last of them; `None`: all before it.
     pub window: Option<usize>,
-    /// Which of [`Config::ropes`] turns queries and keys.
-    pub rope: usize,
+    /// Which of [`Config::ropes`] turns queries and keys; `None`: they are not turned.
+    pub rope: Option<usize>,
 }
 
 impl Config {
@@ -165,9 +171,19 @@ impl Config {
             None => hidden_size / heads,
         };
         let soft = matches!(family, Family::Gemma2 | Family::Gemma3);
-        let query_scale = match soft {
-            true => entries.number("query_pre_attn_scalar", 256.)?,
-            false => head_dim as f64,
+        let attention_scale = match family {
+            Family::Gemma2 | Family::Gemma3 => {
+                1. / entries.number("query_pre_attn_scalar", 256.)?.sqrt()
+            }
+            Family::Granite => entries.number("attention_multiplier", 1.)?,
+            _ => 1. / (head_dim as f64).sqrt(),
+        };
+        let of_granite = |key: &str| match family {
+            Family::Granite => {
+                let scale = entries.number(key, 1.)?;
+                Ok::<_, Error>(Some(scale).filter(|&scale| scale != 1.))
+            }
+            _ => Ok(None),
         };
         let softcap = |key: &str, default: f64| {
             let default = (family == Family::Gemma2).then_some(default);
@@ -184,9 +200,10 @@ impl Config {
         let count = entries.size("num_hidden_layers", defaults.num_hidden_layers)?;
         let layers = layers::windows(family, &entries, count)?
             .into_iter()
-            .map(|window| LayerConfig {
+            .zip(layers::turned(family, &entries, count)?)
+            .map(|(window, turned)| LayerConfig {
                 window,
-                rope: if window.is_some() { last_rope } else { 0 },
+                rope: turned.then_some(if window.is_some() { last_rope } else { 0 }),
             })
             .collect();
         Ok(Self {
@@ -203,8 +220,13 @@ impl Config {
             norm_adds_one: family.is_gemma(),
             norm_outputs: soft,
             norm_queries_and_keys: matches!(family, Family::Qwen3 | Family::Gemma3),
-            embedding_scale: family.is_gemma().then_some((hidden_size as f64).sqrt()),
-            attention_scale: 1. / query_scale.sqrt(),
+            embedding_scale: match family.is_gemma() {
+                true => Some((hidden_size as f64).sqrt()),
+                false => of_granite("embedding_multiplier")?,
+            },
+            residual_scale: of_granite("residual_multiplier")?,
+            logit_scale: of_granite("logits_scaling")?.map(|divisor| 1. / divisor),
+            attention_scale,
             attention_softcap: match family {
                 Family::Gemma2 => softcap("attn_logit_softcapping", 50.)?,
                 _ => None,
@@ -215,9 +237,14 @@ impl Config {
             },
             query_key_value_bias: attention_bias || family == Family::Qwen2,
             attention_output_bias: attention_bias,
-            mlp_bias: family == Family::Llama && entries.or("mlp_bias", false)?,
+            mlp_bias: match family {
+                Family::Llama | Family::SmolLm3 | Family::Granite => {
+                    entries.or("mlp_bias", false)?
+                }
+                _ => false,
+            },
             fused_projections: family == Family::Phi3,
-            tie_word_embeddings: entries.or("tie_word_embeddings", family.is_gemma())?,
+            tie_word_embeddings: entries.or("tie_word_embeddings", defaults.tie_word_embeddings)?,
             ropes,
             layers,
             initializer_range: entries.or("initializer_range", 0.02)?,
@@ -336,8 +363,4 @@ fn token_ids(entries: &Entries, default: Option<u32>) -> Result<Vec<u32>> {
         Some(Value::Array(ids)) => ids.iter().map(one).collect(),
         Some(id) => Ok(vec![one(id)?]),
     }
-}
-
-pub(super) fn invalid<T>(message: String) -> Result<T> {
-    Err(Error::Msg(format!("model config: {message}")))
 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, ThreadId};
 
 /// A function of a tensor and of variables that it owns.
-pub(super) trait Layer: Send + Sync + 'static {
+pub(super) trait Recompute: Send + Sync + 'static {
     fn forward(&self, x: &Tensor) -> Result<Tensor>;
 }
 
@@ -26,7 +26,11 @@ pub(super) trait Layer: Send + Sync + 'static {
 /// ```
 ///
 /// The backward reaches the checkpoint first, which forms all gradients; the chain then hands them out.
-pub(super) fn checkpoint(layer: impl Layer, x: &Tensor, variables: Vec<Tensor>) -> Result<Tensor> {
+pub(super) fn checkpoint(
+    layer: impl Recompute,
+    x: &Tensor,
+    variables: Vec<Tensor>,
+) -> Result<Tensor> {
     if let Some(other) = variables.iter().find(|v| !v.is_variable()) {
         bail!(
             "gradient checkpointing: a weight of shape {:?} is the result of an operation, not a variable",
@@ -68,7 +72,7 @@ struct Checkpoint<L> {
     formed: Formed,
 }
 
-impl<L: Layer> Node for Checkpoint<L> {
+impl<L: Recompute> Node for Checkpoint<L> {
     const NAME: &'static str = "checkpoint";
 
     fn backward(&self, arguments: &[&Tensor], upstream: &Tensor) -> Result<Vec<Option<Tensor>>> {
@@ -132,7 +136,7 @@ mod tests {
     /// The sum of the variables, each times its number from 1 on, times `x`.
     struct Weighted(Vec<Tensor>);
 
-    impl Layer for Weighted {
+    impl Recompute for Weighted {
         fn forward(&self, x: &Tensor) -> Result<Tensor> {
             let mut y = x.zeros_like()?;
             for (i, variable) in self.0.iter().enumerate() {

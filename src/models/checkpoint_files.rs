@@ -1,8 +1,9 @@
 //! Checkpoints as Hugging Face writes them: `config.json` and safetensors, in one file or several.
 
+use super::config::{Config, CONFIG};
+use super::decoder::Decoder;
 use super::staging::Staging;
 use super::stored::Stored;
-use super::{Config, Decoder};
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{bail, DType, Device, Error, Result, Shape, Tensor, Var};
 use candle_nn::var_builder::SimpleBackend;
@@ -14,7 +15,6 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub(super) const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 /// Files that are weights in a form or under a name that is not read.

@@ -1,7 +1,6 @@
 //! The entries of a `config.json`: absent, null, or a value of the type that is wanted.
 
-use super::invalid;
-use candle_core::Result;
+use candle_core::{Error, Result};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
@@ -75,4 +74,8 @@ fn positive_number(key: &str, number: f64) -> Result<f64> {
         true => Ok(number),
         false => invalid(format!("{key} must be positive and finite, got {number}")),
     }
+}
+
+pub(super) fn invalid<T>(message: String) -> Result<T> {
+    Err(Error::Msg(format!("model config: {message}")))
 }
