@@ -61,8 +61,9 @@ pub enum Reduction {
 pub enum Filter {
     /// Every tile is computed entry by entry: the exact gradient.
     Off,
-    /// [`Filter::Threshold`] with a threshold for the inputs' dtype: 2^-10 for bf16 and f16, 2^-28 for f32 and
-    /// 2^-57 for f64, where it is as good as exact.
+    /// [`Filter::Threshold`] with a threshold for the inputs' dtype: 2^-11 for bf16 and f16, 2^-28 for f32 and
+    /// 2^-57 for f64, where it is as good as exact. On CUDA, gradients that the forward forms ([`Strategy::Fused`]) are
+    /// exact where there are fewer than 65,536 classes: nearly every tile of such a head matters, and exact is faster.
     #[default]
     Auto,
     /// A threshold of your own, in `[0, 1)`. 0 is the exact gradient.
@@ -80,7 +81,7 @@ impl Filter {
         Ok(match self {
             Filter::Off => None,
             Filter::Auto => Some(match dtype {
-                DType::BF16 | DType::F16 => 2f64.powi(-10),
+                DType::BF16 | DType::F16 => 2f64.powi(-11),
                 DType::F32 => 2f64.powi(-28),
                 _ => 2f64.powi(-57),
             }),
@@ -163,8 +164,9 @@ pub enum Implementation {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Strategy {
-    /// `Fused` where it is faster within the workspace, else `Recompute`. On CUDA that is where no filter is
-    /// on: of few tiles, recomputed logits cost less than logits that are all written.
+    /// `Fused` where it is faster within the workspace, else `Recompute`. On CUDA that is where no filter is on, or
+    /// [`Filter::Auto`] and fewer than 65,536 classes: of few tiles, recomputed logits cost less than logits that are all
+    /// written.
     #[default]
     Auto,
     /// The backward computes the logits again: 4 matrix products for loss and gradients.

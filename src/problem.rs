@@ -16,6 +16,9 @@ pub(crate) struct Settings {
     pub filter_classifier: Option<f64>,
     /// What the filter does not keep is dropped, not averaged.
     pub drop_filtered: bool,
+    /// No threshold is the user's: the implementation may do without a filter where it does not pay.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub automatic_filter: bool,
     pub implementation: Implementation,
     pub strategy: Strategy,
     pub workspace: Option<usize>,
@@ -205,6 +208,9 @@ impl Problem {
                 filter_embeddings: threshold(options.filter_embeddings)?,
                 filter_classifier: threshold(options.filter_classifier)?,
                 drop_filtered: drops(options)?,
+                automatic_filter: [options.filter_embeddings, options.filter_classifier]
+                    .iter()
+                    .all(|filter| matches!(filter, Filter::Auto | Filter::Off)),
                 implementation: options.implementation,
                 // Gradients cannot be formed before lse is known, over the classes of all ranks.
                 strategy: match options.vocab_parallel {

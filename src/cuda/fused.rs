@@ -26,8 +26,8 @@ use std::sync::{Arc, Mutex};
 
 /// Bytes of the workspace unless the user says otherwise.
 const WORKSPACE: usize = 3 << 29;
-/// Classes up to which nearly every tile of a trained head matters, so that computing the logits once pays even where
-/// some tiles are averaged.
+/// Classes below which nearly every tile of a trained head matters: then forming the exact gradients takes less time than
+/// computing the logits twice.
 const FEW_CLASSES: usize = 1 << 16;
 /// Rows of a chunk below which `Auto` computes the logits twice instead.
 const LEAST_ROWS: usize = 1024;
@@ -81,9 +81,6 @@ impl Plan {
             _ if fused => (WORKSPACE, TILE),
             None => (WORKSPACE, LEAST_ROWS.min(all_rows)),
             // Of few tiles the logits cost less than to write them all.
-            Some(_) if averaging && operands.vocab <= FEW_CLASSES => {
-                (hopper::WORKSPACE, LEAST_ROWS.min(all_rows))
-            }
             Some(_) => return Ok(None),
         };
         let mut budget = workspace.or(budget);
@@ -105,6 +102,15 @@ impl Plan {
         let range = hopper::longest_range(chunk_rows, multiprocessors);
         Ok((range > 0).then_some(Self { chunk_rows, range }))
     }
+}
+
+/// What is filtered of gradients that the forward forms.
+pub(super) fn filter(
+    settings: &Settings,
+    operands: Operands,
+    filter: Option<Filter>,
+) -> Option<Filter> {
+    filter.filter(|_| !(settings.automatic_filter && operands.vocab < FEW_CLASSES))
 }
 
 /// The rows of a chunk that leave the fewest clusters idle in the product for dE and read dC least often.

@@ -326,6 +326,7 @@ pub(crate) fn forward(
         let path = Path::choose(&gpu, operands, n, settings)?;
         let filter = filter(settings, wanted);
         let fused = with_room(settings.workspace, |workspace| {
+            let filter = fused::filter(settings, operands, filter);
             let plan =
                 fused::Plan::new(&gpu, path, operands, n, settings, wanted, filter, workspace)?;
             let Some(plan) = plan else {

@@ -82,7 +82,7 @@ fn averaged_rounding(dtype: DType, mean_logit: f64) -> f64 {
 /// The threshold [`Filter::Auto`] is documented to have.
 pub fn auto_threshold(dtype: DType) -> f64 {
     match dtype {
-        DType::BF16 | DType::F16 => 2f64.powi(-10),
+        DType::BF16 | DType::F16 => 2f64.powi(-11),
         DType::F32 => 2f64.powi(-28),
         _ => 2f64.powi(-57),
     }

@@ -262,13 +262,43 @@ fn a_filter_keeps_few_tiles_of_peaked_rows_and_exact_keeps_all() -> Result<()> {
         assert_nothing(wrong(&case, &upstream, Strategy::Auto, &device));
         for implementation in KERNELS {
             let what = format!("{implementation:?} {dtype:?}");
-            let cce = Options::default().implementation(implementation);
-            let (kept, _) = of_loss(&case, cce, &device)?;
+            let filtered = Options::default().filter(Filter::Threshold(auto_threshold(dtype)));
+            let filtered = filtered.implementation(implementation);
+            let (kept, _) = of_loss(&case, filtered, &device)?;
             // Targets lie in no kept tile: theirs are computed apart.
             assert!(kept < 1., "{what}: kept {kept}");
             let exact = exact().implementation(implementation);
             let (kept, _) = of_loss(&case, exact, &device)?;
             assert_eq!(kept, 1., "{what} exact");
+        }
+    }
+    Ok(())
+}
+
+/// Fewer than 65,536 classes: exact gradients, where the forward can form them.
+#[test]
+fn an_automatic_filter_is_exact_where_that_is_faster() -> Result<()> {
+    let Some(device) = device() else {
+        return Ok(());
+    };
+    let mut case = peaked(DType::BF16);
+    case.inputs.reduction = Reduced::Mean;
+    let auto = Options::default();
+    let given = Options::default().filter(Filter::Threshold(auto_threshold(DType::BF16)));
+    for implementation in KERNELS {
+        for strategy in [Strategy::Auto, Strategy::Recompute, Strategy::Fused] {
+            for (filter, options) in [("automatic", &auto), ("given", &given)] {
+                let options = options.clone().implementation(implementation);
+                let tensors = case.tensors(&device)?;
+                let options = case.options(options.strategy(strategy), &tensors);
+                let (e, c) = (&tensors.embeddings, &tensors.classifier);
+                let output = linear_cross_entropy(e, c, &tensors.targets, &options)?;
+                output.loss.backward()?;
+                let exact = filter == "automatic" && output.strategy == Strategy::Fused;
+                let kept = output.kept_tiles()?.expect("a backward");
+                let what = format!("{implementation:?} {strategy:?} {filter}: kept {kept}");
+                assert_eq!(kept == 1., exact, "{what} by {:?}", output.strategy);
+            }
         }
     }
     Ok(())
@@ -283,8 +313,11 @@ fn a_filter_of_one_gradient_leaves_the_other_exact() {
         for implementation in KERNELS {
             let options = exact().implementation(implementation);
             for (options, eps) in [
-                (options.clone().filter_embeddings(Filter::Auto), (eps, 0.)),
-                (options.filter_classifier(Filter::Auto), (0., eps)),
+                (
+                    options.clone().filter_embeddings(Filter::Threshold(eps)),
+                    (eps, 0.),
+                ),
+                (options.filter_classifier(Filter::Threshold(eps)), (0., eps)),
             ] {
                 check(&case, options, &device, &upstream, eps)
                     .unwrap_or_else(|e| panic!("{implementation:?} {dtype:?} {eps:?}: {e}"));

@@ -16,7 +16,7 @@ mod targets;
 mod vocab_parallel;
 
 use candle_core::{DType, Device, Result};
-use candle_cut_cross_entropy::{linear_cross_entropy, Implementation, Options, Strategy};
+use candle_cut_cross_entropy::{linear_cross_entropy, Filter, Implementation, Options, Strategy};
 use common::grid::{self, Grid};
 use common::reference::{Reduced, Reference, Upstream, CUDA_TILE};
 use common::{
@@ -47,9 +47,14 @@ fn device() -> Option<Device> {
 
 /// Exact and filtered, with the threshold of each.
 fn filters(dtype: DType) -> [(&'static str, Options, f64); 2] {
+    let eps = auto_threshold(dtype);
     [
         ("exact", exact(), 0.),
-        ("cce", Options::default(), auto_threshold(dtype)),
+        (
+            "filtered",
+            Options::default().filter(Filter::Threshold(eps)),
+            eps,
+        ),
     ]
 }
 

@@ -1,10 +1,10 @@
 //! The same bits every time, from every device and thread.
 
 use crate::common::reference::Reduced;
-use crate::common::{exact, Case};
+use crate::common::{auto_threshold, exact, Case};
 use crate::{device, Computed, DTYPES, KERNELS};
 use candle_core::{DType, Device, Result};
-use candle_cut_cross_entropy::{Implementation, Options};
+use candle_cut_cross_entropy::{Filter, Implementation, Options};
 
 /// Several tiles of rows and classes in every direction, some rows ignored.
 fn case(seed: u64, dtype: DType, hidden: usize) -> Case {
@@ -16,10 +16,14 @@ fn case(seed: u64, dtype: DType, hidden: usize) -> Case {
     case
 }
 
+fn filtered() -> Options {
+    Options::default().filter(Filter::Threshold(auto_threshold(DType::BF16)))
+}
+
 /// Every kernel, exact and filtered.
 fn ways() -> impl Iterator<Item = (String, Options)> {
     KERNELS.into_iter().flat_map(|implementation| {
-        [("exact", exact()), ("cce", Options::default())].map(|(filter, options)| {
+        [("exact", exact()), ("filtered", filtered())].map(|(filter, options)| {
             let options = options.implementation(implementation);
             (format!("{implementation:?} {filter}"), options)
         })
@@ -91,7 +95,7 @@ fn threads_with_devices_and_problems_of_their_own_do_not_disturb_each_other() ->
         let hidden = [64, 33, 136, 40][turn];
         let options = match turn % 2 {
             0 => exact(),
-            _ => Options::default(),
+            _ => filtered(),
         };
         let options = options.implementation(match turn {
             3 => Implementation::CudaPortable,
@@ -135,7 +139,7 @@ fn threads_may_share_a_device() -> Result<()> {
         .map(|turn| case(90 + turn, DType::BF16, 48))
         .collect();
     // Both forms of the kernels at the same time.
-    let options = |turn: usize| Options::default().implementation(KERNELS[turn % 2]);
+    let options = |turn: usize| filtered().implementation(KERNELS[turn % 2]);
     let alone: Vec<_> = cases
         .iter()
         .enumerate()
