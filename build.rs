@@ -1,13 +1,18 @@
-//! Compiles the CUDA kernels under `cuda/` to PTX, if the feature `cuda` is on.
+//! Compiles the CUDA kernels under `cuda/` to PTX and writes the structs of their parameters in Rust, if the feature `cuda`
+//! is on.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
 
 /// Sources and the virtual architecture each is compiled for.
-const KERNELS: [(&str, &str); 8] = [
+const KERNELS: [(&str, &str); 12] = [
     ("rows", "compute_80"),
+    ("loss", "compute_80"),
+    ("fused", "compute_80"),
+    ("backward", "compute_80"),
     ("filter", "compute_80"),
+    ("averages", "compute_80"),
     ("forward_sm80", "compute_80"),
     ("gradient_sm80", "compute_80"),
     ("products_sm80", "compute_80"),
@@ -25,7 +30,7 @@ fn main() {
     for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH"] {
         println!("cargo::rerun-if-env-changed={variable}");
     }
-    if let Err(message) = compile() {
+    if let Err(message) = compile().and_then(|()| write_params()) {
         eprintln!("{message}");
         std::process::exit(1);
     }
@@ -80,6 +85,81 @@ fn compile() -> Result<(), String> {
             })?;
     }
     Ok(())
+}
+
+/// Writes `params.rs`: a module for every file of `cuda/` that has a `struct SomeParams`, with those structs.
+fn write_params() -> Result<(), String> {
+    let io = |e: std::io::Error| format!("candle-cut-cross-entropy: parameters of kernels: {e}");
+    let mut files = Vec::new();
+    for entry in fs::read_dir("cuda").map_err(io)? {
+        files.push(entry.map_err(io)?.path());
+    }
+    files.sort();
+    let mut rust = String::new();
+    for file in files {
+        let source = fs::read_to_string(&file).map_err(io)?;
+        let structs = params(&source)
+            .map_err(|e| format!("candle-cut-cross-entropy: {}: {e}", file.display()))?;
+        if !structs.is_empty() {
+            let module = file.file_stem().unwrap_or_default().to_string_lossy();
+            rust += &format!("pub(in crate::cuda) mod {module} {{\n{structs}}}\n");
+        }
+    }
+    let out = PathBuf::from(env::var("OUT_DIR").map_err(|e| e.to_string())?);
+    fs::write(out.join("params.rs"), rust).map_err(io)
+}
+
+/// The structs whose names end in `Params`, in Rust: the same fields in the same order. A pointer is an address.
+fn params(source: &str) -> Result<String, String> {
+    let code: String = source
+        .lines()
+        .map(|line| line.split("//").next().unwrap_or_default())
+        .collect::<Vec<_>>()
+        .join("\n");
+    let mut rust = String::new();
+    for part in code.split("struct ").skip(1) {
+        let Some((name, rest)) = part.split_once('{') else {
+            continue;
+        };
+        let name = name.trim();
+        if !name.ends_with("Params") {
+            continue;
+        }
+        let fields = rest.split_once("};").ok_or("a struct without an end")?.0;
+        rust += &format!(
+            "    #[repr(C)]\n    #[derive(Debug, Clone, Copy, Default)]\n    pub(in crate::cuda) struct {name} {{\n"
+        );
+        for field in fields.split(';').map(str::trim).filter(|f| !f.is_empty()) {
+            let field = field.strip_prefix("const ").unwrap_or(field);
+            let (kind, names) = field
+                .split_once(|c: char| c.is_whitespace())
+                .ok_or_else(|| format!("{name}: no name in {field:?}"))?;
+            let pointer_type = kind.strip_suffix('*');
+            for field in names.split(',').map(str::trim) {
+                let pointer = field.strip_prefix('*');
+                if pointer_type.is_some() && names.contains(',') {
+                    return Err(format!(
+                        "{name}: of `{kind} {names}` only the first is a pointer"
+                    ));
+                }
+                let kind = match (pointer_type.or(pointer), kind) {
+                    (Some(_), _) => "u64",
+                    (None, "uint32_t") => "u32",
+                    (None, "int32_t") => "i32",
+                    (None, "uint64_t") => "u64",
+                    (None, "int64_t") => "i64",
+                    (None, "float") => "f32",
+                    _ => return Err(format!("{name}: {field} has a type unknown here, {kind}")),
+                };
+                let field = pointer.unwrap_or(field);
+                rust += &format!("        pub {field}: {kind},\n");
+            }
+        }
+        rust += &format!(
+            "    }}\n    // SAFETY: plain numbers, laid out as the kernel's struct.\n    unsafe impl super::DeviceRepr for {name} {{}}\n"
+        );
+    }
+    Ok(rust)
 }
 
 /// The compiler by the variables that name it, then by where it usually lies, then by the PATH.

@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 // Rows by classes of a tile of the gradient of the logits that is kept or skipped as a whole.
+constexpr int ONE_BLOCK = 1024;  // threads of the kernels that are one block
 constexpr int TILE = 128;
 constexpr uint8_t KEEP_FOR_EMBEDDINGS = 1;
 constexpr uint8_t KEEP_FOR_CLASSIFIER = 2;

@@ -56,6 +56,9 @@ mod node;
 pub mod objectives;
 mod op;
 mod options;
+#[cfg(any(feature = "cuda", test))]
+#[cfg_attr(not(feature = "cuda"), allow(dead_code, unused_imports))]
+mod plan;
 mod problem;
 pub mod vocab_parallel;
 

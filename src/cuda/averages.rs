@@ -1,129 +1,27 @@
-//! What stands in the gradients in the place of tiles that the filter does not keep: `cuda/filter.cu` has the formula.
+//! What stands in the gradients in the place of tiles that the filter does not keep: `cuda/averages.cu` has the formula.
 
-use super::launch::{Buffer, Gpu, Kernel, FILTER};
-use super::params::{
-    EntryParams, FilterParams, ListTargetsParams, ScaleMassesParams, ShareParams, SortParams,
-    SumMassesParams,
+use super::call::{AverageAddresses, Call, Range, Scales};
+use super::filter::Filter;
+use super::launch::{Buffer, Kernel, AVERAGES, ONE_BLOCK};
+use super::operands::Operands;
+use super::outputs::Results;
+use super::params::averages::{
+    EntryParams, ListTargetsParams, ScaleMassesParams, ShareParams, SumMassesParams,
 };
-use super::{
-    hopper, per_block, portable, Kind, Operands, Path, Range, Results, Rows, Saved, Scales,
-    Statistics, ONE_BLOCK, TILE,
-};
+use super::rows::sort_targets;
+use super::{hopper, portable};
+use crate::plan::{Path, TILE};
 use candle_core::Result;
 
-/// Class tiles of a block of `filter_tiles`.
-const FILTER_TILES: usize = 32;
 /// The bits of the table of kept tiles, as in `common.cuh`.
 const KEEP_FOR_EMBEDDINGS: u32 = 1;
 const KEEP_FOR_CLASSIFIER: u32 = 2;
 
-/// What the filter is asked for.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Filter {
-    /// What the gradient of the embeddings and that of the classifier must reach to keep a tile.
-    pub thresholds: [f32; 2],
-    /// Tiles that are not kept are dropped, not averaged.
-    pub drop: bool,
-}
-
-impl Filter {
-    /// Whether both gradients keep the same tiles, or only one is wanted.
-    fn is_uniform(self) -> bool {
-        let [embeddings, classifier] = self.thresholds;
-        embeddings == classifier || embeddings > 1. || classifier > 1.
-    }
-}
-
-/// What the filter found.
-pub(super) struct Filtered {
-    pub filter: Filter,
-    /// `(row tiles, class tiles)`
-    pub keep: Buffer,
-    /// `(rows, stride)` in the inputs' dtype, of all rows; none where tiles are dropped.
-    pub masses: Option<Buffer>,
-}
-
-/// Class tiles from one row of the masses to the next.
-pub(super) fn mass_stride(operands: Operands) -> usize {
-    operands.class_tiles().next_multiple_of(TILE)
-}
-
-/// Bytes of what the forward leaves of a row in a tile.
-pub(super) fn statistics_bytes(kind: Kind) -> usize {
-    kind.size.max(2) * 2
-}
-
-impl Filtered {
-    pub fn new(gpu: &Gpu, operands: Operands, rows: usize, filter: Filter) -> Result<Self> {
-        let masses = rows * mass_stride(operands) * operands.kind.size;
-        Ok(Self {
-            filter,
-            keep: gpu.buffer(rows / TILE * operands.class_tiles())?,
-            masses: match filter.drop {
-                true => None,
-                false => Some(gpu.buffer(masses)?),
-            },
-        })
-    }
-
-    /// Decides which tiles of a group of rows are kept, from what the forward left of them.
-    #[allow(clippy::too_many_arguments)]
-    pub fn decide(
-        &self,
-        gpu: &Gpu,
-        operands: Operands,
-        rows: &Rows,
-        count: u64,
-        statistics: &Statistics,
-        of_tiles: u64,
-        group: (usize, usize, usize),
-    ) -> Result<()> {
-        let (first_row, group_rows, row_tiles) = group;
-        let params = FilterParams {
-            statistics: of_tiles,
-            row_max: statistics.row_max.address,
-            row_log_sum: statistics.row_log_sum.address,
-            row_target: rows.target.address,
-            count,
-            keep: self.keep.address,
-            masses: address(&self.masses),
-            first_row: first_row as u32,
-            group_rows: group_rows as u32,
-            class_tiles: operands.class_tiles() as u32,
-            mass_stride: mass_stride(operands) as u32,
-            embeddings_threshold: self.filter.thresholds[0],
-            classifier_threshold: self.filter.thresholds[1],
-            keep_targets: self.filter.drop.into(),
-        };
-        let grid = (filter_blocks(operands), row_tiles);
-        let name = operands.kind.kernel("filter_tiles");
-        gpu.launch(&kernel(name, grid, TILE as u32), &params)
-    }
-}
-
-/// Blocks along the classes of a kernel that filters.
-pub(super) fn filter_blocks(operands: Operands) -> usize {
-    mass_stride(operands) / FILTER_TILES
-}
-
-pub(super) fn kernel(name: impl Into<String>, grid: (usize, usize), threads: u32) -> Kernel {
-    Kernel {
-        module: FILTER,
-        ..per_block(name, grid, threads)
-    }
-}
-
-fn address(buffer: &Option<Buffer>) -> u64 {
-    buffer.as_ref().map_or(0, |buffer| buffer.address)
-}
-
 /// The masses of some rows, and by what the rows are multiplied.
 #[derive(Clone, Copy)]
 pub(super) struct Masses<'a> {
-    pub gpu: &'a Gpu,
+    pub call: Call<'a>,
     pub path: Path,
-    pub operands: Operands,
-    pub rows: &'a Rows,
     pub filter: Filter,
     /// Of row 0.
     pub masses: u64,
@@ -159,23 +57,15 @@ struct Entries {
     bias: Option<(Buffer, Buffer)>,
 }
 
-/// Where the kernels find an [`Averages`]; 0 for what there is not.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Addresses {
-    pub shares: u64,
-    pub mass_rows: u64,
-    pub mass_sums: u64,
-    pub list: u64,
-    pub combined: u64,
-    pub slots: u64,
-    pub target_bias: u64,
-    pub embeddings_entry: u64,
-}
-
 impl Averages {
     /// The averages of these rows; their part of dE begins `sums`.
     pub fn new(masses: Masses<'_>, results: Results, sums: u64) -> Result<Self> {
-        let Masses { gpu, operands, .. } = masses;
+        let Call {
+            gpu,
+            operands,
+            rows,
+            ..
+        } = masses.call;
         let Operands {
             hidden,
             vocab,
@@ -188,7 +78,7 @@ impl Averages {
             Path::Hopper => masses,
             Path::Portable => Masses {
                 first_row: 0,
-                len: masses.rows.positions.next_multiple_of(TILE),
+                len: rows.positions.next_multiple_of(TILE),
                 ..masses
             },
         };
@@ -218,7 +108,12 @@ impl Averages {
         let threads = (hidden * kind.size / 16)
             .next_multiple_of(32)
             .clamp(32, 512);
-        let kernel = kernel(kind.kernel("share_masses"), (tiles, 1), threads as u32);
+        let kernel = Kernel::new(
+            AVERAGES,
+            kind.kernel("share_masses"),
+            (tiles, 1),
+            threads as u32,
+        );
         gpu.launch(&kernel, &params)?;
         let as_they_are = masses.p_scale == 0 && masses.filter.is_uniform();
         let mut scaled = None;
@@ -261,21 +156,25 @@ impl Averages {
     /// Adds the entries of the targets that no kept tile has.
     pub fn with_entries(
         mut self,
-        saved: &Saved,
-        operands: Operands,
+        call: Call<'_>,
         scales: &Scales,
         keep: u64,
         (first_row, rows): (usize, usize),
     ) -> Result<Self> {
-        let gpu = &saved.gpu;
+        let Call {
+            gpu,
+            operands,
+            rows: all,
+            statistics,
+        } = call;
         let row = |array: &Buffer| array.address + first_row as u64 * 4;
         let (embeddings, classifier) = (gpu.buffer(rows * 4)?, gpu.buffer(rows * 4)?);
         let params = EntryParams {
-            row_max: row(&saved.statistics.row_max),
-            row_log_sum: row(&saved.statistics.row_log_sum),
-            target_logit: row(&saved.statistics.target_logit),
-            row_target: row(&saved.rows.target),
-            count: saved.rows.count.address,
+            row_max: row(&statistics.row_max),
+            row_log_sum: row(&statistics.row_log_sum),
+            target_logit: row(&statistics.target_logit),
+            row_target: row(&all.target),
+            count: all.count.address,
             keep: keep + (first_row / TILE * operands.class_tiles()) as u64,
             p_scale: row(&scales.p),
             target_scale: row(&scales.target),
@@ -287,8 +186,8 @@ impl Averages {
             softcap: operands.softcap,
         };
         let grid = (rows.div_ceil(256), 1);
-        gpu.launch(&kernel("target_entries", grid, 256), &params)?;
-        let sorted = sort_targets(gpu, &saved.rows, first_row, rows)?;
+        gpu.launch(&Kernel::new(AVERAGES, "target_entries", grid, 256), &params)?;
+        let sorted = sort_targets(gpu, all, first_row, rows)?;
         let list = gpu.zeros(operands.vocab * 8)?;
         let combined = match self.mass_rows {
             None => None,
@@ -300,11 +199,11 @@ impl Averages {
         };
         let params = ListTargetsParams {
             embeddings: operands.embeddings,
-            row_embedding: row(&saved.rows.embedding),
+            row_embedding: row(&all.embedding),
             sorted_row: sorted.row.address,
             sorted_target: sorted.target.address,
             entry: classifier.address,
-            count: saved.rows.count.address,
+            count: all.count.address,
             list: list.address,
             combined: address(&combined),
             slots: bias.as_ref().map_or(0, |(slots, _)| slots.address),
@@ -314,7 +213,7 @@ impl Averages {
             rows: rows as u32,
         };
         let name = operands.kind.kernel("list_targets");
-        gpu.launch(&kernel(name, (rows, 1), 256), &params)?;
+        gpu.launch(&Kernel::new(AVERAGES, name, (rows, 1), 256), &params)?;
         self.entries = Some(Entries {
             embeddings,
             list,
@@ -324,8 +223,8 @@ impl Averages {
         Ok(self)
     }
 
-    pub fn addresses(&self) -> Addresses {
-        let mut addresses = Addresses {
+    pub fn addresses(&self) -> AverageAddresses {
+        let mut addresses = AverageAddresses {
             shares: self.shares.address,
             mass_rows: address(&self.mass_rows),
             mass_sums: address(&self.mass_sums),
@@ -342,30 +241,23 @@ impl Averages {
         }
         addresses
     }
-
-    /// Bytes of an [`Averages`] while the products run, whatever the rows.
-    pub fn fixed_bytes(operands: Operands) -> usize {
-        operands.class_tiles() * operands.hidden * operands.kind.size + operands.vocab * 16
-    }
-
-    /// And of each row.
-    pub fn row_bytes(operands: Operands) -> usize {
-        operands.hidden * operands.kind.size / 2 + 8
-    }
 }
 
 impl Masses<'_> {
     /// The first of these rows in a matrix of masses of all rows.
     fn of_rows(&self, masses: u64) -> u64 {
-        let row_bytes = mass_stride(self.operands) * self.operands.kind.size;
+        let row_bytes = self.call.operands.mass_stride() * self.call.operands.kind.size;
         masses + (self.first_row * row_bytes) as u64
     }
 
     /// The masses that one gradient averages, times the upstream gradients.
     fn scale(&self, bit: u32) -> Result<Buffer> {
-        let Operands { kind, .. } = self.operands;
-        let (stride, class_tiles) = (mass_stride(self.operands), self.operands.class_tiles());
-        let scaled = self.gpu.buffer(self.len * stride * kind.size)?;
+        let Operands { kind, .. } = self.call.operands;
+        let (stride, class_tiles) = (
+            self.call.operands.mass_stride(),
+            self.call.operands.class_tiles(),
+        );
+        let scaled = self.call.gpu.buffer(self.len * stride * kind.size)?;
         let params = ScaleMassesParams {
             masses: self.of_rows(self.masses),
             keep: self.keep + (self.first_row / TILE * class_tiles) as u64,
@@ -373,7 +265,7 @@ impl Masses<'_> {
                 0 => 0,
                 p_scale => p_scale + self.first_row as u64 * 4,
             },
-            count: self.rows.count.address,
+            count: self.call.rows.count.address,
             scaled: scaled.address,
             first_row: self.first_row as u32,
             class_tiles: class_tiles as u32,
@@ -381,37 +273,40 @@ impl Masses<'_> {
             bit,
         };
         let name = kind.kernel("scale_masses");
-        self.gpu
-            .launch(&kernel(name, (self.len, 1), 256), &params)?;
+        self.call
+            .gpu
+            .launch(&Kernel::new(AVERAGES, name, (self.len, 1), 256), &params)?;
         Ok(scaled)
     }
 
     /// The sum of each tile's masses, times `scale`.
     fn sum(&self, masses: u64, scale: f32) -> Result<Buffer> {
-        let tiles = self.operands.class_tiles();
-        let sums = self.gpu.buffer(tiles * 4)?;
+        let tiles = self.call.operands.class_tiles();
+        let sums = self.call.gpu.buffer(tiles * 4)?;
         let params = SumMassesParams {
             masses,
             row_scale: self.row_scale,
-            count: self.rows.count.address,
+            count: self.call.rows.count.address,
             sums: sums.address,
             first_row: self.first_row as u32,
             rows: self.len as u32,
             class_tiles: tiles as u32,
-            mass_stride: mass_stride(self.operands) as u32,
+            mass_stride: self.call.operands.mass_stride() as u32,
             scale,
         };
-        let name = self.operands.kind.kernel("sum_masses");
-        self.gpu
-            .launch(&kernel(name, (tiles.div_ceil(32), 1), ONE_BLOCK), &params)?;
+        let name = self.call.operands.kind.kernel("sum_masses");
+        self.call.gpu.launch(
+            &Kernel::new(AVERAGES, name, (tiles.div_ceil(32), 1), ONE_BLOCK),
+            &params,
+        )?;
         Ok(sums)
     }
 
     /// A matrix of masses as a gradient whose classes are the tiles.
     fn part(&self, masses: u64) -> Range {
         Range {
-            classes: mass_stride(self.operands),
-            stride: mass_stride(self.operands),
+            classes: self.call.operands.mass_stride(),
+            stride: self.call.operands.mass_stride(),
             first_row: self.first_row,
             rows: self.len,
             gradient: masses,
@@ -423,14 +318,14 @@ impl Masses<'_> {
     fn multiply(&self, classifier: u64, scale: u64, part: Range) -> Result<()> {
         let operands = Operands {
             classifier,
-            vocab: self.operands.class_tiles(),
-            ..self.operands
+            vocab: self.call.operands.class_tiles(),
+            ..self.call.operands
         };
         match self.gathered {
-            None => portable::products(self.gpu, operands, self.rows, scale, part),
+            None => portable::products(self.call.gpu, operands, self.call.rows, scale, part),
             Some(gathered) => {
-                let count = self.rows.count.address;
-                hopper::products(self.gpu, operands, count, scale, part, gathered)
+                let count = self.call.rows.count.address;
+                hopper::products(self.call.gpu, operands, count, scale, part, gathered)
             }
         }
     }
@@ -442,7 +337,7 @@ impl Masses<'_> {
             classifier_grad: into.address,
             ..self.part(masses)
         };
-        self.multiply(self.operands.classifier, scale, part)
+        self.multiply(self.call.operands.classifier, scale, part)
     }
 
     /// `sums` `(rows, hidden)` becomes the sum of the tiles' mean classes, each times the row's mass in the tile.
@@ -455,25 +350,6 @@ impl Masses<'_> {
     }
 }
 
-/// Rows of a chunk by target, then by row.
-pub(super) struct Sorted {
-    pub row: Buffer,
-    pub target: Buffer,
-}
-
-pub(super) fn sort_targets(gpu: &Gpu, rows: &Rows, first_row: usize, len: usize) -> Result<Sorted> {
-    let sorted = Sorted {
-        row: gpu.buffer(len * 4)?,
-        target: gpu.buffer(len * 4)?,
-    };
-    let params = SortParams {
-        row_target: rows.target.address,
-        count: rows.count.address,
-        sorted_row: sorted.row.address,
-        sorted_target: sorted.target.address,
-        first_row: first_row as u32,
-        rows: len as u32,
-    };
-    gpu.launch(&per_block("sort_targets", (len / 8, 1), 256), &params)?;
-    Ok(sorted)
+fn address(buffer: &Option<Buffer>) -> u64 {
+    buffer.as_ref().map_or(0, |buffer| buffer.address)
 }

@@ -49,7 +49,11 @@ macro_rules! modules {
 
 modules! {
     ROWS = "rows";
+    LOSS = "loss";
+    FUSED = "fused";
+    BACKWARD = "backward";
     FILTER = "filter";
+    AVERAGES = "averages";
     FORWARD_SM80 = "forward_sm80";
     GRADIENT_SM80 = "gradient_sm80";
     PRODUCTS_SM80 = "products_sm80";
@@ -66,6 +70,31 @@ pub(super) struct Kernel {
     pub grid: (usize, usize),
     pub threads: u32,
     pub shared_bytes: usize,
+}
+
+/// Threads of the kernels that are one block.
+pub(super) const ONE_BLOCK: u32 = 1024;
+
+impl Kernel {
+    /// Without shared memory that the launch sizes.
+    pub fn new(
+        module: Module,
+        name: impl Into<String>,
+        grid: (usize, usize),
+        threads: u32,
+    ) -> Self {
+        Self {
+            module,
+            name: name.into(),
+            grid,
+            threads,
+            shared_bytes: 0,
+        }
+    }
+
+    pub fn one_block(module: Module, name: &str) -> Self {
+        Self::new(module, name, (1, 1), ONE_BLOCK)
+    }
 }
 
 /// Where the copy engine finds a row-major matrix of half-precision numbers, and what boxes it copies: 64

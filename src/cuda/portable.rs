@@ -1,22 +1,16 @@
 //! The products for compute capability 8.0 and later: `cuda/*_sm80.cu`.
 
-use super::averages::statistics_bytes;
+use super::call::{Call, Group, Range, Scales};
 use super::launch::{Gpu, Kernel, FORWARD_SM80, GRADIENT_SM80, PRODUCTS_SM80};
-use super::params::{ForwardParams, GradientParams, ProductParams};
-use super::{ForwardPlan, Group, Kind, Operands, Range, Rows, Saved, Scales, TILE};
+use super::operands::{Kind, Operands};
+use super::params::forward_sm80::ForwardParams;
+use super::params::gradient_sm80::GradientParams;
+use super::params::products_sm80::ProductParams;
+use super::rows::Rows;
+use crate::plan::{Groups, TILE};
 use candle_core::{DType, Result};
 
-/// Bytes of a backward's workspace unless the user says otherwise.
-pub(super) const WORKSPACE: usize = 256 << 20;
-
 const THREADS: u32 = 256;
-/// Bytes of what a forward holds at once for the filter.
-const STATISTICS_BYTES: usize = 16 << 20;
-/// Bytes of embeddings that blocks running at the same time share in the L2 cache.
-const PANEL_BYTES: usize = 18 << 20;
-/// Blocks of a launch of the forward, per multiprocessor.
-const WAVES: usize = 4;
-
 /// Classes of a block of the forward and the dense gradient, columns of a block of the products.
 fn columns(kind: Kind) -> usize {
     match kind.dtype {
@@ -30,31 +24,11 @@ fn stages(columns: usize) -> usize {
     4 * 64 * (TILE + columns)
 }
 
-pub(super) fn plan(
-    operands: Operands,
-    all_rows: usize,
-    multiprocessors: usize,
-    filtering: bool,
-) -> ForwardPlan {
-    let mut group_rows = PANEL_BYTES / (operands.hidden * operands.kind.size);
-    if filtering {
-        group_rows = group_rows
-            .min(STATISTICS_BYTES / (operands.class_tiles() * statistics_bytes(operands.kind)));
-    }
-    let group_rows = (group_rows / TILE * TILE).clamp(TILE, all_rows);
-    let tiles = operands.vocab.div_ceil(columns(operands.kind));
-    ForwardPlan {
-        group_rows,
-        splits: (WAVES * multiprocessors / (group_rows / TILE)).clamp(1, tiles),
-        tiles_per_split: 0,
-    }
-}
-
 pub(super) fn forward(
     gpu: &Gpu,
     operands: Operands,
     rows: &Rows,
-    plan: ForwardPlan,
+    plan: Groups,
     group: Group,
 ) -> Result<()> {
     let kind = operands.kind;
@@ -71,7 +45,7 @@ pub(super) fn forward(
         hidden: operands.hidden as i64,
         vocab: operands.vocab as i64,
         first_row: group.first_row as u32,
-        group_rows: plan.group_rows as u32,
+        group_rows: plan.rows as u32,
         splits: plan.splits as u32,
         softcap: operands.softcap,
         aligned: operands.aligned.into(),
@@ -79,32 +53,34 @@ pub(super) fn forward(
     let kernel = Kernel {
         module: FORWARD_SM80,
         name: kind.kernel("forward_sm80"),
-        grid: (plan.group_rows / TILE * plan.splits, 1),
+        grid: (plan.rows / TILE * plan.splits, 1),
         threads: THREADS,
         // What 4 warps have for the filter, and targets.
-        shared_bytes: stages(columns(kind)) + 4 * TILE * statistics_bytes(kind) + TILE * 4,
+        shared_bytes: stages(columns(kind))
+            + 4 * TILE * operands.sizes().statistics_bytes()
+            + TILE * 4,
     };
     gpu.launch(&kernel, &params)
 }
 
-pub(super) fn backward(
-    saved: &Saved,
-    operands: Operands,
-    scales: &Scales,
-    part: Range,
-) -> Result<()> {
+pub(super) fn backward(call: Call<'_>, scales: &Scales, part: Range) -> Result<()> {
+    let Call {
+        gpu,
+        operands,
+        rows,
+        statistics,
+    } = call;
     let kind = operands.kind;
-    let gpu = &saved.gpu;
     let class_tiles = operands.class_tiles() as u32;
     let params = GradientParams {
         embeddings: operands.embeddings,
         classifier: operands.classifier,
         bias: operands.bias,
-        row_embedding: saved.rows.embedding.address,
-        row_target: saved.rows.target.address,
-        count: saved.rows.count.address,
-        row_max: saved.statistics.row_max.address,
-        row_log_sum: saved.statistics.row_log_sum.address,
+        row_embedding: rows.embedding.address,
+        row_target: rows.target.address,
+        count: rows.count.address,
+        row_max: statistics.row_max.address,
+        row_log_sum: statistics.row_log_sum.address,
         p_scale: scales.p.address,
         target_scale: scales.target.address,
         keep: part.keep,
@@ -130,7 +106,7 @@ pub(super) fn backward(
         shared_bytes: stages(wide).max(TILE * wide * kind.size),
     };
     gpu.launch(&kernel, &params)?;
-    products(gpu, operands, &saved.rows, scales.result.address, part)
+    products(gpu, operands, rows, scales.result.address, part)
 }
 
 /// dE += G C and dC = scale G^T E for a range of classes and some rows; a scale of 0 is none.

@@ -1,8 +1,9 @@
 //! The statistics of rows over the classes of all ranks, where this one has a shard of them.
 
-use super::launch::Gpu;
-use super::params::ShardParams;
-use super::{per_block, Rows, Statistics};
+use super::call::Statistics;
+use super::launch::{Gpu, Kernel, LOSS};
+use super::params::loss::ShardParams;
+use super::rows::Rows;
 use crate::problem::Problem;
 use candle_core::{DType, Result};
 
@@ -34,7 +35,7 @@ pub(super) fn merge(
     };
     let launch = |name: &str, params: ShardParams| {
         let grid = (n.div_ceil(THREADS), 1);
-        gpu.launch(&per_block(name, grid, THREADS as u32), &params)
+        gpu.launch(&Kernel::new(LOSS, name, grid, THREADS as u32), &params)
     };
 
     let maxima = gpu.unfinished(DType::F32, n, false)?;

@@ -1,0 +1,131 @@
+// Around the products of the backward: upstream gradients, and writing dE and db.
+#include "common.cuh"
+#include "loss.cuh"
+
+struct ScaleParams {
+  const float *upstream;  // gradient of the packed vector: losses (positions), lse (positions), loss (1)
+  const float *row_max, *row_log_sum;
+  const uint32_t *row_position;
+  const uint32_t *count;
+  float *p_scale, *target_scale;  // out: (rows), of the softmax and of the one-hot
+  float *scale;                   // out: one number, on the finished gradients
+  uint32_t positions, mean;
+  float z_loss;
+};
+
+// With the upstream gradients g of a row's loss (through the reduced loss or not) and h of its lse, the gradient of
+// its logits is (g + h) softmax(z) - g onehot(y), and g has a share more in the softmax where there is a z-loss.
+// The largest of these goes into `scale` and out of the rows, so
+// that no product of half-precision numbers underflows for a mean over many.
+extern "C" __global__ void __launch_bounds__(ONE_BLOCK) upstream_scales(const ScaleParams p) {
+  const uint32_t count = *p.count;
+  const float loss = p.upstream[2 * (int64_t)p.positions] * (p.mean && count ? 1.f / count : 1.f);
+  const auto share = [&](uint64_t row) { return softmax_share(p.z_loss, p.row_max[row] + p.row_log_sum[row]); };
+  float largest = 0.f;
+  for (uint64_t row = threadIdx.x; row < count; row += ONE_BLOCK) {
+    const uint32_t position = p.row_position[row];
+    const float g = p.upstream[position] + loss, h = p.upstream[(int64_t)p.positions + position];
+    largest = fmaxf(largest, fmaxf(fabsf(g), fabsf(g * share(row) + h)));
+  }
+  largest = block_reduce<ONE_BLOCK>(largest, [](float a, float b) { return fmaxf(a, b); });
+  // A power of two, so that dividing by it and multiplying again rounds nothing.
+  const float scale = largest > 0.f && largest < INFINITY ? exp2f(ceilf(log2f(fmaxf(largest, 1e-30f)))) : 1.f;
+  const float inverse = 1.f / scale;
+  for (uint64_t row = threadIdx.x; row < count; row += ONE_BLOCK) {
+    const uint32_t position = p.row_position[row];
+    const float g = p.upstream[position] + loss, h = p.upstream[(int64_t)p.positions + position];
+    p.p_scale[row] = (g * share(row) + h) * inverse;
+    p.target_scale[row] = g * inverse;
+  }
+  if (threadIdx.x == 0) *p.scale = scale;
+}
+
+struct FinishParams {
+  const float *sums;         // (rows of this launch, hidden)
+  const float *target_part;  // (rows of this launch), or null: it is in the sums
+  const int32_t *row_target;
+  const void *classifier;
+  const uint32_t *row_embedding;
+  const uint32_t *count;
+  const float *scale;      // one number, or null: 1
+  const float *row_scale;  // (rows of this launch), or null: 1
+  void *embeddings_grad;   // (.., hidden), zeroed
+  int64_t hidden;
+  uint32_t first_row;
+};
+
+// One block a row. T is the dtype of the classifier.
+template <typename T, typename Out> __device__ void finish_embeddings(const FinishParams &p) {
+  const uint32_t row = p.first_row + blockIdx.x;
+  if (row >= *p.count) return;
+  const float *from = p.sums + blockIdx.x * p.hidden;
+  Out *into = (Out *)p.embeddings_grad + p.row_embedding[row] * p.hidden;
+  const float on_all = p.scale ? *p.scale : 1.f, scale = on_all * (p.row_scale ? p.row_scale[blockIdx.x] : 1.f);
+  if (!p.target_part) {
+    for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x) into[i] = from_float<Out>(scale * from[i]);
+    return;
+  }
+  const float part = on_all * p.target_part[blockIdx.x];
+  const T *of_target = (const T *)p.classifier + max(p.row_target[row], 0) * p.hidden;
+  for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x)
+    into[i] = from_float<Out>(scale * from[i] + part * to_float(of_target[i]));
+}
+
+struct BiasParams {
+  const void *gradient;  // (rows, range)
+  const uint32_t *count;
+  const uint8_t *keep;     // of row 0, or null
+  const float *scale;      // one number, or null: 1
+  const float *row_scale;  // (rows), or null: 1
+  const uint32_t *slots;   // (vocab) of TargetsParams, or null
+  const float *target_bias;
+  const float *shares;      // (vocab) of ShareParams, or null: nothing is averaged
+  const float *mass_sums;   // (class_tiles) sums of the averaged masses, upstream gradients included
+  void *bias_grad;  // (vocab)
+  int64_t vocab, first_class, range;
+  uint32_t first_row;  // that row 0 of the gradient is, a multiple of 128
+  uint32_t rows;       // at most
+  uint32_t class_tiles;
+  uint32_t overwrite;  // 0: add to what is there
+};
+
+constexpr int BIAS_COLUMNS = 32, BIAS_PARTS = 8;
+
+// A block sums 32 columns, in 8 interleaved parts of the rows.
+template <typename T> __device__ void bias_gradient(const BiasParams &p) {
+  __shared__ float parts[BIAS_PARTS][BIAS_COLUMNS];
+  const int column = threadIdx.x % BIAS_COLUMNS, part = threadIdx.x / BIAS_COLUMNS;
+  const int64_t in_range = (int64_t)blockIdx.x * BIAS_COLUMNS + column, at = p.first_class + in_range;
+  const uint32_t all = *p.count, count = all > p.first_row ? min(all - p.first_row, p.rows) : 0;
+  float sum = 0.f;
+  if (at < p.vocab) {
+    for (uint32_t tile = 0; tile * (uint64_t)TILE < count; tile++) {
+      if (p.keep &&
+          !(p.keep[(int64_t)(p.first_row / TILE + tile) * p.class_tiles + at / TILE] & KEEP_FOR_CLASSIFIER))
+        continue;
+      const uint32_t rows = min((uint32_t)TILE, count - tile * TILE);
+      for (uint32_t i = part; i < rows; i += BIAS_PARTS) {
+        const float g = to_float(((const T *)p.gradient)[((int64_t)tile * TILE + i) * p.range + in_range]);
+        sum += p.row_scale ? p.row_scale[tile * TILE + i] * g : g;
+      }
+    }
+  }
+  parts[part][column] = sum;
+  __syncthreads();
+  if (part == 0 && at < p.vocab) {
+    for (int i = 1; i < BIAS_PARTS; i++) sum += parts[i][column];
+    if (p.slots && p.slots[at]) sum += p.target_bias[p.slots[at] - 1];
+    if (p.shares) sum += p.shares[at] * p.mass_sums[at / TILE];
+    T &out = ((T *)p.bias_grad)[at];
+    out = from_float<T>((p.scale ? *p.scale : 1.f) * sum + (p.overwrite ? 0.f : to_float(out)));
+  }
+}
+
+#define PER_DTYPE(SUFFIX, T)                                                                                      \
+  extern "C" __global__ void finish_embeddings_##SUFFIX(const FinishParams p) { finish_embeddings<T, T>(p); }    \
+  /* A shard's part of a sum over ranks, which is not rounded yet. */                                            \
+  extern "C" __global__ void finish_part_##SUFFIX(const FinishParams p) { finish_embeddings<T, float>(p); }      \
+  extern "C" __global__ void __launch_bounds__(BIAS_COLUMNS * BIAS_PARTS) bias_gradient_##SUFFIX(const BiasParams p) { bias_gradient<T>(p); }
+PER_DTYPE(bf16, __nv_bfloat16)
+PER_DTYPE(f16, __half)
+PER_DTYPE(f32, float)

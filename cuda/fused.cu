@@ -1,0 +1,211 @@
+// Around the products of gradients formed in the forward.
+#include "common.cuh"
+#include "loss.cuh"
+
+// A chunk of rows: what is theirs alone begins at the chunk's first row, the rest at row 0.
+struct ReferenceParams {
+  const void *gathered;  // (chunk_rows, hidden)
+  const void *classifier, *bias;
+  const int32_t *row_target;
+  const uint32_t *count;
+  float *reference;  // out: (chunk_rows)
+  int64_t hidden;
+  uint32_t first_row;
+  float softcap;
+};
+
+// The logit of a row's target: what its probabilities are measured from, for lse is never below it and seldom far
+// above. 0 where that is no finite number; NaN, so that all is done again, where the target is no class. One warp a row.
+template <typename T> __device__ void reference_logits(const ReferenceParams &p) {
+  const uint32_t in_chunk = (blockIdx.x * blockDim.x + threadIdx.x) / 32, row = p.first_row + in_chunk;
+  if (row >= *p.count) return;
+  const int target = p.row_target[row];
+  float sum = 0.f;
+  if (target >= 0) {
+    const T *e = (const T *)p.gathered + in_chunk * p.hidden, *c = (const T *)p.classifier + target * p.hidden;
+    for (int64_t i = threadIdx.x % 32; i < p.hidden; i += 32) sum += to_float(e[i]) * to_float(c[i]);
+    for (int i = 16; i; i >>= 1) sum += __shfl_xor_sync(0xffffffff, sum, i);
+    if (p.bias) sum += to_float(((const T *)p.bias)[target]);
+    if (p.softcap > 0.f) sum = p.softcap * fast_tanh(sum / p.softcap);
+  }
+  if (threadIdx.x % 32 == 0) p.reference[in_chunk] = target < 0 ? NAN : fabsf(sum) < INFINITY ? sum : 0.f;
+}
+
+struct SumsParams {
+  const float *reference;  // (chunk_rows)
+  const float *sums;       // (class tiles, chunk_rows), targets left out
+  const float *target_logit;
+  const uint32_t *row_position;
+  const int32_t *row_target;
+  const uint32_t *count;
+  float *row_max, *row_log_sum;  // out
+  float *packed;                 // out: loss, lse
+  uint32_t *redo;                // zero; out: the count if a sum left the range, so that all must be done again
+  uint32_t first_row, chunk_rows, class_tiles, positions;
+  float z_loss;
+};
+
+// exp(+-FAR) times any softmax that matters is a normal bf16 number, and f32 sums of them are finite.
+constexpr float FAR = 60.f;
+constexpr int SUM_ROWS = 32, SUM_PARTS = ONE_BLOCK / SUM_ROWS;
+
+// 32 rows a block, 32 interleaved parts of the class tiles.
+extern "C" __global__ void __launch_bounds__(ONE_BLOCK) merge_sums(const SumsParams p) {
+  __shared__ float parts[SUM_PARTS][SUM_ROWS];
+  const uint32_t x = threadIdx.x % SUM_ROWS, part = threadIdx.x / SUM_ROWS;
+  const uint32_t in_chunk = blockIdx.x * SUM_ROWS + x, row = p.first_row + in_chunk;
+  const bool exists = in_chunk < p.chunk_rows && row < *p.count;
+  float sum = 0.f;
+  if (exists)
+    for (uint32_t tile = part; tile < p.class_tiles; tile += SUM_PARTS)
+      sum += p.sums[(int64_t)tile * p.chunk_rows + in_chunk];
+  parts[part][x] = sum;
+  __syncthreads();
+  if (part > 0 || !exists) return;
+  for (int i = 1; i < SUM_PARTS; i++) sum += parts[i][x];
+  const float max = p.reference[in_chunk];
+  if (p.row_target[row] >= 0) sum += expf(p.target_logit[row] - max);
+  const float log_sum = logf(sum);
+  const float lse = max + log_sum;
+  if (!(fabsf(log_sum) < FAR)) atomicMax(p.redo, *p.count);
+  const uint32_t position = p.row_position[row];
+  const bool in_range = p.row_target[row] >= 0;
+  p.packed[position] = in_range ? (max - p.target_logit[row]) + log_sum + z_part(p.z_loss, lse) : NAN;
+  p.packed[(int64_t)p.positions + position] = lse;
+  p.row_max[row] = in_range ? max : NAN;
+  p.row_log_sum[row] = log_sum;
+}
+
+struct SharesParams {
+  const float *row_max, *row_log_sum;
+  const uint32_t *count;
+  float *shares;  // out: (chunk_rows)
+  uint32_t first_row;
+  float z_loss;
+};
+
+struct FactorParams {
+  const float *row_max, *row_log_sum, *target_logit;
+  const int32_t *row_target;
+  const uint32_t *count, *redo;
+  float *factor, *target_part;  // out: (chunk_rows)
+  void *gathered;               // (chunk_rows, hidden), in and out, or null
+  int64_t hidden;
+  uint32_t first_row, mean;
+  float softcap, z_loss;
+};
+
+// What the gradient kernel multiplies the softmax of a row by where a chunk is done again.
+extern "C" __global__ void softmax_shares(const SharesParams p) {
+  const uint32_t in_chunk = blockIdx.x * blockDim.x + threadIdx.x, row = p.first_row + in_chunk;
+  if (row < *p.count) p.shares[in_chunk] = softmax_share(p.z_loss, p.row_max[row] + p.row_log_sum[row]);
+}
+
+// One block a row. What turns probabilities into the gradient of the loss: the factor of the row, by which its row of E
+// is multiplied too so that G^T E needs none, and the target's entry. That stays in f32: the rounded factors would
+// spoil it, and it is most of the gradient of a fresh head.
+template <typename T> __device__ void factor_rows(const FactorParams &p) {
+  const uint32_t row = p.first_row + blockIdx.x, count = *p.count;
+  if (row >= count) return;
+  const bool redone = *p.redo;
+  const float log_sum = p.row_log_sum[row];
+  // NaN for a bad target; of what was done again, all but the mean is in place.
+  const float max = p.row_max[row], share = softmax_share(p.z_loss, max + log_sum);
+  const float to_softmax = redone ? 1.f : share * expf(-log_sum) + (max - max), mean = p.mean ? 1.f / count : 1.f;
+  const float factor = mean * to_softmax;
+  if (p.gathered) {
+    T *e = (T *)p.gathered + blockIdx.x * p.hidden;
+    for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x) e[i] = from_float<T>(factor * to_float(e[i]));
+  }
+  if (threadIdx.x > 0) return;
+  p.factor[blockIdx.x] = factor;
+  float entry = 0.f;  // what was done again has it in place
+  if (!redone && p.row_target[row] >= 0) {
+    const float logit = p.target_logit[row], log_p = (logit - max) - log_sum;
+    const float part = p.softcap > 0.f ? logit / p.softcap : 0.f;
+    // share p - 1, with p - 1 of a confident target without cancellation.
+    entry = mean * ((share - 1.f) * expf(log_p) + expm1f(log_p)) * (1.f - part * part);
+  }
+  p.target_part[blockIdx.x] = entry;
+}
+
+struct TargetsParams {
+  const void *embeddings;
+  const float *target_part;  // (rows)
+  const uint32_t *row_embedding;
+  const uint32_t *sorted_row;  // (rows)
+  const int32_t *sorted_target;
+  const uint32_t *count;
+  uint32_t *slots;     // (vocab) zero; out: 1 + the slot of a class that is a target
+  float *target_rows;  // out: (slots, hidden), or null
+  float *target_bias;  // out: (slots)
+  int64_t hidden;
+  uint32_t first_row, rows;
+};
+
+constexpr int TARGET_THREADS = 256, TARGET_COLUMNS = 1024;
+
+// The targets' part of the gradients of the classifier and the bias. A block adds the rows of one target, in their
+// order, for a slice of the columns; it is the block of the first of them.
+template <typename T> __device__ void sum_targets(const TargetsParams &p) {
+  const uint32_t all = *p.count, rows = all > p.first_row ? min(all - p.first_row, p.rows) : 0, first = blockIdx.x;
+  if (first >= rows) return;
+  const int target = p.sorted_target[first];
+  if (target < 0 || (first > 0 && p.sorted_target[first - 1] == target)) return;
+  uint32_t end = first;
+  for (int found = TARGET_THREADS; found == TARGET_THREADS; end += found) {
+    const uint32_t at = end + threadIdx.x;
+    found = __syncthreads_count(at < rows && p.sorted_target[at] == target);
+  }
+  float sum[TARGET_COLUMNS / TARGET_THREADS] = {}, of_bias = 0.f;
+  const int64_t column = (int64_t)blockIdx.y * TARGET_COLUMNS + threadIdx.x;
+#pragma unroll 8
+  for (uint32_t at = first; at < end; at++) {
+    const uint32_t row = p.sorted_row[at];
+    const T *e = (const T *)p.embeddings + p.row_embedding[p.first_row + row] * p.hidden;
+    const float part = p.target_part[row];
+    of_bias += part;
+#pragma unroll
+    for (int i = 0; i < TARGET_COLUMNS / TARGET_THREADS; i++)
+      if (column + i * TARGET_THREADS < p.hidden) sum[i] += part * to_float(e[column + i * TARGET_THREADS]);
+  }
+  if (p.target_rows) {
+#pragma unroll
+    for (int i = 0; i < TARGET_COLUMNS / TARGET_THREADS; i++)
+      if (column + i * TARGET_THREADS < p.hidden) p.target_rows[first * p.hidden + column + i * TARGET_THREADS] = sum[i];
+  }
+  if (blockIdx.y == 0 && threadIdx.x == 0) p.slots[target] = first + 1, p.target_bias[first] = of_bias;
+}
+
+struct UpstreamParams {
+  const float *upstream;  // one number
+  void *gradient;         // in and out
+  int64_t numbers;
+};
+
+// A gradient times the upstream gradient, which is 1 more often than not.
+template <typename T> __device__ void scale_gradient(const UpstreamParams &p) {
+  const float scale = *p.upstream;
+  if (scale == 1.f) return;
+  constexpr int WIDTH = 16 / sizeof(T);
+  const auto times = [scale](T &x) { x = from_float<T>(scale * to_float(x)); };
+  const int64_t thread = blockIdx.x * (int64_t)blockDim.x + threadIdx.x, chunks = p.numbers / WIDTH;
+  for (int64_t i = thread; i < chunks; i += (int64_t)gridDim.x * blockDim.x) {
+    uint4 chunk = ((uint4 *)p.gradient)[i];
+#pragma unroll
+    for (int j = 0; j < WIDTH; j++) times(((T *)&chunk)[j]);
+    ((uint4 *)p.gradient)[i] = chunk;
+  }
+  if (thread < p.numbers % WIDTH) times(((T *)p.gradient)[chunks * WIDTH + thread]);
+}
+
+#define FUSED(SUFFIX, T)                                                                                     \
+  extern "C" __global__ void __launch_bounds__(TILE) reference_logits_##SUFFIX(const ReferenceParams p) {   \
+    reference_logits<T>(p);                                                                                  \
+  }                                                                                                          \
+  extern "C" __global__ void factor_rows_##SUFFIX(const FactorParams p) { factor_rows<T>(p); }              \
+  extern "C" __global__ void __launch_bounds__(TARGET_THREADS) sum_targets_##SUFFIX(const TargetsParams p) { \
+    sum_targets<T>(p);                                                                                       \
+  }                                                                                                          \
+  extern "C" __global__ void scale_gradient_##SUFFIX(const UpstreamParams p) { scale_gradient<T>(p); }
+FUSED(bf16, __nv_bfloat16)

@@ -1,0 +1,81 @@
+//! What the kernels of one call have in common, and what a launch of its products reads and writes.
+
+use super::launch::{Buffer, Gpu};
+use super::operands::Operands;
+use super::rows::Rows;
+
+/// What every launch of a call needs.
+#[derive(Clone, Copy)]
+pub(super) struct Call<'a> {
+    pub gpu: &'a Gpu,
+    pub operands: Operands,
+    pub rows: &'a Rows,
+    pub statistics: &'a Statistics,
+}
+
+/// `lse = row_max + row_log_sum` of every row, in two parts so that large logits keep their digits; and the logit of
+/// its target.
+pub(super) struct Statistics {
+    pub target_logit: Buffer,
+    pub row_max: Buffer,
+    pub row_log_sum: Buffer,
+}
+
+/// Upstream gradients, per row and on the results.
+pub(super) struct Scales {
+    pub p: Buffer,
+    pub target: Buffer,
+    pub result: Buffer,
+}
+
+/// The buffers of a launch of the forward.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Group {
+    pub first_row: usize,
+    pub partials: u64,
+    pub target_logit: u64,
+    /// What the filter wants to know, 0 where nothing is filtered.
+    pub statistics: u64,
+}
+
+/// What a range of classes of the backward reads and writes.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Range {
+    pub first_class: usize,
+    /// Classes, a multiple of 256.
+    pub classes: usize,
+    /// From one row of `gradient` to the next.
+    pub stride: usize,
+    pub first_row: usize,
+    pub rows: usize,
+    pub gradient: u64,
+    /// `(row tiles, class tiles)` of all rows; 0 where every tile is kept.
+    pub keep: u64,
+    /// Sums of the gradient of the embeddings, 0 where not wanted.
+    pub sums: u64,
+    /// Whether the sums hold something already.
+    pub add_to_sums: bool,
+    /// 0 where not wanted.
+    pub classifier_grad: u64,
+    /// Whether the gradient of the classifier holds something already.
+    pub add_to_classifier: bool,
+    /// What tiles that are not kept leave in the gradient of the classifier.
+    pub averages: AverageAddresses,
+    /// What the gradient of the classifier gets in f32: `(vocab)` of a class 1 + its row of `target_rows`, or 0. 0 for
+    /// none at all.
+    pub slots: u64,
+    pub target_rows: u64,
+}
+
+/// Where the kernels find what stands in the place of averaged tiles; 0 for what there is not.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct AverageAddresses {
+    pub shares: u64,
+    pub mass_rows: u64,
+    pub mass_sums: u64,
+    pub list: u64,
+    pub combined: u64,
+    pub slots: u64,
+    pub target_bias: u64,
+    pub embeddings_entry: u64,
+}

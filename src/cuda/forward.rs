@@ -1,0 +1,107 @@
+//! The loss, and the gradients where it pays to form them at the same time.
+
+use super::backward::Saved;
+use super::call::{Call, Statistics};
+use super::filter::Filter;
+use super::fused::{self, Fused};
+use super::hopper;
+use super::launch::{Gpu, Kernel, LOSS};
+use super::logits::{logits, Loss};
+use super::operands::Operands;
+use super::outputs::Outputs;
+use super::params::loss::LossParams;
+use super::room::with_room;
+use super::rows::Rows;
+use crate::matrices::{Matrices, View};
+use crate::op::contract::{self as op, KeptTiles, Wanted};
+use crate::plan::{Path, TILE};
+use crate::problem::Problem;
+use crate::{Implementation, Reduction, Strategy};
+use candle_core::{CudaStorage, DType, Result};
+use std::sync::Arc;
+
+pub(crate) fn forward(
+    problem: &Problem,
+    matrices: Matrices<View<'_, CudaStorage>>,
+    wanted: Wanted,
+    kept: &Arc<KeptTiles>,
+) -> Result<op::Forward<CudaStorage>> {
+    let gpu = Gpu::new(&matrices.embeddings.storage.device);
+    let settings = &problem.settings;
+    let n = problem.positions.len();
+    let packed = gpu.unfinished(DType::F32, 2 * n + 1, false)?;
+    let rows = Rows::pick(&gpu, problem, packed.address)?;
+    let statistics = Statistics {
+        target_logit: gpu.buffer(n * 4)?,
+        row_max: gpu.buffer(n * 4)?,
+        row_log_sum: gpu.buffer(n * 4)?,
+    };
+    let (filtered, formed, path) = Operands::read(&gpu, matrices, settings, |operands| {
+        let path = hopper::path(&gpu, operands, n, settings)?;
+        let filter = Filter::of(settings, wanted);
+        let call = Call {
+            gpu: &gpu,
+            operands,
+            rows: &rows,
+            statistics: &statistics,
+        };
+        let loss = Loss {
+            packed: packed.address,
+            z_loss: settings.z_loss as f32,
+        };
+        let formed = with_room(settings.workspace, |workspace| {
+            let filter = fused::filter(settings, operands, filter);
+            let Some(plan) = fused::plan(path, call, settings, wanted, filter, workspace) else {
+                return Ok(None);
+            };
+            let dtype = matrices.classifier.dtype();
+            let formed = Outputs::new(&gpu, matrices, wanted, dtype)?;
+            let mean = settings.reduction == Reduction::Mean;
+            let kept = fused::forward(call, loss, mean, filter, formed.results(), plan)?;
+            Ok(Some((formed, kept)))
+        })?;
+        if formed.is_some() {
+            return Ok((None, formed, path));
+        }
+        let (all_rows, count) = (n.next_multiple_of(TILE), rows.count.address);
+        let sharded = settings.vocab_parallel.is_some().then_some(problem);
+        let filtered = logits(call, path, loss, count, 0..all_rows, filter, sharded)?;
+        Ok((filtered, None, path))
+    })?;
+    let params = LossParams {
+        packed: packed.address,
+        count: rows.count.address,
+        positions: n as u32,
+        mean: u32::from(settings.reduction == Reduction::Mean),
+    };
+    gpu.launch(&Kernel::one_block(LOSS, "reduce_loss"), &params)?;
+    let packed = packed.finish_storage(&gpu);
+    let saved = Arc::new(Saved {
+        gpu,
+        rows,
+        statistics,
+        filtered,
+        settings: settings.clone(),
+        kept: kept.clone(),
+    });
+    let ran = op::Ran {
+        implementation: match path {
+            Path::Portable => Implementation::CudaPortable,
+            Path::Hopper => Implementation::Cuda,
+        },
+        strategy: match formed {
+            Some(_) => Strategy::Fused,
+            None => Strategy::Recompute,
+        },
+    };
+    let left = op::Left {
+        ran,
+        loss: formed.map(|(formed, kept)| {
+            let fused = Fused::new(saved.clone(), formed, kept);
+            let fused: Box<dyn op::Backward> = Box::new(fused);
+            fused
+        }),
+        backward: Box::new(saved),
+    };
+    Ok(op::Forward { packed, left })
+}

@@ -1,0 +1,400 @@
+//! A chunk of rows, from its logits to its part of the gradients.
+
+use crate::cuda::averages::{Averages, Masses};
+use crate::cuda::call::{AverageAddresses, Call, Range};
+use crate::cuda::filter::{filter_blocks, Filter};
+use crate::cuda::hopper;
+use crate::cuda::launch::{Buffer, Kernel, BACKWARD, FILTER, FUSED, ONE_BLOCK};
+use crate::cuda::logits::{logits, Loss};
+use crate::cuda::operands::Operands;
+use crate::cuda::outputs::Results;
+use crate::cuda::params::backward::{BiasParams, FinishParams};
+use crate::cuda::params::filter::ProbableParams;
+use crate::cuda::params::fused::{
+    FactorParams, ReferenceParams, SharesParams, SumsParams, TargetsParams,
+};
+use crate::cuda::rows::sort_targets;
+use crate::plan::{gradient_stride, Chunks, Path, TILE};
+use candle_core::Result;
+
+/// Columns of a block that sums the targets' part of dC.
+const TARGET_COLUMNS: usize = 1024;
+
+/// What all chunks of rows have in common, and the workspace that one after the other uses.
+pub(super) struct Chunk<'a> {
+    pub call: Call<'a>,
+    pub loss: Loss,
+    pub mean: bool,
+    pub filter: Option<Filter>,
+    /// The table of kept tiles, of all rows.
+    pub keep: Option<Buffer>,
+    /// `(chunk_rows, mass_stride)`, where tiles are averaged.
+    pub masses: Option<Buffer>,
+    pub results: Results,
+    pub plan: Chunks,
+    pub gradient: Buffer,
+    pub sums: Buffer,
+    pub maxima: Option<Buffer>,
+    /// The sums by the softcap's derivative, where there is one.
+    pub capped: Option<Buffer>,
+    pub gathered: Buffer,
+    /// `(chunk_rows, hidden)` in f32: sums of dE, then the targets' part of dC.
+    pub wide: Buffer,
+    pub reference: Buffer,
+    pub target_part: Buffer,
+    pub factor: Buffer,
+}
+
+impl Chunk<'_> {
+    pub fn keep_table(&self) -> u64 {
+        self.keep.as_ref().map_or(0, |keep| keep.address)
+    }
+
+    pub fn run(&self, first_row: usize, rows: usize) -> Result<()> {
+        let gpu = self.call.gpu;
+        let Operands { hidden, kind, .. } = self.call.operands;
+        self.call
+            .rows
+            .gather(gpu, self.call.operands, first_row, rows, &self.gathered)?;
+        let params = ReferenceParams {
+            gathered: self.gathered.address,
+            classifier: self.call.operands.classifier,
+            bias: self.call.operands.bias,
+            row_target: self.call.rows.target.address,
+            count: self.call.rows.count.address,
+            reference: self.reference.address,
+            hidden: hidden as i64,
+            first_row: first_row as u32,
+            softcap: self.call.operands.softcap,
+        };
+        let grid = (rows / 4, 1);
+        gpu.launch(
+            &Kernel::new(FUSED, kind.kernel("reference_logits"), grid, 128),
+            &params,
+        )?;
+        let tiles = hopper::Tiles {
+            count: self.call.rows.count.address,
+            row_target: self.call.rows.target.address + first_row as u64 * 4,
+            row_max: self.reference.address,
+            gradient: self.gradient.address,
+            sums: self.sums.address,
+            maxima: self.maxima.as_ref().map_or(0, |maxima| maxima.address),
+            masses: self.capped.as_ref().map_or(0, |capped| capped.address),
+            target_logit: self.call.statistics.target_logit.address + first_row as u64 * 4,
+            first_row,
+            rows,
+            range: self.call.operands.vocab,
+            stride: gradient_stride(self.call.operands.sizes()),
+            ..Default::default()
+        };
+        hopper::tiles(
+            gpu,
+            self.call.operands,
+            "probabilities_sm90a",
+            &self.gathered,
+            &tiles,
+        )?;
+        // The count of rows where all must be done again, else 0.
+        let redo = gpu.zeros(4)?;
+        self.merge(first_row, rows, redo.address)?;
+        self.do_again(first_row, rows, redo.address)?;
+        self.finish_rows(first_row, rows, redo.address)?;
+        self.products(first_row, rows)
+    }
+
+    /// lse and nll, and whether all must be done again.
+    fn merge(&self, first_row: usize, rows: usize, redo: u64) -> Result<()> {
+        let params = SumsParams {
+            reference: self.reference.address,
+            sums: self.sums.address,
+            target_logit: self.call.statistics.target_logit.address,
+            row_position: self.call.rows.position.address,
+            row_target: self.call.rows.target.address,
+            count: self.call.rows.count.address,
+            row_max: self.call.statistics.row_max.address,
+            row_log_sum: self.call.statistics.row_log_sum.address,
+            packed: self.loss.packed,
+            redo,
+            first_row: first_row as u32,
+            chunk_rows: rows as u32,
+            class_tiles: self.call.operands.class_tiles() as u32,
+            positions: self.call.rows.positions as u32,
+            z_loss: self.loss.z_loss,
+        };
+        self.call.gpu.launch(
+            &Kernel::new(FUSED, "merge_sums", (rows.div_ceil(32), 1), ONE_BLOCK),
+            &params,
+        )
+    }
+
+    fn do_again(&self, first_row: usize, rows: usize, redo: u64) -> Result<()> {
+        let span = first_row..first_row + rows;
+        logits(self.call, Path::Hopper, self.loss, redo, span, None, None)?;
+        let offset = first_row as u64 * 4;
+        // In the place of the factors, which come later.
+        let shares = match self.loss.z_loss {
+            0. => 0,
+            weight => {
+                let params = SharesParams {
+                    row_max: self.call.statistics.row_max.address,
+                    row_log_sum: self.call.statistics.row_log_sum.address,
+                    count: redo,
+                    shares: self.factor.address,
+                    first_row: first_row as u32,
+                    z_loss: weight,
+                };
+                let grid = (rows / TILE, 1);
+                self.call.gpu.launch(
+                    &Kernel::new(FUSED, "softmax_shares", grid, TILE as u32),
+                    &params,
+                )?;
+                self.factor.address
+            }
+        };
+        let tiles = hopper::Tiles {
+            count: redo,
+            row_target: self.call.rows.target.address + offset,
+            row_max: self.call.statistics.row_max.address + offset,
+            row_log_sum: self.call.statistics.row_log_sum.address + offset,
+            p_scale: shares,
+            gradient: self.gradient.address,
+            first_row,
+            rows,
+            range: self.call.operands.vocab,
+            stride: gradient_stride(self.call.operands.sizes()),
+            ..Default::default()
+        };
+        hopper::tiles(
+            self.call.gpu,
+            self.call.operands,
+            "gradient_sm90a",
+            &self.gathered,
+            &tiles,
+        )
+    }
+
+    /// The factors of the rows, the target's part, and the tiles that matter.
+    fn finish_rows(&self, first_row: usize, rows: usize, redo: u64) -> Result<()> {
+        let (gpu, kind) = (self.call.gpu, self.call.operands.kind);
+        let params = FactorParams {
+            row_max: self.call.statistics.row_max.address,
+            row_log_sum: self.call.statistics.row_log_sum.address,
+            target_logit: self.call.statistics.target_logit.address,
+            row_target: self.call.rows.target.address,
+            count: self.call.rows.count.address,
+            redo,
+            factor: self.factor.address,
+            target_part: self.target_part.address,
+            gathered: match self.results.classifier {
+                0 if self.masses.is_none() => 0,
+                _ => self.gathered.address,
+            },
+            hidden: self.call.operands.hidden as i64,
+            first_row: first_row as u32,
+            mean: u32::from(self.mean),
+            softcap: self.call.operands.softcap,
+            z_loss: self.loss.z_loss,
+        };
+        gpu.launch(
+            &Kernel::new(FUSED, kind.kernel("factor_rows"), (rows, 1), 128),
+            &params,
+        )?;
+        if let (Some(filter), Some(maxima)) = (self.filter, &self.maxima) {
+            let params = ProbableParams {
+                maxima: maxima.address,
+                sums: self.capped.as_ref().unwrap_or(&self.sums).address,
+                row_log_sum: self.call.statistics.row_log_sum.address,
+                row_target: self.call.rows.target.address,
+                count: self.call.rows.count.address,
+                redo,
+                keep: self.keep_table(),
+                masses: self.masses.as_ref().map_or(0, |masses| masses.address),
+                first_row: first_row as u32,
+                chunk_rows: rows as u32,
+                class_tiles: self.call.operands.class_tiles() as u32,
+                mass_stride: self.call.operands.mass_stride() as u32,
+                embeddings_threshold: filter.thresholds[0],
+                classifier_threshold: filter.thresholds[1],
+            };
+            let grid = (filter_blocks(self.call.operands), rows / TILE);
+            let name = kind.kernel("filter_probabilities");
+            gpu.launch(&Kernel::new(FILTER, name, grid, TILE as u32), &params)?;
+        }
+        Ok(())
+    }
+
+    /// What stands in the place of tiles that are not kept, where they are averaged; it begins the sums of dE.
+    fn averages(&self, first_row: usize, rows: usize) -> Result<Option<Averages>> {
+        let (Some(filter), Some(masses)) = (self.filter, &self.masses) else {
+            return Ok(None);
+        };
+        let row_bytes = self.call.operands.mass_stride() * self.call.operands.kind.size;
+        let masses = Masses {
+            call: self.call,
+            path: Path::Hopper,
+            filter,
+            // Those of the chunk are all there are.
+            masses: masses.address.wrapping_sub((first_row * row_bytes) as u64),
+            keep: self.keep_table(),
+            first_row,
+            len: rows,
+            gathered: Some(&self.gathered),
+            p_scale: 0,
+            row_scale: self.factor.address,
+        };
+        Averages::new(masses, self.results, self.wide.address).map(Some)
+    }
+
+    /// dE, then dC and db, whose part of the targets takes the place of dE's sums.
+    fn products(&self, first_row: usize, rows: usize) -> Result<()> {
+        let gpu = self.call.gpu;
+        let Operands {
+            hidden,
+            vocab,
+            kind,
+            ..
+        } = self.call.operands;
+        let count = self.call.rows.count.address;
+        let averages = self.averages(first_row, rows)?;
+        let of_averages = match &averages {
+            None => AverageAddresses::default(),
+            Some(averages) => averages.addresses(),
+        };
+        if self.results.embeddings != 0 {
+            self.multiply(first_row, rows, |part| Range {
+                sums: self.wide.address,
+                add_to_sums: part.first_class > 0 || averages.is_some(),
+                ..part
+            })?;
+            let params = FinishParams {
+                sums: self.wide.address,
+                target_part: self.target_part.address,
+                row_target: self.call.rows.target.address,
+                classifier: self.call.operands.classifier,
+                row_embedding: self.call.rows.embedding.address,
+                count,
+                row_scale: self.factor.address,
+                embeddings_grad: self.results.embeddings,
+                hidden: hidden as i64,
+                first_row: first_row as u32,
+                ..Default::default()
+            };
+            let kernel = Kernel::new(BACKWARD, kind.kernel("finish_embeddings"), (rows, 1), 256);
+            gpu.launch(&kernel, &params)?;
+        }
+        if self.results.classifier == 0 && self.results.bias == 0 {
+            return Ok(());
+        }
+        let targets = self.targets(first_row, rows)?;
+        if self.results.classifier != 0 {
+            self.multiply(first_row, rows, |part| Range {
+                classifier_grad: self.results.classifier,
+                add_to_classifier: first_row > 0,
+                slots: targets.slots.address,
+                target_rows: self.wide.address,
+                averages: of_averages,
+                ..part
+            })?;
+        }
+        if self.results.bias != 0 {
+            let params = BiasParams {
+                gradient: self.gradient.address,
+                count,
+                keep: self.keep_table(),
+                row_scale: self.factor.address,
+                slots: targets.slots.address,
+                target_bias: targets.bias.address,
+                shares: of_averages.shares,
+                mass_sums: of_averages.mass_sums,
+                bias_grad: self.results.bias,
+                vocab: vocab as i64,
+                range: gradient_stride(self.call.operands.sizes()) as i64,
+                first_row: first_row as u32,
+                rows: rows as u32,
+                class_tiles: self.call.operands.class_tiles() as u32,
+                overwrite: u32::from(first_row == 0),
+                ..Default::default()
+            };
+            let grid = (vocab.div_ceil(32), 1);
+            gpu.launch(
+                &Kernel::new(BACKWARD, kind.kernel("bias_gradient"), grid, 256),
+                &params,
+            )?;
+        }
+        Ok(())
+    }
+
+    /// The products of a chunk, of all ranges of classes, that `results` asks for.
+    fn multiply(
+        &self,
+        first_row: usize,
+        rows: usize,
+        results: impl Fn(Range) -> Range,
+    ) -> Result<()> {
+        let Operands { vocab, kind, .. } = self.call.operands;
+        let keep = self.keep_table();
+        for first_class in (0..vocab).step_by(self.plan.range) {
+            let part = results(Range {
+                first_class,
+                classes: self.plan.range,
+                stride: gradient_stride(self.call.operands.sizes()),
+                first_row,
+                rows,
+                gradient: self.gradient.address + (first_class * kind.size) as u64,
+                keep,
+                ..Default::default()
+            });
+            let count = self.call.rows.count.address;
+            hopper::products(
+                self.call.gpu,
+                self.call.operands,
+                count,
+                0,
+                part,
+                &self.gathered,
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Sums the targets' part of dC, into `wide`, and of db.
+    fn targets(&self, first_row: usize, rows: usize) -> Result<Targets> {
+        let (gpu, count) = (self.call.gpu, self.call.rows.count.address);
+        let Operands { hidden, vocab, .. } = self.call.operands;
+        let targets = Targets {
+            slots: gpu.zeros(vocab * 4)?,
+            bias: gpu.buffer(rows * 4)?,
+        };
+        let sorted = sort_targets(gpu, self.call.rows, first_row, rows)?;
+        let params = TargetsParams {
+            embeddings: self.call.operands.embeddings,
+            target_part: self.target_part.address,
+            row_embedding: self.call.rows.embedding.address,
+            sorted_row: sorted.row.address,
+            sorted_target: sorted.target.address,
+            count,
+            slots: targets.slots.address,
+            target_rows: match self.results.classifier {
+                0 => 0,
+                _ => self.wide.address,
+            },
+            target_bias: targets.bias.address,
+            hidden: hidden as i64,
+            first_row: first_row as u32,
+            rows: rows as u32,
+        };
+        let columns = match self.results.classifier {
+            0 => 1,
+            _ => hidden.div_ceil(TARGET_COLUMNS),
+        };
+        let kernel = self.call.operands.kind.kernel("sum_targets");
+        gpu.launch(&Kernel::new(FUSED, kernel, (rows, columns), 256), &params)?;
+        Ok(targets)
+    }
+}
+
+/// The classes that are targets of a chunk, and their part of db.
+struct Targets {
+    slots: Buffer,
+    bias: Buffer,
+}

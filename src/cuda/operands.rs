@@ -1,0 +1,105 @@
+//! What every kernel wants to know of a problem's matrices.
+
+use super::launch::Gpu;
+use crate::matrices::{Matrices, View};
+use crate::plan::Sizes;
+use crate::problem::Settings;
+use candle_core::{bail, CudaStorage, DType, Result};
+
+/// The end of a kernel's name, and the bytes of a number.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Kind {
+    pub dtype: DType,
+    pub suffix: &'static str,
+    pub size: usize,
+}
+
+impl Kind {
+    pub fn of(dtype: DType) -> Result<Self> {
+        let (suffix, size) = match dtype {
+            DType::BF16 => ("bf16", 2),
+            DType::F16 => ("f16", 2),
+            DType::F32 => ("f32", 4),
+            dtype => bail!("no CUDA kernels for {dtype:?}"),
+        };
+        Ok(Kind {
+            dtype,
+            suffix,
+            size,
+        })
+    }
+
+    pub fn kernel(self, name: &str) -> String {
+        format!("{name}_{}", self.suffix)
+    }
+}
+
+/// The addresses of a problem's matrices and what every kernel wants to know of them.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Operands {
+    pub embeddings: u64,
+    pub classifier: u64,
+    pub bias: u64,
+    pub hidden: usize,
+    pub vocab: usize,
+    /// 0 for none.
+    pub softcap: f32,
+    pub kind: Kind,
+    /// Whether every row of both matrices begins on 16 bytes.
+    pub aligned: bool,
+    pub multiprocessors: usize,
+}
+
+impl Operands {
+    /// Runs `with` while the matrices are held for reading.
+    pub fn read<R>(
+        gpu: &Gpu,
+        matrices: Matrices<View<'_, CudaStorage>>,
+        settings: &Settings,
+        with: impl FnOnce(Operands) -> Result<R>,
+    ) -> Result<R> {
+        let (vocab, hidden) = matrices.classifier.dims2()?;
+        let kind = Kind::of(matrices.classifier.dtype())?;
+        let multiprocessors = gpu.multiprocessors()?;
+        gpu.read_view(matrices.embeddings, |embeddings| {
+            gpu.read_view(matrices.classifier, |classifier| {
+                let operands = |bias| Operands {
+                    embeddings,
+                    classifier,
+                    bias,
+                    hidden,
+                    vocab,
+                    softcap: settings.softcap.unwrap_or(0.) as f32,
+                    kind,
+                    aligned: hidden * kind.size % 16 == 0
+                        && embeddings % 16 == 0
+                        && classifier % 16 == 0,
+                    multiprocessors,
+                };
+                match matrices.bias {
+                    None => with(operands(0)),
+                    Some(bias) => gpu.read_view(bias, |bias| with(operands(bias))),
+                }
+            })
+        })
+    }
+
+    pub fn class_tiles(&self) -> usize {
+        self.sizes().class_tiles()
+    }
+
+    /// Class tiles from one row of the masses to the next.
+    pub fn mass_stride(&self) -> usize {
+        self.sizes().mass_stride()
+    }
+
+    pub fn sizes(&self) -> Sizes {
+        Sizes {
+            hidden: self.hidden,
+            vocab: self.vocab,
+            number: self.kind.size,
+            softcap: self.softcap > 0.,
+            multiprocessors: self.multiprocessors,
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! The rows that count.
+
+use super::launch::{Array, Buffer, Gpu, Kernel, ROWS};
+use super::operands::Operands;
+use super::params::rows::{GatherParams, PickParams, SortParams};
+use crate::problem::Problem;
+use candle_core::{bail, DType, Result};
+
+/// The rows that count, as the device knows them.
+pub(super) struct Rows {
+    /// The most there can be: positions of the result.
+    pub positions: usize,
+    pub embedding: Buffer,
+    pub position: Buffer,
+    pub target: Buffer,
+    /// Rows that count, index of the first target out of range.
+    pub count: Array<u32>,
+}
+
+impl Rows {
+    pub fn pick(gpu: &Gpu, problem: &Problem, packed: u64) -> Result<Self> {
+        let positions = problem.positions;
+        let n = positions.len();
+        let rows = Self {
+            positions: n,
+            embedding: gpu.buffer(n * 4)?,
+            position: gpu.buffer(n * 4)?,
+            target: gpu.buffer(n * 4)?,
+            count: gpu.array(2)?,
+        };
+        let kernel = match problem.targets.dtype() {
+            DType::I64 => "pick_rows_i64",
+            DType::U32 => "pick_rows_u32",
+            DType::I32 => "pick_rows_i32",
+            dtype => bail!("targets must be i64, u32 or i32, got {dtype:?}"),
+        };
+        let shard = problem.settings.vocab_parallel.as_ref();
+        gpu.read(&problem.targets, |targets| {
+            let params = PickParams {
+                targets,
+                row_embedding: rows.embedding.address,
+                row_position: rows.position.address,
+                row_target: rows.target.address,
+                count: rows.count.address,
+                packed,
+                ignore_index: problem.settings.ignore_index,
+                first_class: shard.map_or(0, |shard| shard.start) as i64,
+                positions: n as u32,
+                time: positions.time as u32,
+                shift: positions.shift as u32,
+                vocab: problem.vocab() as u32,
+            };
+            gpu.launch(&Kernel::one_block(ROWS, kernel), &params)
+        })?;
+        // Of a shard, targets are checked once those of the other ranks are known.
+        if problem.settings.check_targets && shard.is_none() {
+            // Waits for the device.
+            let index = gpu.to_host(&rows.count)?[1];
+            if index != u32::MAX {
+                let target = problem.target(index as usize)?;
+                return Err(problem.bad_target(index as usize, target));
+            }
+        }
+        Ok(rows)
+    }
+
+    /// Copies these rows of the embeddings, one after the other, zeros where there are fewer.
+    pub fn gather(
+        &self,
+        gpu: &Gpu,
+        operands: Operands,
+        first_row: usize,
+        rows: usize,
+        into: &Buffer,
+    ) -> Result<()> {
+        let params = GatherParams {
+            embeddings: operands.embeddings,
+            row_embedding: self.embedding.address,
+            count: self.count.address,
+            gathered: into.address,
+            chunks: (operands.hidden * operands.kind.size / 16) as i64,
+            first_row: first_row as u32,
+        };
+        gpu.launch(&Kernel::new(ROWS, "gather_rows", (rows, 1), 128), &params)
+    }
+}
+
+/// Rows of a chunk by target, then by row.
+pub(super) struct Sorted {
+    pub row: Buffer,
+    pub target: Buffer,
+}
+
+pub(super) fn sort_targets(gpu: &Gpu, rows: &Rows, first_row: usize, len: usize) -> Result<Sorted> {
+    let sorted = Sorted {
+        row: gpu.buffer(len * 4)?,
+        target: gpu.buffer(len * 4)?,
+    };
+    let params = SortParams {
+        row_target: rows.target.address,
+        count: rows.count.address,
+        sorted_row: sorted.row.address,
+        sorted_target: sorted.target.address,
+        first_row: first_row as u32,
+        rows: len as u32,
+    };
+    gpu.launch(
+        &Kernel::new(ROWS, "sort_targets", (len / 8, 1), 256),
+        &params,
+    )?;
+    Ok(sorted)
+}

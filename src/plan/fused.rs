@@ -1,0 +1,79 @@
+//! The chunks of rows whose gradients the forward forms.
+
+use super::forward::EVALUATION_BYTES;
+use super::hopper::{longest_range, PIECE_ROWS, ROWS_A_CHUNK, STRIP};
+use super::{Sizes, Workspace, TILE};
+
+/// Bytes of the workspace unless the user says otherwise.
+const WORKSPACE: usize = 3 << 29;
+/// Rows of a chunk below which the logits are computed twice instead, unless the user asks for fused gradients.
+const LEAST_ROWS: usize = 1024;
+/// The most chunks: dC is rounded once in each. More rows than one piece of a sum in f32 are one chunk.
+const MOST_CHUNKS: usize = 4;
+
+/// How many rows go through at a time, and how many classes of them through a launch of the products.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Chunks {
+    pub rows: usize,
+    pub range: usize,
+}
+
+/// Classes from one row of the workspace to the next.
+pub(crate) fn gradient_stride(sizes: Sizes) -> usize {
+    sizes.vocab.next_multiple_of(2 * TILE)
+}
+
+/// `None` where the gradients are better computed in the backward. `asked`: the user wants them formed in the forward.
+pub(crate) fn fused(
+    sizes: Sizes,
+    rows: usize,
+    averaging: bool,
+    asked: bool,
+    workspace: Workspace,
+) -> Option<Chunks> {
+    let all_rows = rows.next_multiple_of(TILE);
+    let of_tiles = sizes.class_tiles() * (4 + 4 + if sizes.softcap { 4 } else { 0 });
+    let of_masses = if averaging {
+        sizes.mass_stride() * 2
+    } else {
+        0
+    };
+    let row_bytes =
+        gradient_stride(sizes) * 2 + of_tiles + of_masses + sizes.hidden * (sizes.number + 4);
+    let least = if asked {
+        TILE
+    } else {
+        LEAST_ROWS.min(all_rows)
+    };
+    let mut budget = workspace.or(WORKSPACE);
+    if averaging {
+        budget = budget.saturating_sub(sizes.averages_bytes());
+    }
+    let most = budget.saturating_sub(EVALUATION_BYTES) / row_bytes / TILE * TILE;
+    let chunks = match all_rows > PIECE_ROWS {
+        true => 1,
+        false => MOST_CHUNKS,
+    };
+    let fewest = (all_rows / TILE).div_ceil(chunks).max(1) * TILE;
+    if most < least.max(fewest) {
+        return None;
+    }
+    let rows = best_chunk(sizes, all_rows, fewest..=most.min(all_rows));
+    let range = longest_range(sizes, rows);
+    (range > 0).then_some(Chunks { rows, range })
+}
+
+/// The rows of a chunk that leave the fewest clusters idle in the product for dE and read dC least often.
+fn best_chunk(sizes: Sizes, all_rows: usize, rows: std::ops::RangeInclusive<usize>) -> usize {
+    let (strips, clusters) = (sizes.hidden.div_ceil(STRIP), sizes.clusters());
+    let cost = |chunk: usize| {
+        let chunks = all_rows.div_ceil(chunk);
+        let rounds = (chunk / TILE * strips).div_ceil(clusters);
+        let embeddings = (rounds * clusters * TILE) as f64 / strips as f64;
+        chunks as f64 * (embeddings + ROWS_A_CHUNK as f64)
+    };
+    let fewest = *rows.start();
+    rows.step_by(TILE)
+        .min_by(|&a, &b| cost(a).total_cmp(&cost(b)))
+        .unwrap_or(fewest)
+}

@@ -1,0 +1,175 @@
+use super::hopper::{longest_range, TILES};
+use super::{forward, fused, sweeps, Path, Sizes, Workspace, TILE};
+use crate::op::contract::Wanted;
+
+const ALL: Wanted = Wanted {
+    embeddings: true,
+    classifier: true,
+    bias: true,
+};
+
+const DEFAULT: Workspace = Workspace {
+    given: None,
+    halvings: 0,
+};
+
+fn given(bytes: usize) -> Workspace {
+    Workspace {
+        given: Some(bytes),
+        halvings: 0,
+    }
+}
+
+fn half(hidden: usize, vocab: usize) -> Sizes {
+    Sizes {
+        hidden,
+        vocab,
+        number: 2,
+        softcap: false,
+        multiprocessors: 132,
+    }
+}
+
+/// Heads of models and small ones; numbers of rows.
+fn heads() -> impl Iterator<Item = (Sizes, usize)> {
+    let heads = [
+        (64, 300),
+        (576, 49_152),
+        (896, 151_936),
+        (2304, 256_000),
+        (4096, 128_256),
+    ];
+    heads.into_iter().flat_map(|(hidden, vocab)| {
+        let rows = [1, 128, 1200, 8192, 65_536, 262_144];
+        rows.into_iter()
+            .map(move |rows| (half(hidden, vocab), rows))
+    })
+}
+
+#[test]
+fn sweeps_form_each_gradient_of_each_row_once() {
+    for (sizes, rows) in heads() {
+        for path in [Path::Portable, Path::Hopper] {
+            for workspace in [DEFAULT, given(32 << 20), given(512 << 20), given(0)] {
+                for averaging in [false, true] {
+                    let what = format!("{sizes:?} {rows} rows {path:?} {workspace:?} {averaging}");
+                    let sweeps = sweeps(path, sizes, rows, ALL, workspace, averaging);
+                    let wants: [fn(Wanted) -> bool; 3] =
+                        [|w| w.embeddings, |w| w.classifier, |w| w.bias];
+                    for wants in wants {
+                        let mut next = 0;
+                        for sweep in sweeps.iter().filter(|sweep| wants(sweep.wanted)) {
+                            assert_eq!(sweep.first_row, next, "{what}");
+                            assert!(
+                                sweep.range > 0 && sweep.range.is_multiple_of(2 * TILE),
+                                "{what}"
+                            );
+                            next += sweep.rows;
+                        }
+                        assert_eq!(next, rows.next_multiple_of(TILE), "{what}");
+                    }
+                    let listed = |sweep: &super::Sweep| {
+                        sweep.path == Path::Portable
+                            || sweep.range <= longest_range(sizes, sweep.rows)
+                    };
+                    assert!(sweeps.iter().all(listed), "{what}");
+                }
+            }
+        }
+    }
+}
+
+/// What a sweep on Hopper holds: sums of dE and gathered rows, and the gradient of the logits of a range.
+#[test]
+fn sweeps_stay_within_the_workspace() {
+    for (sizes, rows) in heads() {
+        for mebibytes in [128, 512, 2048] {
+            let workspace = mebibytes << 20;
+            for sweep in sweeps(Path::Hopper, sizes, rows, ALL, given(workspace), false) {
+                let held = sweep.rows * (sizes.hidden * 6 + sweep.range * 2);
+                let fits = held <= workspace || sweep.path == Path::Portable;
+                assert!(fits, "{sizes:?}: {sweep:?} holds {held} of {workspace}");
+            }
+        }
+    }
+}
+
+#[test]
+fn halved_workspaces_are_smaller() {
+    let (sizes, rows) = (half(2304, 256_000), 8192);
+    let held = |halvings| {
+        let workspace = Workspace {
+            given: None,
+            halvings,
+        };
+        let sweeps = sweeps(Path::Hopper, sizes, rows, ALL, workspace, false);
+        sweeps[0].rows * (sizes.hidden * 6 + sweeps[0].range * 2)
+    };
+    assert!(held(1) < held(0) && held(2) < held(1));
+}
+
+#[test]
+fn fused_gradients_go_through_few_chunks_that_fit() {
+    for (sizes, rows) in heads() {
+        for workspace in [128 << 20, 512 << 20, 3 << 29, 8 << 30] {
+            let Some(chunks) = fused(sizes, rows, false, true, given(workspace)) else {
+                continue;
+            };
+            let all_rows = rows.next_multiple_of(TILE);
+            let count = all_rows.div_ceil(chunks.rows);
+            let most = if all_rows > 16_384 { 1 } else { 4 };
+            assert!(count <= most, "{sizes:?} {rows} rows: {count} chunks");
+            let held = chunks.rows * (sizes.vocab * 2 + sizes.hidden * 6);
+            assert!(held <= workspace, "{sizes:?} {rows} rows hold {held}");
+            assert!(chunks.range <= longest_range(sizes, chunks.rows));
+        }
+    }
+    // The logits of 8192 rows take 3.9 GiB: at least three chunks of the default.
+    let chunks = fused(half(2304, 256_000), 8192, false, false, DEFAULT);
+    assert!(chunks.is_some_and(|chunks| (2048..4096).contains(&chunks.rows)));
+    assert!(fused(half(4096, 128_256), 65_536, false, false, DEFAULT).is_none());
+}
+
+#[test]
+fn forwards_cover_all_classes_within_their_bytes() {
+    for (sizes, rows) in heads() {
+        for path in [Path::Portable, Path::Hopper] {
+            for filtering in [false, true] {
+                let all_rows = rows.next_multiple_of(TILE);
+                let groups = forward(path, sizes, all_rows, filtering);
+                let what = format!("{sizes:?} {rows} rows {path:?} {filtering}: {groups:?}");
+                assert!(
+                    groups.rows > 0 && groups.rows.is_multiple_of(TILE),
+                    "{what}"
+                );
+                assert!(groups.splits > 0, "{what}");
+                if path == Path::Hopper {
+                    let classes = groups.splits * groups.tiles_per_split * 192;
+                    assert!(classes >= sizes.vocab, "{what}");
+                    assert!(groups.rows <= 8192, "{what}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn ranges_fit_the_kernels_lists() {
+    for rows in [128, 256, 1280, 8192, 65_536, 262_144] {
+        let range = longest_range(half(576, 49_152), rows);
+        let (row_tiles, class_tiles) = (rows / TILE, range / TILE);
+        assert!(
+            class_tiles > 0 && class_tiles <= TILES,
+            "{rows} rows: {range}"
+        );
+        // Words of 32 tiles that all outputs of either product are summed over.
+        assert!(
+            row_tiles * class_tiles.div_ceil(32) <= 4096,
+            "{rows} rows: {range}"
+        );
+        assert!(
+            class_tiles * row_tiles.div_ceil(32) <= 4096,
+            "{rows} rows: {range}"
+        );
+    }
+}
