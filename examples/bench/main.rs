@@ -450,9 +450,7 @@ impl<'a> Bench<'a> {
         let mut options = Options::preset(preset)
             .softcap(self.args.softcap)
             .strategy(self.args.strategy);
-        if let Some(bias) = &bias {
-            options = options.bias(bias);
-        }
+        options = options.bias(bias.as_ref());
         if let Some(workspace) = workspace {
             options = options.workspace(workspace << 20);
         }

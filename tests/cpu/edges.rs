@@ -6,7 +6,8 @@ use crate::common::{
 };
 use candle_core::{DType, Device, Result, Tensor};
 use candle_cut_cross_entropy::{
-    linear_cross_entropy, Filter, Implementation, LinearCrossEntropy, Options, Output, Strategy,
+    cut_cross_entropy, linear_cross_entropy, Filter, Implementation, LinearCrossEntropy, Options,
+    Output, Strategy,
 };
 use candle_nn::{Linear, Module, VarBuilder, VarMap};
 
@@ -426,7 +427,7 @@ fn the_layer_is_the_function_with_its_weight() -> Result<()> {
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
     let options = exact().softcap(3.).shift(1);
-    let layer = LinearCrossEntropy::build(6, 11, true, options.clone(), vb.pp("head"))?;
+    let layer = cut_cross_entropy(6, 11, options.clone(), vb.pp("head"))?;
     assert_eq!(layer.weight().dims(), [11, 6]);
     assert_eq!(vars.all_vars().len(), 2);
     let hidden = Tensor::randn(0f32, 1., (2, 5, 6), &Device::Cpu)?;
