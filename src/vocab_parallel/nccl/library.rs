@@ -17,7 +17,7 @@ pub(super) fn check(what: &str, status: Status) -> Result<()> {
 }
 
 /// An event of the driver.
-pub(super) struct Event(cuda::CUevent);
+pub(super) struct Event(pub(super) cuda::CUevent);
 
 impl Event {
     /// # Safety
