@@ -1,5 +1,5 @@
 //! Cut Cross-Entropy for [Candle](https://docs.rs/candle-core): the cross-entropy loss of a linear
-//! classifier, and its gradients, without ever storing the `N x V` logits.
+//! classifier, and its gradients, in a workspace of fixed size instead of memory for the `N x V` logits.
 //!
 //! [`linear_cross_entropy`] takes the place of
 //! `candle_nn::loss::cross_entropy(&hidden.matmul(&head.t()?)?, &targets)`:

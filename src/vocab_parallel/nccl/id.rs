@@ -1,8 +1,8 @@
 //! What the ranks of a communicator have in common.
 
 use super::library::check;
-use candle_core::cuda_backend::cudarc::nccl::sys as nccl;
 use candle_core::{bail, Error, Result};
+use cudarc::nccl::sys as nccl;
 use std::str::FromStr;
 
 /// What the ranks of a communicator have in common: made by one of them, handed to the others by any means.

@@ -1,9 +1,9 @@
 //! NCCL's errors and the driver's events.
 
-use candle_core::cuda_backend::cudarc::driver::{result, sys as cuda};
-use candle_core::cuda_backend::cudarc::nccl::sys::{self as nccl, ncclResult_t as Status};
 use candle_core::cuda_backend::WrapErr;
 use candle_core::{bail, Result};
+use cudarc::driver::{result, sys as cuda};
+use cudarc::nccl::sys::{self as nccl, ncclResult_t as Status};
 use std::ffi::CStr;
 
 /// An error with NCCL's words for it; work in progress is none.

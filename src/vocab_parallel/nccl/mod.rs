@@ -4,12 +4,12 @@ mod id;
 mod library;
 
 use super::{draft, Communicator, ReduceOp};
-use candle_core::cuda_backend::cudarc::driver::{result, sys as cuda, CudaContext, DevicePtrMut};
-use candle_core::cuda_backend::cudarc::nccl::sys as nccl;
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{
     bail, CpuStorage, CudaDevice, CudaStorage, Device, Error, InplaceOp1, Layout, Result, Tensor,
 };
+use cudarc::driver::{result, sys as cuda, CudaContext, DevicePtrMut};
+use cudarc::nccl::sys as nccl;
 use library::{check, Event};
 use nccl::ncclResult_t as Status;
 use std::path::Path;
