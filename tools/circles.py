@@ -2,8 +2,8 @@
 """Lists the circles among the files of src/: files that need each other by their `use` and other paths.
 
 A name that a module only hands on (`pub use`) counts for the file that defines it, so the front page of the crate is on
-no circle. Comments, strings and the tests at the end of a file are not read. Exits with 1 if there is a circle that is not
-all in a folder named on the command line. `--edges` prints what each file needs.
+no circle. Comments, strings and the tests at the end of a file are not read. Exits with 1 if there is a circle. `--edges`
+prints what each file needs.
 """
 
 import re
@@ -95,5 +95,4 @@ for circle in sorted(circles, key=lambda c: sorted(map(name, c))):
     for module in sorted(circle, key=name):
         print(f"  {name(module)} needs {', '.join(sorted(map(name, needs[module] & circle)))}")
 print(f"{len(files)} files, {len(circles)} circles")
-borne = sys.argv[1:]
-sys.exit(any(not any(all(name(m).startswith(f"{folder}/") for m in circle) for folder in borne) for circle in circles))
+sys.exit(bool(circles))
