@@ -2,7 +2,7 @@
 
 use crate::{linear_cross_entropy, Options, Output};
 use candle_core::{Result, Tensor, D};
-use candle_nn::{Init, Linear, VarBuilder};
+use candle_nn::{Linear, VarBuilder};
 
 /// A language-model head and its loss: weight `(V, D)`, optional bias `(V)`, [`Options`].
 ///
@@ -11,13 +11,13 @@ use candle_nn::{Init, Linear, VarBuilder};
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
-/// use candle_cut_cross_entropy::{LinearCrossEntropy, Options};
+/// use candle_cut_cross_entropy::{cut_cross_entropy_no_bias, Options};
 /// use candle_nn::{VarBuilder, VarMap};
 ///
 /// # fn main() -> candle_core::Result<()> {
 /// let vars = VarMap::new();
 /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
-/// let head = LinearCrossEntropy::build(64, 1000, false, Options::default(), vb.pp("lm_head"))?;
+/// let head = cut_cross_entropy_no_bias(64, 1000, Options::default(), vb.pp("lm_head"))?;
 /// let hidden = Tensor::randn(0f32, 1., (2, 16, 64), &Device::Cpu)?;
 /// let targets = Tensor::zeros((2, 16), DType::I64, &Device::Cpu)?;
 /// let loss = head.forward(&hidden, &targets)?.loss;
@@ -39,36 +39,6 @@ impl LinearCrossEntropy {
             options = options.bias(&bias);
         }
         Self { weight, options }
-    }
-
-    /// Loads, or creates, `weight` of shape `(vocab_size, hidden_size)` and, if asked, `bias`, with
-    /// the initial values of [`candle_nn::linear()`].
-    ///
-    /// # Errors
-    /// Those of the `VarBuilder`: a missing tensor, a wrong shape.
-    pub fn build(
-        hidden_size: usize,
-        vocab_size: usize,
-        bias: bool,
-        options: Options,
-        vb: VarBuilder,
-    ) -> Result<Self> {
-        let weight = vb.get_with_hints(
-            (vocab_size, hidden_size),
-            "weight",
-            candle_nn::init::DEFAULT_KAIMING_NORMAL,
-        )?;
-        let bias = if bias {
-            let bound = 1. / (hidden_size as f64).sqrt();
-            let init = Init::Uniform {
-                lo: -bound,
-                up: bound,
-            };
-            Some(vb.get_with_hints(vocab_size, "bias", init)?)
-        } else {
-            None
-        };
-        Ok(Self::new(weight, bias, options))
     }
 
     /// The layer of an existing head, sharing its weights.
@@ -123,4 +93,33 @@ impl LinearCrossEntropy {
         }
         logits.reshape(dims)
     }
+}
+
+/// A layer with `weight` of shape `(vocab_size, hidden_size)` and `bias` of shape `(vocab_size)`, loaded, or created with
+/// the initial values of [`candle_nn::linear()`].
+///
+/// # Errors
+/// Those of the `VarBuilder`: a missing tensor, a wrong shape.
+pub fn cut_cross_entropy(
+    hidden_size: usize,
+    vocab_size: usize,
+    options: Options,
+    vb: VarBuilder,
+) -> Result<LinearCrossEntropy> {
+    let head = candle_nn::linear(hidden_size, vocab_size, vb)?;
+    Ok(LinearCrossEntropy::from_linear(&head, options))
+}
+
+/// The same without a bias, as the heads of most language models are.
+///
+/// # Errors
+/// Those of the `VarBuilder`: a missing tensor, a wrong shape.
+pub fn cut_cross_entropy_no_bias(
+    hidden_size: usize,
+    vocab_size: usize,
+    options: Options,
+    vb: VarBuilder,
+) -> Result<LinearCrossEntropy> {
+    let head = candle_nn::linear_no_bias(hidden_size, vocab_size, vb)?;
+    Ok(LinearCrossEntropy::from_linear(&head, options))
 }

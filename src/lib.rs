@@ -1,5 +1,5 @@
 //! Cut Cross-Entropy for [Candle](https://docs.rs/candle-core): the cross-entropy loss of a linear
-//! classifier, and its gradients, without ever storing the `N x V` logits.
+//! classifier, and its gradients, in a workspace of fixed size instead of memory for the `N x V` logits.
 //!
 //! [`linear_cross_entropy`] takes the place of
 //! `candle_nn::loss::cross_entropy(&hidden.matmul(&head.t()?)?, &targets)`:
@@ -21,10 +21,11 @@
 //!
 //! - [`Options`]: bias, softcap, `ignore_index`, shift, reduction, gradient filters, workspace, and the
 //!   [`Preset`]s of the [reference implementation](https://github.com/apple/ml-cross-entropy).
-//! - [`LinearCrossEntropy`]: the same as a layer that owns or shares the head's weight.
+//! - [`LinearCrossEntropy`]: the same as a layer that owns or shares the head's weight; [`cut_cross_entropy`] makes one with
+//!   a `VarBuilder`.
 //! - [`backward()`]: `loss.backward()` with a third of the memory for the head's gradient.
 //! - [`vocab_parallel`]: a head whose classes are sharded over threads, processes or GPUs.
-//! - [`objectives`]: z-loss, perplexity, and losses over preferences (DPO and others) and rewards (PPO, GRPO and others) on
+//! - [`objectives`]: perplexity, and losses over preferences (DPO and others) and rewards (PPO, GRPO and others) on
 //!   top of the loss.
 //!
 //! Features: `cuda` for this crate's kernels on NVIDIA GPUs, `nccl` for a head sharded over several of them,
@@ -63,7 +64,7 @@ mod problem;
 pub mod vocab_parallel;
 
 pub use backward::backward;
-pub use layer::LinearCrossEntropy;
+pub use layer::{cut_cross_entropy, cut_cross_entropy_no_bias, LinearCrossEntropy};
 pub use loss::{linear_cross_entropy, Output};
 pub use options::{Filter, Implementation, Options, Preset, Reduction, Strategy};
 pub use vocab_parallel::VocabParallel;

@@ -1,6 +1,6 @@
 //! The loss: validate, run, reduce.
 
-use crate::objectives::z_loss;
+use crate::objectives::squared_lse;
 use crate::op::contract::KeptTiles;
 use crate::op::graph::apply;
 use crate::problem::Problem;
@@ -33,7 +33,7 @@ pub struct Output {
     /// `log sum_j exp z_ij`, one number a position whatever the reduction, 0 where the position
     /// does not count. Its gradient reaches the inputs too (z-loss).
     pub lse: Tensor,
-    /// The part of the loss that [`Options::z_loss`] has added, reduced as the loss is, to be reported: no
+    /// The part of the loss that [`Options::z_loss_weight`] has added, reduced as the loss is, to be reported: no
     /// gradient goes through it. `None` where the weight is 0.
     pub z_loss: Option<Tensor>,
     /// Which code has computed this: [`Implementation::Native`], [`Implementation::Cuda`], which are here the kernels
@@ -47,8 +47,8 @@ pub struct Output {
 
 impl Output {
     /// The share of gradient tiles that the filter kept in the last backward through this output,
-    /// in `[0, 1]`: of the gradient that kept more, where both are computed. `None` before a
-    /// backward. On a GPU this waits for the device.
+    /// in `[0, 1]`: of the gradient that kept more, where both are computed. 1 where nothing is filtered
+    /// or no position counts. `None` before a backward. On a GPU this waits for the device.
     ///
     /// # Errors
     /// Those of copying two numbers from the device.
@@ -112,9 +112,9 @@ pub fn linear_cross_entropy(
         Reduction::Mean | Reduction::Sum => applied.loss.reshape(())?,
     };
     let lse = applied.lse.reshape(problem.shape.as_slice())?;
-    let z_loss = match options.z_loss {
+    let z_loss = match options.z_loss_weight {
         0. => None,
-        weight => Some((z_loss(&lse.detach(), targets, options)? * weight)?),
+        weight => Some((squared_lse(&lse.detach(), targets, options)? * weight)?),
     };
     Ok(Output {
         loss,

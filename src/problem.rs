@@ -51,14 +51,14 @@ impl Settings {
 ///
 /// The `batch` sequences hold `time` steps each; the last `shift` steps of one predict nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Positions {
+pub(crate) struct PositionMap {
     pub batch: usize,
     pub time: usize,
     pub shift: usize,
 }
 
-impl Positions {
-    /// Positions in the result.
+impl PositionMap {
+    /// PositionMap in the result.
     pub fn len(&self) -> usize {
         self.batch * (self.time - self.shift)
     }
@@ -84,7 +84,7 @@ pub(crate) struct Problem {
     vocab: usize,
     /// `(rows)`, contiguous, i64, u32 or i32.
     pub targets: Tensor,
-    pub positions: Positions,
+    pub positions: PositionMap,
     /// The shape of the result under [`Reduction::None`].
     pub shape: Vec<usize>,
     pub settings: Settings,
@@ -154,10 +154,10 @@ impl Problem {
         if let Some(shard) = &options.vocab_parallel {
             shard.validate(vocab)?;
         }
-        if !(options.z_loss as f32).is_finite() {
+        if !(options.z_loss_weight as f32).is_finite() {
             bail!(
-                "the weight of z_loss must be finite, as an f32 too, got {}",
-                options.z_loss
+                "z_loss_weight must be finite, as an f32 too, got {}",
+                options.z_loss_weight
             )
         }
         if let Some(softcap) = options.softcap {
@@ -204,7 +204,7 @@ impl Problem {
                 softcap: options.softcap,
                 ignore_index: options.ignore_index,
                 reduction: options.reduction,
-                z_loss: options.z_loss,
+                z_loss: options.z_loss_weight,
                 filter_embeddings: threshold(options.filter_embeddings)?,
                 filter_classifier: threshold(options.filter_classifier)?,
                 drop_filtered: drops(options)?,
@@ -321,11 +321,11 @@ fn copyable(targets: &Tensor) -> Result<Tensor> {
 }
 
 /// The positions of the result and its shape under [`Reduction::None`].
-pub(crate) fn pick_positions(lead: &[usize], shift: usize) -> Result<(Positions, Vec<usize>)> {
+pub(crate) fn pick_positions(lead: &[usize], shift: usize) -> Result<(PositionMap, Vec<usize>)> {
     let mut shape = lead.to_vec();
     let rows = lead.iter().product();
     if shift == 0 {
-        let positions = Positions {
+        let positions = PositionMap {
             batch: 1,
             time: rows,
             shift,
@@ -334,7 +334,7 @@ pub(crate) fn pick_positions(lead: &[usize], shift: usize) -> Result<(Positions,
     }
     match shape.last_mut() {
         Some(time) if shift < *time => {
-            let positions = Positions {
+            let positions = PositionMap {
                 batch: rows / *time,
                 time: *time,
                 shift,

@@ -5,9 +5,18 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_cut_cross_entropy::models::{CausalLm, Config, Decoder};
 use candle_cut_cross_entropy::{backward, linear_cross_entropy, Filter, Options, Strategy};
 use candle_nn::{VarBuilder, VarMap};
+use rand::{rngs::StdRng, Rng, SeedableRng};
+use rand_distr::StandardNormal;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
+
+/// Normal numbers that a seed decides.
+fn normal(rng: &mut StdRng, std: f32, (rows, columns): (usize, usize)) -> Result<Tensor> {
+    let numbers = rng.sample_iter::<f32, _>(StandardNormal);
+    let numbers: Vec<f32> = numbers.take(rows * columns).map(|x| x * std).collect();
+    Tensor::from_vec(numbers, (rows, columns), &Device::Cpu)
+}
 
 /// The system's allocator, with the bytes in use and the most there were.
 struct Counting;
@@ -73,8 +82,9 @@ fn forward_and_backward_stay_within_the_workspace() -> Result<()> {
         // Fewer rows than the filter keeps or skips together.
         (DType::F32, 1, false, false, Filter::Off),
     ] {
-        let random = |rows: usize, std: f32| -> Result<Var> {
-            Var::from_tensor(&Tensor::randn(0f32, std, (rows, hidden), device)?.to_dtype(dtype)?)
+        let mut rng = StdRng::seed_from_u64(1);
+        let mut random = |rows: usize, std: f32| -> Result<Var> {
+            Var::from_tensor(&normal(&mut rng, std, (rows, hidden))?.to_dtype(dtype)?)
         };
         let (embeddings, classifier) = (random(n, 1.)?, random(vocab, 0.05)?);
         let targets = (0..n as i64).map(|i| match i % 4 {
@@ -120,14 +130,15 @@ fn forward_and_backward_stay_within_the_workspace() -> Result<()> {
 fn losses_on_one_head_share_its_gradient() -> Result<()> {
     let _alone = COUNTING.lock().unwrap_or_else(PoisonError::into_inner);
     let (rows, hidden, vocab, losses) = (16, 128, 16000, 8);
-    let head = Var::randn(0f32, 0.05, (vocab, hidden), &Device::Cpu)?;
+    let mut rng = StdRng::seed_from_u64(2);
+    let head = Var::from_tensor(&normal(&mut rng, 0.05, (vocab, hidden))?)?;
     let targets = Tensor::zeros(rows, DType::I64, &Device::Cpu)?;
     let options = Options::default()
         .strategy(Strategy::Recompute)
         .workspace(2 * MIB);
     let mut total = Tensor::zeros((), DType::F32, &Device::Cpu)?;
     for _ in 0..losses {
-        let x = Tensor::randn(0f32, 1., (rows, hidden), &Device::Cpu)?;
+        let x = normal(&mut rng, 1., (rows, hidden))?;
         total = (total + linear_cross_entropy(&x, &head, &targets, &options)?.loss)?;
     }
     let before = IN_USE.load(Relaxed);

@@ -2,7 +2,8 @@
 """Lists the circles among the files of src/: files that need each other by their `use` and other paths.
 
 A name that a module only hands on (`pub use`) counts for the file that defines it, so the front page of the crate is on
-no circle. Comments, strings and the tests at the end of a file are not read. Exits with 1 if there is a circle. `--edges` prints what each file needs.
+no circle. Comments, strings and the tests at the end of a file are not read. Exits with 1 if there is a circle. `--edges`
+prints what each file needs.
 """
 
 import re

@@ -23,7 +23,7 @@ use std::str::FromStr;
 ///
 /// runtime_ms is a median; op_mem_mb the measured peak over the inputs, in MiB; over_grads_mb the
 /// same without the gradients that are returned. x_mm is the runtime in units of one product
-/// E C^T by Candle, measured in turn with it where the methods begin with mm: the median of the
+/// E C^T by Candle, measured alternately with it where the methods begin with mm: the median of the
 /// ratios. kept is the share of gradient tiles that the filter kept.
 #[derive(Parser, Debug)]
 struct Args {
@@ -450,9 +450,7 @@ impl<'a> Bench<'a> {
         let mut options = Options::preset(preset)
             .softcap(self.args.softcap)
             .strategy(self.args.strategy);
-        if let Some(bias) = &bias {
-            options = options.bias(bias);
-        }
+        options = options.bias(bias.as_ref());
         if let Some(workspace) = workspace {
             options = options.workspace(workspace << 20);
         }

@@ -3,7 +3,9 @@
 //! documentation of the crate tells users.
 
 use crate::matrices::View;
-use candle_core::cuda_backend::cudarc::driver::{
+use candle_core::cuda_backend::{CudaError, CudaStorage, CudaStorageSlice, WrapErr};
+use candle_core::{bail, CudaDevice, DType, Error, Layout, Result, Shape, Storage, Tensor};
+use cudarc::driver::{
     sys::{
         cuTensorMapEncodeTiled, CUdevice_attribute, CUfunction_attribute, CUresult, CUtensorMap,
         CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave,
@@ -12,8 +14,6 @@ use candle_core::cuda_backend::cudarc::driver::{
     CudaFunction, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, DriverError,
     LaunchConfig, PushKernelArg, SyncOnDrop,
 };
-use candle_core::cuda_backend::{CudaError, CudaStorage, CudaStorageSlice, WrapErr};
-use candle_core::{bail, CudaDevice, DType, Error, Layout, Result, Shape, Storage, Tensor};
 use std::mem::MaybeUninit;
 use std::sync::Arc;
 

@@ -30,13 +30,15 @@ pub trait CausalLm {
         None
     }
 
-    /// The head and its loss under these options, with a shift of 1 and the model's softcap.
+    /// The head and its loss under these options; where they set no shift it is 1, where they set no softcap that of the
+    /// model.
     ///
     /// # Errors
     /// Those of [`head_weight`](CausalLm::head_weight).
     fn head(&self, options: &Options) -> Result<LinearCrossEntropy> {
-        let mut options = options.clone().shift(1);
-        options.softcap = self.softcap();
+        let mut options = options.clone();
+        options.shift = options.shift.max(1);
+        options.softcap = options.softcap.or(self.softcap());
         Ok(LinearCrossEntropy::new(self.head_weight()?, None, options))
     }
 
@@ -44,7 +46,7 @@ pub trait CausalLm {
     ///
     /// `ids` and `labels` are `(batch, time)`; position `t` predicts the label at `t + 1`, so that
     /// `labels` are `ids` with the `ignore_index` of the options (-100) where a token does not count.
-    /// Whatever they say, the shift is 1 and the softcap that of the model.
+    /// Options of their own go before: a shift of 2 predicts the label at `t + 2`.
     ///
     /// # Errors
     /// Those of [`hidden_states`](CausalLm::hidden_states) and of

@@ -1,4 +1,4 @@
-//! What is made of a loss's outputs: z-loss, perplexity, log-probabilities of sequences, and the objectives of
+//! What is made of a loss's outputs: the squared log-sum-exp of the z-loss, perplexity, log-probabilities of sequences, and the objectives of
 //! learning from preferences and from rewards.
 //!
 //! | learns from | objectives |
@@ -52,23 +52,23 @@ pub fn counted(targets: &Tensor, options: &Options) -> Result<Tensor> {
     to_i64(&targets)?.contiguous()?.ne(options.ignore_index)
 }
 
-/// The z-loss: the square of the log-partition, `lse_i^2`, of the positions that count, reduced as the
-/// options say.
+/// The square of the log-sum-exp, `lse_i^2`, of the positions that count, reduced as the options say.
 ///
-/// Added to the loss with a small factor it keeps logits from drifting. `lse` is
+/// Added to the loss with a small factor it is the z-loss, which keeps logits from drifting;
+/// [`Options::z_loss_weight`] does that within the loss. `lse` is
 /// [`Output::lse`](crate::Output::lse), `targets` and `options` those of the loss. The mean is over the
 /// positions that count, 0 when none does.
 ///
 /// ```
 /// # use candle_core::{DType, Device, Tensor, Var};
-/// use candle_cut_cross_entropy::{linear_cross_entropy, objectives::z_loss, Options};
+/// use candle_cut_cross_entropy::{linear_cross_entropy, objectives::squared_lse, Options};
 /// # fn main() -> candle_core::Result<()> {
 /// # let hidden = Tensor::randn(0f32, 1., (2, 16, 64), &Device::Cpu)?;
 /// # let head = Var::randn(0f32, 0.02, (1000, 64), &Device::Cpu)?;
 /// # let tokens = Tensor::zeros((2, 16), DType::I64, &Device::Cpu)?;
 /// let options = Options::default().shift(1);
 /// let output = linear_cross_entropy(&hidden, &head, &tokens, &options)?;
-/// let loss = (output.loss + 1e-4 * z_loss(&output.lse, &tokens, &options)?)?;
+/// let loss = (output.loss + 1e-4 * squared_lse(&output.lse, &tokens, &options)?)?;
 /// assert!(loss.backward()?.get(&head).is_some());
 /// # Ok(())
 /// # }
@@ -80,7 +80,7 @@ pub fn counted(targets: &Tensor, options: &Options) -> Result<Tensor> {
 /// Source: Chowdhery et al., *PaLM*, [arXiv 2204.02311](https://arxiv.org/abs/2204.02311), section 5;
 /// `compute_z_loss` of [ml-cross-entropy](https://github.com/apple/ml-cross-entropy), which multiplies
 /// the mean by the share of positions that count where this divides by it.
-pub fn z_loss(lse: &Tensor, targets: &Tensor, options: &Options) -> Result<Tensor> {
+pub fn squared_lse(lse: &Tensor, targets: &Tensor, options: &Options) -> Result<Tensor> {
     let counted = counted(targets, options)?;
     // Masked before the square: an infinite lse there would make its gradient NaN.
     let squares = keep("lse", &wide(lse)?, &counted)?.sqr()?;
@@ -94,7 +94,7 @@ pub fn z_loss(lse: &Tensor, targets: &Tensor, options: &Options) -> Result<Tenso
 /// The perplexity, `exp(mean nll)` over the positions that count: a scalar, 1 when none does.
 ///
 /// `loss` is [`Output::loss`](crate::Output::loss) under any reduction, `targets` and `options` those
-/// of the loss, which must be without [`Options::z_loss`]: that part is no log-probability.
+/// of the loss, which must be without [`Options::z_loss_weight`]: that part is no log-probability.
 ///
 /// ```
 /// # use candle_core::{DType, Device, Tensor};
@@ -137,7 +137,7 @@ pub fn perplexity(loss: &Tensor, targets: &Tensor, options: &Options) -> Result<
 /// `(..)`.
 ///
 /// `nll` is [`Output::loss`](crate::Output::loss) under [`Reduction::None`], without
-/// [`Options::z_loss`], so positions whose target
+/// [`Options::z_loss_weight`], so positions whose target
 /// is the `ignore_index` (a prompt, padding) add nothing. `mask`, u8 of the same shape, keeps only
 /// positions where it is not 0.
 ///

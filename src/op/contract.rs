@@ -104,7 +104,8 @@ impl KeptTiles {
                     .to_device(&Device::Cpu)?
                     .to_dtype(DType::F64)?
                     .to_vec1::<f64>()?;
-                Ok(Some(if kept[1] == 0. { 0. } else { kept[0] / kept[1] }))
+                // Of no tiles none is left out.
+                Ok(Some(if kept[1] == 0. { 1. } else { kept[0] / kept[1] }))
             }
         }
     }

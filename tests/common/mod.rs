@@ -226,10 +226,7 @@ impl Case {
                 Reduced::Sum => Reduction::Sum,
                 Reduced::None => Reduction::None,
             });
-        match &tensors.bias {
-            Some(bias) => options.bias(bias),
-            None => options,
-        }
+        options.bias(tensors.bias.as_deref())
     }
 
     /// The shape of the result under reduction none.

@@ -2,11 +2,13 @@
 
 use crate::common::reference::{Reduced, Reference, Upstream, CPU_TILE};
 use crate::common::{
-    auto_threshold, check, close, exact, gradient_close, halving, numbers, weighted, Case, Tensors,
+    auto_threshold, check, close, exact, gradient_close, halving, numbers, weighted, Case, Random,
+    Tensors,
 };
 use candle_core::{DType, Device, Result, Tensor};
 use candle_cut_cross_entropy::{
-    linear_cross_entropy, Filter, Implementation, LinearCrossEntropy, Options, Output, Strategy,
+    cut_cross_entropy, linear_cross_entropy, Filter, Implementation, LinearCrossEntropy, Options,
+    Output, Strategy,
 };
 use candle_nn::{Linear, Module, VarBuilder, VarMap};
 
@@ -426,10 +428,15 @@ fn the_layer_is_the_function_with_its_weight() -> Result<()> {
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
     let options = exact().softcap(3.).shift(1);
-    let layer = LinearCrossEntropy::build(6, 11, true, options.clone(), vb.pp("head"))?;
+    let layer = cut_cross_entropy(6, 11, options.clone(), vb.pp("head"))?;
     assert_eq!(layer.weight().dims(), [11, 6]);
     assert_eq!(vars.all_vars().len(), 2);
-    let hidden = Tensor::randn(0f32, 1., (2, 5, 6), &Device::Cpu)?;
+    let hidden: Vec<f32> = Random::new(1)
+        .normals(60, 1.)
+        .iter()
+        .map(|x| *x as f32)
+        .collect();
+    let hidden = Tensor::from_vec(hidden, (2, 5, 6), &Device::Cpu)?;
     let targets = Tensor::new(&[[0i64, 3, 10, 1, 2], [5, 5, 9, 0, 7]], &Device::Cpu)?;
     let got = layer.forward(&hidden, &targets)?.loss;
     let options = options.bias(layer.bias().unwrap());

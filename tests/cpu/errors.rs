@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_cut_cross_entropy::{
-    linear_cross_entropy, Filter, Implementation, LinearCrossEntropy, Options, Preset,
+    cut_cross_entropy, linear_cross_entropy, Filter, Implementation, Options, Preset,
 };
 use candle_nn::{VarBuilder, VarMap};
 
@@ -234,7 +234,7 @@ fn an_unknown_preset_lists_those_there_are() -> Result<()> {
 fn the_layer_passes_errors_on() -> Result<()> {
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
-    let head = LinearCrossEntropy::build(4, 5, true, Options::default(), vb)?;
+    let head = cut_cross_entropy(4, 5, Options::default(), vb)?;
     let targets = zeros(&[3], DType::I64);
     assert_error(
         head.forward(&zeros(&[3, 6], DType::F32), &targets),

@@ -2,7 +2,7 @@
 
 use crate::common::{close, gradient_tolerance, norm, numbers};
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_cut_cross_entropy::objectives::z_loss;
+use candle_cut_cross_entropy::objectives::squared_lse;
 use candle_cut_cross_entropy::{
     linear_cross_entropy, Filter, Implementation, Options, Reduction, Strategy,
 };
@@ -71,15 +71,13 @@ fn check_loss(golden: &Golden, case: &str, options: Options, inside: bool) -> Re
             [Reduction::Mean, Reduction::Sum, Reduction::None]
                 [golden.number(case, "reduction") as usize],
         );
-    if let Some(bias) = &bias {
-        options = options.bias(bias);
-    }
+    options = options.bias(bias.as_deref());
     let z_weight = golden.number(case, "z_weight");
     if inside {
-        options = options.z_loss(z_weight);
+        options = options.z_loss_weight(z_weight);
     }
     let output = linear_cross_entropy(&embeddings, &classifier, targets, &options)?;
-    let z = z_loss(&output.lse, targets, &options)?;
+    let z = squared_lse(&output.lse, targets, &options)?;
     let assert_close = |what: &str, got: &Tensor| {
         let want = golden.get(case, what);
         assert_eq!(got.dims(), want.dims(), "{case} {what}");

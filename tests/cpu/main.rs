@@ -11,6 +11,7 @@ mod filter;
 mod golden;
 mod golden_objectives;
 mod grid;
+mod hostile;
 mod objectives;
 mod paths;
 mod policies;

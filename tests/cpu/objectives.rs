@@ -3,7 +3,7 @@
 use crate::common::{close, exact, numbers, Case};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_cut_cross_entropy::objectives::{
-    counted, dpo_loss, perplexity, ppo_loss, sequence_log_probs, z_loss, Preferences,
+    counted, dpo_loss, perplexity, ppo_loss, sequence_log_probs, squared_lse, Preferences,
 };
 use candle_cut_cross_entropy::{linear_cross_entropy, Options, Output, Reduction};
 
@@ -50,7 +50,7 @@ fn z_loss_squares_the_lse_of_positions_that_count() -> Result<()> {
         (Reduction::Sum, vec![14.], 1.),
         (Reduction::None, vec![1., 4., 0., 0., 0., 9.], 1.),
     ] {
-        let z = z_loss(&lse, &targets()?, &options(reduction))?;
+        let z = squared_lse(&lse, &targets()?, &options(reduction))?;
         assert_close("z", &z, &want);
         let grads = z.sum_all()?.backward()?;
         let want = [2., -4., 0., 0., 0., 6.].map(|g| g * scale);
@@ -74,7 +74,7 @@ fn z_loss_reaches_embeddings_and_classifier() -> Result<()> {
         )
     };
     let output = run()?;
-    let z = z_loss(&output.lse, &tensors.targets, &options)?.backward()?;
+    let z = squared_lse(&output.lse, &tensors.targets, &options)?.backward()?;
     let weights = (output.lse.detach() * 2.)?;
     let weighted = (run()?.lse * weights)?.sum_all()?.backward()?;
     for var in [&tensors.embeddings, &tensors.classifier] {
@@ -122,7 +122,7 @@ fn nothing_that_counts_gives_perplexity_one_and_z_loss_zero() -> Result<()> {
             &[1.],
         );
         let lse = Tensor::ones((2, 3), DType::F32, &Device::Cpu)?;
-        let z = z_loss(&lse, &ignored, &options)?;
+        let z = squared_lse(&lse, &ignored, &options)?;
         assert!(numbers(&z)?.iter().all(|z| *z == 0.), "{reduction:?}: {z}");
     }
     Ok(())
@@ -146,7 +146,7 @@ fn log_probs_of_a_sequence_are_summed_over_what_counts() -> Result<()> {
 fn an_infinite_lse_that_does_not_count_has_no_gradient() -> Result<()> {
     let targets = Tensor::new(&[1i64, -100], &Device::Cpu)?;
     let lse = Var::new(&[3f32, f32::INFINITY], &Device::Cpu)?;
-    let z = z_loss(&lse, &targets, &Options::default())?;
+    let z = squared_lse(&lse, &targets, &Options::default())?;
     assert_close("z", &z, &[9.]);
     assert_close("d lse", z.backward()?.get(&lse).unwrap(), &[6., 0.]);
     Ok(())
@@ -160,7 +160,7 @@ fn half_precision_numbers_are_summed_in_f32() -> Result<()> {
         let log_probs = sequence_log_probs(&ones, None)?;
         assert_close("log-probability", &log_probs, &[-3000.]);
         let targets = Tensor::zeros((1, 3000), DType::I64, &Device::Cpu)?;
-        let z = z_loss(&ones, &targets, &Options::default())?;
+        let z = squared_lse(&ones, &targets, &Options::default())?;
         assert_close("z-loss", &z, &[1.]);
         let none = Options::default().reduction(Reduction::None);
         let e = perplexity(&ones, &targets, &none)?;
@@ -188,9 +188,9 @@ fn objectives_say_what_shape_they_want() -> Result<()> {
     let y = Tensor::zeros(3, DType::I64, cpu)?;
     let scalar = Tensor::zeros((), DType::F32, cpu)?;
     for (got, pieces) in [
-        (z_loss(&two, &y, &options), ["lse", "[3]", "[2]"]),
+        (squared_lse(&two, &y, &options), ["lse", "[3]", "[2]"]),
         (
-            z_loss(&three, &y, &options.clone().shift(3)),
+            squared_lse(&three, &y, &options.clone().shift(3)),
             ["shift", "3", "[3]"],
         ),
         (perplexity(&two, &y, &options), ["loss", "scalar", "[2]"]),

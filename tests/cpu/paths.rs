@@ -1,8 +1,8 @@
 //! The output says which path ran.
 
 use crate::common::shards::TIMEOUT;
-use crate::common::Case;
-use candle_core::{DType, Device, Result};
+use crate::common::{numbers, Case};
+use candle_core::{DType, Device, Result, Var};
 use candle_cut_cross_entropy::vocab_parallel::{ThreadCommunicator, VocabParallel};
 use candle_cut_cross_entropy::{
     linear_cross_entropy, Implementation, Options, Reduction, Strategy,
@@ -40,6 +40,22 @@ fn gradients_are_formed_in_the_forward_where_that_is_asked_for_and_can_be_done()
             "{name}"
         );
     }
+    Ok(())
+}
+
+#[test]
+fn native_is_what_auto_takes_on_the_cpu() -> Result<()> {
+    let case = Case::random(2, DType::BF16, &[40], 16, 300).with_bias(2);
+    let tensors = case.tensors(&Device::Cpu)?;
+    let run = |implementation| -> Result<[Vec<f64>; 3]> {
+        let options = case.options(Options::default().implementation(implementation), &tensors);
+        let (e, c) = (&tensors.embeddings, &tensors.classifier);
+        let loss = linear_cross_entropy(e, c, &tensors.targets, &options)?.loss;
+        let grads = loss.backward()?;
+        let grad = |var: &Var| numbers(grads.get(var).expect("a gradient"));
+        Ok([numbers(&loss)?, grad(e)?, grad(c)?])
+    };
+    assert_eq!(run(Implementation::Auto)?, run(Implementation::Native)?);
     Ok(())
 }
 

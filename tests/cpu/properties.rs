@@ -3,7 +3,7 @@
 use crate::common::reference::Reduced;
 use crate::common::{auto_threshold, check, Case};
 use candle_core::{DType, Device};
-use candle_cut_cross_entropy::{Filter, Implementation, Options, Strategy as How};
+use candle_cut_cross_entropy::{Filter, Options, Strategy as How};
 use proptest::prelude::*;
 
 /// Sizes with ones, powers of two, and what lies beside them.
@@ -69,22 +69,16 @@ fn options() -> impl Strategy<Value = (Options, Option<f64>)> {
         Just((Filter::Auto, None)),
         (0f64..0.999).prop_map(|eps| (Filter::Threshold(eps), Some(eps))),
     ];
-    let implementation = prop::sample::select(vec![Implementation::Auto, Implementation::Native]);
     let how = prop::sample::select(vec![How::Auto, How::Recompute, How::Fused]);
     let workspace = prop_oneof![Just(None), (0usize..100_000).prop_map(Some)];
-    (filter, implementation, how, workspace).prop_map(
-        |((filter, eps), implementation, how, workspace)| {
-            let options = Options::default()
-                .filter(filter)
-                .implementation(implementation)
-                .strategy(how);
-            match workspace {
-                // Too little for what averaging has to know: the gradients are exact.
-                Some(bytes) => (options.workspace(bytes), Some(0.)),
-                None => (options, eps),
-            }
-        },
-    )
+    (filter, how, workspace).prop_map(|((filter, eps), how, workspace)| {
+        let options = Options::default().filter(filter).strategy(how);
+        match workspace {
+            // Too little for what averaging has to know: the gradients are exact.
+            Some(bytes) => (options.workspace(bytes), Some(0.)),
+            None => (options, eps),
+        }
+    })
 }
 
 proptest! {

@@ -4,7 +4,7 @@ use crate::common::reference::{Reduced, Reference, CPU_TILE};
 use crate::common::shards::{errors, sharded, whole, NAMES, TIMEOUT};
 use crate::common::{exact, gradient_tolerance, halving, numbers, Case, Random};
 use candle_core::{bail, DType, Device, Result, Tensor};
-use candle_cut_cross_entropy::objectives::z_loss;
+use candle_cut_cross_entropy::objectives::squared_lse;
 use candle_cut_cross_entropy::vocab_parallel::{
     Communicator, ReduceOp, ThreadCommunicator, VocabParallel,
 };
@@ -63,7 +63,7 @@ fn shards_give_what_the_whole_gives() -> Result<()> {
                         _ => exact(),
                     };
                     if turn % 3 == 0 {
-                        options = options.z_loss(0.02);
+                        options = options.z_loss_weight(0.02);
                     }
                     if turn % 6 == 0 {
                         options = options.implementation(Implementation::Native);
@@ -213,13 +213,13 @@ fn a_part_of_the_gradient_is_left_to_the_caller_where_asked_for() -> Result<()> 
 fn a_z_loss_of_the_outputs_works_on_shards() -> Result<()> {
     let case = Case::random(740, DType::F64, &[20], 8, 30);
     let upstream = case.upstream(1, true, false);
-    let inside = exact().z_loss(0.1);
+    let inside = exact().z_loss_weight(0.1);
     let cpu = &vec![Device::Cpu; 7];
     let [total, lse, ..] = sharded(&case, &inside, &upstream, cpu, &[0, 11, 30])?;
     let [plain, ..] = sharded(&case, &exact(), &upstream, cpu, &[0, 11, 30])?;
     let lse = Tensor::new(lse, &Device::Cpu)?;
     let targets = Tensor::zeros(20, DType::I64, &Device::Cpu)?;
-    let z = numbers(&z_loss(&lse, &targets, &exact())?)?[0];
+    let z = numbers(&squared_lse(&lse, &targets, &exact())?)?[0];
     assert!(
         (total[0] - plain[0] - 0.1 * z).abs() < 1e-5,
         "{total:?} {plain:?} {z}"

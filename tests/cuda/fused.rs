@@ -7,7 +7,7 @@ use crate::common::{
 use crate::{assert_nothing, device, filters, sizes, wrong, Computed, DTYPES, KERNELS};
 use candle_core::{DType, Result};
 use candle_cut_cross_entropy::{
-    linear_cross_entropy, objectives::z_loss, Filter, Options, Strategy,
+    linear_cross_entropy, objectives::squared_lse, Filter, Options, Strategy,
 };
 
 #[test]
@@ -199,7 +199,7 @@ fn a_z_loss_within_the_loss_is_that_of_the_outputs() -> Result<()> {
                             let (e, c) = (&tensors.embeddings, &tensors.classifier);
                             let mut options = case.options(options.clone(), &tensors);
                             if inside {
-                                options = options.z_loss(WEIGHT);
+                                options = options.z_loss_weight(WEIGHT);
                             }
                             let targets = &tensors.targets;
                             let output = linear_cross_entropy(e, c, targets, &options)?;
@@ -208,7 +208,7 @@ fn a_z_loss_within_the_loss_is_that_of_the_outputs() -> Result<()> {
                                 true => output.loss,
                                 false => {
                                     (output.loss
-                                        + z_loss(&output.lse, targets, &options)? * WEIGHT)?
+                                        + squared_lse(&output.lse, targets, &options)? * WEIGHT)?
                                 }
                             };
                             let grads = loss.sum_all()?.backward()?;

@@ -3,7 +3,7 @@
 use crate::common::{numbers, Case};
 use crate::{device, KERNELS};
 use candle_core::{DType, Device, Result, Tensor};
-use candle_cut_cross_entropy::objectives::{counted, perplexity, z_loss};
+use candle_cut_cross_entropy::objectives::{counted, perplexity, squared_lse};
 use candle_cut_cross_entropy::{linear_cross_entropy, Implementation, Options, Reduction};
 
 const TARGETS: [[i64; 3]; 2] = [[1, -100, 4], [0, 3, 2]];
@@ -33,13 +33,13 @@ fn i32_targets_are_as_good_as_i64() -> Result<()> {
                     .check_targets(true);
                 let of = |targets: &Tensor| -> Result<Vec<Vec<f64>>> {
                     let plain = linear_cross_entropy(e, c, targets, &options)?;
-                    let with_z = options.clone().z_loss(0.5);
+                    let with_z = options.clone().z_loss_weight(0.5);
                     let with_z = linear_cross_entropy(e, c, targets, &with_z)?;
                     [
                         &plain.loss,
                         &with_z.loss,
                         with_z.z_loss.as_ref().expect("a z-loss"),
-                        &z_loss(&plain.lse, targets, &options)?,
+                        &squared_lse(&plain.lse, targets, &options)?,
                         &perplexity(&plain.loss, targets, &options)?,
                         &counted(targets, &options)?,
                     ]

@@ -34,7 +34,7 @@ fn shards_on_one_gpu_give_what_the_whole_gives() -> Result<()> {
             let upstream = case.upstream(seed, true, turn == 2);
             for implementation in KERNELS {
                 for (filter, options, _) in filters(dtype) {
-                    let options = options.implementation(implementation).z_loss(0.01);
+                    let options = options.implementation(implementation).z_loss_weight(0.01);
                     let what = format!("{implementation:?} {dtype:?} {filter} {bounds:?}");
                     shards_agree(&case, &options, &upstream, &devices, &bounds, &what)?;
                 }

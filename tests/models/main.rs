@@ -195,8 +195,11 @@ fn losses_and_gradients_are_those_of_transformers() -> Result<()> {
     for case in CASES {
         let (decoder, _) = load(case)?;
         let expected = expected(case)?;
-        // Whatever shift and softcap they say, those of the model count.
-        let options = exact().shift(0).softcap(0.1);
+        // The shift is 1 and the softcap that of the model, unless the options have their own.
+        let other = exact().softcap(0.1);
+        let capped = decoder.loss(&expected["ids"], &expected["labels"], &other)?;
+        assert!(norm(&(capped.loss - &expected["loss"])?)? > 1e-4, "{case}");
+        let options = exact();
         let loss = decoder
             .loss(&expected["ids"], &expected["labels"], &options)?
             .loss;

@@ -1,74 +1,22 @@
 //! Ranks on GPUs of their own, over NCCL.
 
+mod id;
+mod library;
+
 use super::{draft, Communicator, ReduceOp};
-use candle_core::cuda_backend::cudarc::driver::{result, sys as cuda, CudaContext, DevicePtrMut};
-use candle_core::cuda_backend::cudarc::nccl::sys as nccl;
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{
     bail, CpuStorage, CudaDevice, CudaStorage, Device, Error, InplaceOp1, Layout, Result, Tensor,
 };
+use cudarc::driver::{result, sys as cuda, CudaContext, DevicePtrMut};
+use cudarc::nccl::sys as nccl;
+use library::{check, Event};
 use nccl::ncclResult_t as Status;
-use std::ffi::CStr;
 use std::path::Path;
-use std::str::FromStr;
 use std::sync::{mpsc, Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// What the ranks of a communicator have in common: made by one of them, handed to the others by any means.
-///
-/// As text it is 256 hexadecimal digits, fit for an environment variable.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub struct NcclId([u8; 128]);
-
-impl NcclId {
-    /// A new one.
-    ///
-    /// # Errors
-    /// NCCL finds no network interface to listen on.
-    pub fn new() -> Result<Self> {
-        let mut id = nccl::ncclUniqueId { internal: [0; 128] };
-        // SAFETY: NCCL fills the 128 bytes.
-        check("make an id", unsafe { nccl::ncclGetUniqueId(&mut id) })?;
-        Ok(Self(id.internal.map(|byte| byte as u8)))
-    }
-
-    fn to_nccl(self) -> nccl::ncclUniqueId {
-        nccl::ncclUniqueId {
-            internal: self.0.map(|byte| byte as std::ffi::c_char),
-        }
-    }
-}
-
-impl std::fmt::Display for NcclId {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
-}
-
-impl std::fmt::Debug for NcclId {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "NcclId({self})")
-    }
-}
-
-impl FromStr for NcclId {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let text = text.trim();
-        let mut id = [0; 128];
-        if text.len() != 2 * id.len() || !text.is_ascii() {
-            bail!(
-                "an NCCL id has 256 hexadecimal digits, got {} characters",
-                text.len()
-            )
-        }
-        for (i, byte) in id.iter_mut().enumerate() {
-            *byte = u8::from_str_radix(&text[2 * i..2 * i + 2], 16).map_err(Error::wrap)?;
-        }
-        Ok(Self(id))
-    }
-}
+pub use id::NcclId;
 
 /// Ranks that have a GPU each, over NCCL: processes, on one machine or several, or threads.
 ///
@@ -361,45 +309,6 @@ impl Live {
             let _ = ended.send(());
         });
         let _ = end.recv_timeout(Duration::from_secs(5));
-    }
-}
-
-/// An error with NCCL's words for it; work in progress is none.
-fn check(what: &str, status: Status) -> Result<()> {
-    if matches!(status, Status::ncclSuccess | Status::ncclInProgress) {
-        return Ok(());
-    }
-    // SAFETY: NCCL returns a string that lives as long as the program.
-    let words = unsafe { CStr::from_ptr(nccl::ncclGetErrorString(status)) };
-    bail!("NCCL cannot {what}: {}", words.to_string_lossy())
-}
-
-/// An event of the driver.
-struct Event(cuda::CUevent);
-
-impl Event {
-    /// # Safety
-    /// The stream must be alive, and its context be the thread's.
-    unsafe fn record(stream: cuda::CUstream) -> Result<Self> {
-        let event = Self(result::event::create(cuda::CUevent_flags::CU_EVENT_DISABLE_TIMING).w()?);
-        result::event::record(event.0, stream).w()?;
-        Ok(event)
-    }
-
-    fn reached(&self) -> Result<bool> {
-        // SAFETY: the event is alive.
-        match unsafe { result::event::query(self.0) } {
-            Ok(()) => Ok(true),
-            Err(error) if error.0 == cuda::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
-            Err(error) => Err(error).w(),
-        }
-    }
-}
-
-impl Drop for Event {
-    fn drop(&mut self) {
-        // SAFETY: the driver keeps what it still needs of the event.
-        let _ = unsafe { result::event::destroy(self.0) };
     }
 }
 

@@ -1,0 +1,197 @@
+//! What a user can choose about the loss.
+
+mod choices;
+mod filter;
+mod preset;
+
+use crate::VocabParallel;
+use candle_core::Tensor;
+
+pub use choices::{Implementation, Reduction, Strategy};
+pub use filter::Filter;
+pub use preset::Preset;
+
+/// The options of [`linear_cross_entropy`](crate::linear_cross_entropy), built up from
+/// [`Options::default`] or [`Options::preset`].
+///
+/// ```
+/// use candle_cut_cross_entropy::{Options, Preset, Reduction};
+///
+/// // Next-token prediction of a Gemma-2 head, exact gradients, one loss a position.
+/// let options = Options::preset(Preset::CceExact)
+///     .shift(1)
+///     .softcap(30.)
+///     .reduction(Reduction::None);
+/// # let _ = options;
+/// ```
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub(crate) bias: Option<Tensor>,
+    pub(crate) ignore_index: i64,
+    pub(crate) softcap: Option<f64>,
+    pub(crate) reduction: Reduction,
+    pub(crate) z_loss_weight: f64,
+    pub(crate) shift: usize,
+    pub(crate) filter_embeddings: Filter,
+    pub(crate) filter_classifier: Filter,
+    pub(crate) implementation: Implementation,
+    pub(crate) strategy: Strategy,
+    pub(crate) workspace: Option<usize>,
+    pub(crate) check_targets: bool,
+    pub(crate) vocab_parallel: Option<VocabParallel>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            bias: None,
+            ignore_index: -100,
+            softcap: None,
+            reduction: Reduction::default(),
+            z_loss_weight: 0.,
+            shift: 0,
+            filter_embeddings: Filter::default(),
+            filter_classifier: Filter::default(),
+            implementation: Implementation::default(),
+            strategy: Strategy::default(),
+            workspace: None,
+            check_targets: false,
+            vocab_parallel: None,
+        }
+    }
+}
+
+impl Options {
+    /// The defaults with the switches of a preset.
+    pub fn preset(preset: Preset) -> Self {
+        let filters = |embeddings, classifier| Self {
+            filter_embeddings: embeddings,
+            filter_classifier: classifier,
+            ..Self::default()
+        };
+        match preset {
+            Preset::Cce | Preset::CceKahan => Self::default(),
+            Preset::CceKahanFullC => filters(Filter::Auto, Filter::Off),
+            Preset::CceKahanFullE => filters(Filter::Off, Filter::Auto),
+            Preset::CceExact => filters(Filter::Off, Filter::Off),
+            Preset::Native => {
+                filters(Filter::Off, Filter::Off).implementation(Implementation::Native)
+            }
+        }
+    }
+
+    /// A bias of shape `(V)` and the dtype of the inputs, added to the logits before the softcap. Takes a tensor or an
+    /// `Option`. Default: none.
+    pub fn bias<'a>(mut self, bias: impl Into<Option<&'a Tensor>>) -> Self {
+        self.bias = bias.into().cloned();
+        self
+    }
+
+    /// The target of positions that do not count: they have loss 0, no gradient, and cost
+    /// nothing. Default: -100.
+    pub fn ignore_index(mut self, ignore_index: i64) -> Self {
+        self.ignore_index = ignore_index;
+        self
+    }
+
+    /// Caps the logits, `z <- softcap * tanh(z / softcap)`, as Gemma 2 does with 30. Takes a number
+    /// or an `Option`. Default: none.
+    pub fn softcap(mut self, softcap: impl Into<Option<f64>>) -> Self {
+        self.softcap = softcap.into();
+        self
+    }
+
+    /// Adds `weight * lse_i^2` to the loss of every position that counts (z-loss, with `weight` around 1e-4):
+    /// it keeps logits from drifting. [`Output::z_loss`](crate::Output::z_loss) is this part by itself. Unlike
+    /// [`objectives::squared_lse`](crate::objectives::squared_lse), which is made of the outputs, it costs nothing, for
+    /// gradients formed in the forward ([`Strategy::Fused`]) hold it already. Default: 0, none.
+    ///
+    /// Source: Chowdhery et al., *PaLM*, [arXiv 2204.02311](https://arxiv.org/abs/2204.02311), section 5.
+    pub fn z_loss_weight(mut self, weight: f64) -> Self {
+        self.z_loss_weight = weight;
+        self
+    }
+
+    /// How the positions' losses become one. Default: mean.
+    pub fn reduction(mut self, reduction: Reduction) -> Self {
+        self.reduction = reduction;
+        self
+    }
+
+    /// Position `t` of the embeddings predicts the target at `t + shift` of the same sequence (the
+    /// last dimension of the targets). 1 is next-token prediction. Default: 0.
+    pub fn shift(mut self, shift: usize) -> Self {
+        self.shift = shift;
+        self
+    }
+
+    /// The filter of both gradients. Default: [`Filter::Auto`]. Where the gradients have filters of their own,
+    /// [`Filter::Drop`] goes together with itself and [`Filter::Off`] only.
+    pub fn filter(self, filter: Filter) -> Self {
+        self.filter_embeddings(filter).filter_classifier(filter)
+    }
+
+    /// The filter of the gradient of the embeddings.
+    pub fn filter_embeddings(mut self, filter: Filter) -> Self {
+        self.filter_embeddings = filter;
+        self
+    }
+
+    /// The filter of the gradients of the classifier and the bias.
+    pub fn filter_classifier(mut self, filter: Filter) -> Self {
+        self.filter_classifier = filter;
+        self
+    }
+
+    /// Which code computes the loss. Default: the fastest that can run.
+    pub fn implementation(mut self, implementation: Implementation) -> Self {
+        self.implementation = implementation;
+        self
+    }
+
+    /// How the gradients come about. Default: the fastest within the workspace.
+    pub fn strategy(mut self, strategy: Strategy) -> Self {
+        self.strategy = strategy;
+        self
+    }
+
+    /// The bytes that a forward or backward may use beyond its inputs, its outputs and the gradients. Default:
+    /// 64 MiB for the native implementation. Of the CUDA kernels those that form gradients in the forward
+    /// ([`Strategy::Fused`]) read it, 1.5 GiB by default, and backwards that recompute: 256 MiB (448 MiB on
+    /// compute capability 9.0) or, for long batches, twice what is held of every row, 4 bytes (6) times the
+    /// hidden size.
+    ///
+    /// The native implementation uses some 200 bytes a position and, for half-precision inputs, 2 KiB times the
+    /// hidden size however small this is. Inputs that are not contiguous are copied, beyond this.
+    ///
+    /// On CUDA, where the GPU has no room for a default, half of it is tried, and so on.
+    pub fn workspace(mut self, bytes: usize) -> Self {
+        self.workspace = Some(bytes);
+        self
+    }
+
+    /// Makes a target outside `[0, V)` an error also on a GPU, where the check has to wait for the
+    /// device. Without it such a target is never read out of bounds and its loss is NaN. The native
+    /// implementation always checks. Default: false.
+    pub fn check_targets(mut self, check: bool) -> Self {
+        self.check_targets = check;
+        self
+    }
+
+    /// The classifier and the bias are this rank's shard of the classes; loss, lse and the gradient of the embeddings
+    /// are those over the classes of all ranks. Takes a [`VocabParallel`] or an `Option`. Default: none.
+    ///
+    /// Every rank calls [`linear_cross_entropy`](crate::linear_cross_entropy) and the backward, in the same order, with
+    /// the same embeddings, targets and options, and differentiates by the embeddings where the others do. Targets are
+    /// global: a class of any rank. One that is a class of no rank, or of two whose shards overlap, is an error on every
+    /// rank where targets are checked ([`Options::check_targets`]), and elsewhere its loss is NaN.
+    ///
+    /// The gradients are computed in the backward ([`Strategy::Recompute`]): before that lse is not known. With a
+    /// filter, one number of every position and block of classes (128 by the CUDA kernels, 256 on the CPU) stays in
+    /// memory until then, beyond the workspace.
+    /// [`Output::kept_tiles`](crate::Output::kept_tiles) is that of this rank's shard.
+    pub fn vocab_parallel(mut self, shard: impl Into<Option<VocabParallel>>) -> Self {
+        self.vocab_parallel = shard.into();
+        self
+    }
+}
