@@ -140,7 +140,7 @@ fn run(args: Args) -> Result<String> {
         "the mean loss of {name} under {whose} is {mean}"
     );
     Ok(format!(
-        "{name} under {whose}: {positions} tokens predicted, mean loss {mean:.4}, perplexity {:.3}, {:.4} bits per byte, {:.0} tokens/s",
+        "{name} under {whose}: {positions} tokens predicted, mean loss {mean:.4}, perplexity {:.4}, {:.4} bits per byte, {:.0} tokens/s",
         mean.exp(),
         sum / std::f64::consts::LN_2 / text.len() as f64,
         positions as f64 / started.elapsed().as_secs_f64(),

@@ -66,13 +66,14 @@ pub fn reset_peak() {
 }
 
 /// Tells glibc to keep what is freed for the next allocation. By default it gives large blocks back to
-/// the kernel at every free, and each tensor pays again for its pages. Call it first in `main`; on other
-/// systems it does nothing.
+/// the kernel at every free, and each tensor pays again for its pages; the size from which it does so can
+/// be raised to 32 MiB only, which the scores of a long sequence exceed, so that no block is mapped by
+/// itself. Call it first in `main`; on other systems it does nothing.
 pub fn keep_freed() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: these settings are of allocations to come; both values are within their ranges.
     unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
+        libc::mallopt(libc::M_MMAP_MAX, 0);
         libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
     }
 }

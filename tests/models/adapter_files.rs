@@ -1,6 +1,6 @@
 //! Adapters in the files of peft.
 
-use crate::{error, exact, load, load_as, values, Scratch};
+use crate::common::{error, exact, folder, load, load_as, values, Scratch};
 use candle_core::{DType, Device, Result, Tensor};
 use candle_cut_cross_entropy::backward;
 use candle_cut_cross_entropy::models::{CausalLm, Decoder, Lora};
@@ -223,7 +223,7 @@ fn saved_adapters_name_their_base() -> Result<()> {
         let text = fs::read(scratch.0.join("adapter_config.json"))?;
         Ok(serde_json::from_slice::<Value>(&text).unwrap()["base_model_name_or_path"].clone())
     };
-    assert_eq!(saved(&base)?, json!(crate::folder("llama")));
+    assert_eq!(saved(&base)?, json!(folder("llama")));
     let mut renamed = base.clone();
     renamed.set_name_or_path(Some("owner/name"));
     assert_eq!(saved(&renamed)?, "owner/name");

@@ -1,6 +1,6 @@
 //! Checkpoints that are saved and loaded.
 
-use crate::{error, expected, folder, load, load_as, norm, values, with, Scratch, CASES};
+use crate::common::{error, expected, folder, load, load_as, norm, values, with, Scratch, CASES};
 use candle_core::{DType, Device, Result, Tensor};
 use candle_cut_cross_entropy::models::{CausalLm, Config, Decoder};
 use candle_nn::VarMap;

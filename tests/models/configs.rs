@@ -1,6 +1,6 @@
 //! Configs as Hugging Face transformers reads them (configs.json by tests/golden/configs.py).
 
-use crate::{assert_close, error, small, with};
+use crate::common::{assert_close, error, small, with};
 use candle_core::{Device, Result, Tensor};
 use candle_cut_cross_entropy::models::{Config, Family};
 use candle_nn::Module;
@@ -234,4 +234,119 @@ fn dynamic_frequencies_follow_the_length() -> Result<()> {
         assert!((got[1] - second).abs() < 1e-7, "{time}: {got:?}");
     }
     Ok(())
+}
+
+#[test]
+fn configs_of_transformers_4_and_5_mean_the_same() -> Result<()> {
+    let llama3 = json!({
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    });
+    let pairs = [
+        (
+            "llama",
+            json!({"rope_scaling": llama3}),
+            json!({"rope_parameters": with(llama3.clone(), json!({"rope_theta": 100.0}))}),
+        ),
+        (
+            "phi3",
+            json!({
+                "rope_scaling": {"type": "su", "short_factor": [1, 2, 3], "long_factor": [4, 5, 6]},
+                "original_max_position_embeddings": 8, "partial_rotary_factor": 0.75,
+            }),
+            json!({
+                "rope_parameters": {
+                    "rope_type": "longrope", "rope_theta": 100.0, "partial_rotary_factor": 0.75,
+                    "short_factor": [1, 2, 3], "long_factor": [4, 5, 6],
+                },
+                "original_max_position_embeddings": 8,
+            }),
+        ),
+        (
+            "gemma3_text",
+            json!({
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_local_base_freq": 50.0,
+                "sliding_window_pattern": 2, "sliding_window": 5,
+            }),
+            json!({
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 100.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+                },
+                "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5,
+            }),
+        ),
+    ];
+    for (model_type, old, new) in pairs {
+        let old = Config::from_json(&small(model_type, old).to_string())?;
+        let new = Config::from_json(&small(model_type, new).to_string())?;
+        assert_eq!(old.ropes, new.ropes);
+        assert_eq!(old.layers, new.layers);
+        assert_eq!(old.eos_token_ids, [2, 7]);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_config_that_cannot_be_is_named() {
+    for (model_type, entries, named) in [
+        (
+            "bert",
+            json!({}),
+            "unsupported model_type \"bert\", expected one of llama, mistral",
+        ),
+        (
+            "llama",
+            json!({"rope_scaling": {"rope_type": "dynamic"}}),
+            "\"dynamic\" needs factor",
+        ),
+        (
+            "llama",
+            json!({"rope_scaling": {"rope_type": "llama3"}}),
+            "\"llama3\" needs factor",
+        ),
+        (
+            "phi3",
+            json!({"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [1]}}),
+            "long_factor must have 4 entries",
+        ),
+        (
+            "llama",
+            json!({"hidden_act": "tanhshrink"}),
+            "\"tanhshrink\"",
+        ),
+        (
+            "llama",
+            json!({"num_key_value_heads": 3}),
+            "num_key_value_heads 3",
+        ),
+        ("llama", json!({"head_dim": 7}), "head_dim 7"),
+        ("llama", json!({"hidden_size": "many"}), "many"),
+        (
+            "gemma2",
+            json!({"layer_types": ["full_attention"]}),
+            "layer_types has 1 entries",
+        ),
+        (
+            "gemma2",
+            json!({"layer_types": ["full_attention", "linear"]}),
+            "\"linear\"",
+        ),
+        (
+            "gemma3_text",
+            json!({"use_bidirectional_attention": true}),
+            "use_bidirectional_attention",
+        ),
+        (
+            "llama",
+            json!({"quantization_config": {"quant_method": "fp8"}}),
+            "quantization_config",
+        ),
+        ("mistral", json!({"sliding_window": 0}), "sliding_window"),
+    ] {
+        let message = error(Config::from_json(&small(model_type, entries).to_string()));
+        assert!(message.contains(named), "{named}: {message}");
+    }
+    let message = error(Config::from_file("nowhere/config.json"));
+    assert!(message.contains("nowhere"), "{message}");
 }

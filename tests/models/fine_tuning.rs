@@ -1,6 +1,6 @@
 //! Gradient checkpointing and low-rank adapters.
 
-use crate::{error, exact, load, load_as, values, Scratch, CASES};
+use crate::common::{error, exact, load, load_as, values, Scratch, CASES};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_cut_cross_entropy::backward;

@@ -5,9 +5,13 @@ mod convert;
 #[path = "../../examples/gguf/tokenizer.rs"]
 mod tokenizer;
 
-use super::*;
+use crate::common::{assert_close, expected, load, load_as, values};
 use candle_core::quantized::gguf_file::{write, Content, Value as Entry};
 use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{DType, Device, Result, Tensor};
+use candle_cut_cross_entropy::models::{CausalLm, Config, Decoder};
+use serde_json::{json, Value};
+use std::collections::HashMap;
 use std::io::Cursor;
 use tokenizers::Tokenizer;
 

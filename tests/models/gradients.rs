@@ -1,8 +1,10 @@
 //! Sums and norms of gradients.
 
+use crate::common::{assert_close, error, exact, expected, load};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_cut_cross_entropy::models::{clip_gradients, Accumulator};
+use candle_cut_cross_entropy::models::{clip_gradients, Accumulator, CausalLm};
+use candle_cut_cross_entropy::{backward, Reduction};
 
 /// A gradient for this variable.
 fn gradient(var: &Var, value: f64) -> Result<GradStore> {
@@ -83,5 +85,46 @@ fn norms_of_f64_gradients_may_be_beyond_f32() -> Result<()> {
     for value in values(gradients.get(&var).unwrap())? {
         assert!((value - 0.5).abs() < 1e-12, "{value}");
     }
+    Ok(())
+}
+
+#[test]
+fn accumulated_gradients_are_those_of_the_whole_batch() -> Result<()> {
+    let (decoder, vars) = load("llama")?;
+    let expected = expected("llama")?;
+    let (ids, labels) = (&expected["ids"], &expected["labels"]);
+    let options = exact().reduction(Reduction::Sum);
+    let whole = backward(&decoder.loss(ids, labels, &options)?.loss)?;
+    let mut parts = Accumulator::new(vars.all_vars());
+    for row in 0..2 {
+        let (ids, labels) = (ids.narrow(0, row, 1)?, labels.narrow(0, row, 1)?);
+        parts.add(backward(&decoder.loss(&ids, &labels, &options)?.loss)?)?;
+    }
+    let parts = parts.take(1.)?.expect("gradients");
+    for (name, tensor) in decoder.tensors() {
+        let (got, want) = (parts.get(tensor).unwrap(), whole.get(tensor).unwrap());
+        assert_close(name, got, want, 1e-5);
+    }
+    Ok(())
+}
+
+#[test]
+fn clipped_gradients_have_the_norm_asked_for() -> Result<()> {
+    let a = Var::new(&[1f32, 2.], &Device::Cpu)?;
+    let b = Var::new(&[3f64], &Device::Cpu)?;
+    let loss = ((a.as_tensor() * 3.)?.sum_all()?.to_dtype(DType::F64)?
+        + (b.as_tensor() * 4.)?.sum_all()?)?;
+    let vars = [a.clone(), b.clone()];
+    let norm = 34f64.sqrt();
+    for (most, factor) in [(100., 1.), (1., 1. / norm)] {
+        let mut gradients = loss.backward()?;
+        assert!((clip_gradients(&mut gradients, &vars, most)? - norm).abs() < 1e-6);
+        let a = gradients.get(&a).unwrap().to_vec1::<f32>()?;
+        assert!((a[0] as f64 - 3. * factor).abs() < 1e-6, "{a:?}");
+        let b = gradients.get(&b).unwrap().to_vec1::<f64>()?;
+        assert!((b[0] - 4. * factor).abs() < 1e-6, "{b:?}");
+    }
+    let message = error(clip_gradients(&mut loss.backward()?, &vars, 0.));
+    assert!(message.contains("max_norm"), "{message}");
     Ok(())
 }

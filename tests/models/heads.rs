@@ -1,9 +1,9 @@
 //! The cut that the example `heads` makes.
 
-#[path = "../../examples/heads/cut.rs"]
+#[path = "../../examples/cut/mod.rs"]
 mod cut;
 
-use super::*;
+use candle_core::{DType, Device, Result, Tensor};
 
 struct Head {
     embeddings: Tensor,

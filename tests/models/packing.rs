@@ -1,6 +1,6 @@
 //! Sequences that lie end to end, and the dropout of adapters.
 
-use crate::{assert_close, error, exact, load, load_as, values, CASES};
+use crate::common::{assert_close, error, exact, load, load_as, values, CASES};
 use candle_core::{DType, Device, Result, Tensor};
 use candle_cut_cross_entropy::models::{CausalLm, Decoder, Lora};
 use candle_cut_cross_entropy::{backward, Reduction};

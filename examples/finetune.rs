@@ -6,24 +6,13 @@
 //! documents of this crate, so that it runs as it is. Killed at any point, it goes on with `--resume`: on a
 //! CPU to the same bits as without the interruption.
 
-mod arguments;
-mod chat;
-mod checkpoints;
-#[path = "../common/mod.rs"]
 mod common;
-mod data;
-mod files;
-mod model;
-mod python;
-mod records;
-mod run;
-mod split;
-#[cfg(test)]
-mod tests;
+mod fine_tuning;
 
 use clap::Parser;
+use fine_tuning::{run, Args};
 
 fn main() -> anyhow::Result<()> {
     common::memory::keep_freed();
-    run::run(&arguments::Args::parse())
+    run(&Args::parse())
 }

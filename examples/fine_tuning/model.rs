@@ -1,11 +1,11 @@
 //! The model of a run: its weights, its loss, and what it says.
 
-use crate::arguments::{Loss, Run};
-use crate::chat::Template;
-use crate::checkpoints::Checkpoint;
+use super::arguments::{Loss, Run};
+use super::chat::Template;
+use super::checkpoints::Checkpoint;
+use super::data::Data;
+use super::records::Chat;
 use crate::common::tokens::{self, Batch, Encoder, Sequence, IGNORED};
-use crate::data::Data;
-use crate::records::Chat;
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_cut_cross_entropy::models::{generate, AdamW, CausalLm, Decoder, Group, Sampling};

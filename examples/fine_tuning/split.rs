@@ -1,9 +1,9 @@
 //! What a run trains on and what it validates on.
 
-use crate::arguments::Run;
+use super::arguments::Run;
+use super::data::{Data, Rules, Sequences};
 use crate::common::files;
 use crate::common::tokens::Sequence;
-use crate::data::{Data, Rules, Sequences};
 use anyhow::{ensure, Result};
 use rand::{rngs::StdRng, seq::SliceRandom, SeedableRng};
 

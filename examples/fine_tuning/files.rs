@@ -1,6 +1,6 @@
 //! The files of a run beside its checkpoints: what it begins with and what it leaves.
 
-use crate::arguments::Run;
+use super::arguments::Run;
 use crate::common::files::{
     check_checkpoint, check_description, check_file, check_kept, check_writable, replace,
 };

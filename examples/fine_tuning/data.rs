@@ -1,10 +1,10 @@
 //! What to learn from: sequences of tokens, made of records or of plain text.
 
-use crate::arguments::Learn;
-use crate::chat::Template;
+use super::arguments::Learn;
+use super::chat::Template;
+use super::records::{self, Chat, Content, Example};
 use crate::common::corpus;
 use crate::common::tokens::{Encoder, Sequence};
-use crate::records::{self, Chat, Content, Example};
 use anyhow::{bail, ensure, Context, Result};
 use std::collections::BTreeMap;
 use std::ops::Range;

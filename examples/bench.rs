@@ -3,9 +3,8 @@
 //! `cargo run --release --example bench -- --data flat,peaked` measures on the CPU,
 //! `--features cuda --example bench -- --device cuda --dtype bf16 --shape gemma2-2b` on a GPU.
 
-#[path = "../common/mod.rs"]
+mod bench_data;
 mod common;
-mod data;
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::backprop::GradStore;
@@ -47,10 +46,10 @@ struct Args {
     /// N,D,V or one of gemma2-2b, gemma2-9b, llama3-8b, mistral-nemo, phi3.5-mini, qwen2.5-7b,
     /// qwen2.5-0.5b (N = 8192)
     #[arg(long, default_value = "1024,512,32000")]
-    shape: data::Shape,
+    shape: bench_data::Shape,
     /// A head made of random numbers. None shows what a head of a real model does: see --inputs
-    #[arg(long, value_delimiter = ',', value_enum, default_values_t = [data::Data::Flat])]
-    data: Vec<data::Data>,
+    #[arg(long, value_delimiter = ',', value_enum, default_values_t = [bench_data::Data::Flat])]
+    data: Vec<bench_data::Data>,
     /// A safetensors file with embeddings, classifier and targets, in place of --shape and --data: a real
     /// head, as the example heads writes it, or your own
     #[arg(long)]
@@ -192,7 +191,7 @@ fn main() -> Result<()> {
     let meter = Meter::new(&device)?;
     let mut table = Table::new(args.json);
     let mut grads = args.grads.clone();
-    let datas: Vec<Option<data::Data>> = match args.inputs {
+    let datas: Vec<Option<bench_data::Data>> = match args.inputs {
         Some(_) => vec![None],
         None => args.data.iter().copied().map(Some).collect(),
     };
@@ -208,11 +207,11 @@ fn main() -> Result<()> {
                     .unwrap_or_default()
                     .to_string_lossy()
                     .into_owned(),
-                data::load(path, args.dtype, &device)?,
+                bench_data::load(path, args.dtype, &device)?,
             ),
             (None, Some(data)) => {
                 let dtype = args.dtype.unwrap_or(DType::F32);
-                let inputs = data::make(data, args.shape, dtype, args.seed, &device)?;
+                let inputs = bench_data::make(data, args.shape, dtype, args.seed, &device)?;
                 (data.name().to_string(), inputs)
             }
             (None, None) => bail!("no data"),
@@ -266,9 +265,9 @@ struct Loss {
 }
 
 impl<'a> Bench<'a> {
-    fn new(args: &'a Args, meter: &'a Meter, inputs: data::Inputs) -> Result<Self> {
+    fn new(args: &'a Args, meter: &'a Meter, inputs: bench_data::Inputs) -> Result<Self> {
         let bias = match args.bias {
-            true => Some(Var::from_tensor(&data::bias(
+            true => Some(Var::from_tensor(&bench_data::bias(
                 inputs.classifier.dim(0)?,
                 inputs.classifier.dtype(),
                 args.seed,

@@ -1,14 +1,14 @@
 //! The run: from the first look at the files to the fine-tuned model.
 
-use crate::arguments::Args;
-use crate::chat::Template;
-use crate::checkpoints::{self, Checkpoint, State};
+use super::arguments::Args;
+use super::chat::Template;
+use super::checkpoints::{self, Checkpoint, State};
+use super::data::Rules;
+use super::files::{self, Output};
+use super::model;
+use super::split::Sources;
 use crate::common::tokens::{self, Encoder, Sequence};
 use crate::common::{files as inputs, meter, plot, training};
-use crate::data::Rules;
-use crate::files::{self, Output};
-use crate::model;
-use crate::split::Sources;
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::Tensor;
 use candle_cut_cross_entropy::backward;

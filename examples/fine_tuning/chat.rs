@@ -1,9 +1,9 @@
 //! Conversations as text: the Jinja template that comes with a tokenizer.
 
+use super::python;
+use super::records::Chat;
 use crate::common::files;
 use crate::common::tokens::{special_token, tokenizer_config};
-use crate::python;
-use crate::records::Chat;
 use anyhow::{anyhow, ensure, Context, Result};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde};

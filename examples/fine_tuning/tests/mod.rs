@@ -1,12 +1,12 @@
 //! Whole runs of tiny models, with the arguments that a user writes.
 
-use crate::arguments::{Args, Learn};
-use crate::chat::Template;
 use crate::common::fixture::{checkpoint, contents, Folder, TEXT};
 use crate::common::tokens::{Encoder, Sequence};
-use crate::data::{Data, Rules, Sequences};
-use crate::run::run;
-use crate::split::Sources;
+use crate::fine_tuning::arguments::{Args, Learn};
+use crate::fine_tuning::chat::Template;
+use crate::fine_tuning::data::{Data, Rules, Sequences};
+use crate::fine_tuning::run::run;
+use crate::fine_tuning::split::Sources;
 use anyhow::Result;
 use candle_cut_cross_entropy::models::Config;
 use clap::Parser;

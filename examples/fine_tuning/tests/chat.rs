@@ -1,7 +1,7 @@
 //! Chat templates.
 
 use super::*;
-use crate::records::{self, Chat, Content, Example};
+use crate::fine_tuning::records::{self, Chat, Content, Example};
 
 pub const CHATML: &str = "\
 {% for message in messages %}

@@ -7,7 +7,6 @@
 //!
 //! `--cut ROWS,BLOCKS,DIMS` writes a small head for tests instead, see [`cut`].
 
-#[path = "../common/mod.rs"]
 mod common;
 mod cut;
 
