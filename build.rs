@@ -5,12 +5,19 @@ use std::process::Command;
 use std::{env, fs};
 
 /// Sources and the virtual architecture each is compiled for.
-const KERNELS: [(&str, &str); 8] = [
+const KERNELS: [(&str, &str); 15] = [
     ("rows", "compute_80"),
     ("filter", "compute_80"),
     ("forward_sm80", "compute_80"),
     ("gradient_sm80", "compute_80"),
     ("products_sm80", "compute_80"),
+    ("rms_norm", "compute_80"),
+    ("gated", "compute_80"),
+    ("rope", "compute_80"),
+    ("attention_bf16", "compute_80"),
+    ("attention_f16", "compute_80"),
+    ("attention_f32", "compute_80"),
+    ("optimizer", "compute_80"),
     ("forward_sm90a", "compute_90a"),
     ("gradient_sm90a", "compute_90a"),
     ("products_sm90a", "compute_90a"),

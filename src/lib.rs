@@ -24,6 +24,8 @@
 //! - [`LinearCrossEntropy`]: the same as a layer that owns or shares the head's weight.
 //! - [`backward()`]: `loss.backward()` with a third of the memory for the head's gradient.
 //! - [`vocab_parallel`]: a head whose classes are sharded over threads, processes or GPUs.
+//! - `ops`: attention, norms, rotary embeddings and gated activations with a backward, for any Candle model (feature
+//!   `models`).
 //! - [`objectives`]: z-loss, perplexity, and losses over preferences (DPO and others) and rewards (PPO, GRPO and others) on
 //!   top of the loss.
 //!
@@ -54,6 +56,8 @@ mod native;
 mod node;
 pub mod objectives;
 mod op;
+#[cfg(feature = "models")]
+pub mod ops;
 mod options;
 mod problem;
 pub mod vocab_parallel;

@@ -9,6 +9,8 @@ mod averages;
 mod fused;
 mod hopper;
 mod launch;
+#[cfg(feature = "models")]
+pub(crate) mod ops;
 mod params;
 mod plan;
 mod portable;

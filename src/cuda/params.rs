@@ -12,6 +12,8 @@ macro_rules! params {
         unsafe impl DeviceRepr for $name {}
     )*};
 }
+#[cfg(feature = "models")]
+pub(super) use params;
 
 params! {
     /// `rows.cu`

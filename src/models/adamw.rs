@@ -104,14 +104,15 @@ impl Slot {
     fn new(name: String, var: Var, group: Group) -> Result<Self> {
         group.validate(&name)?;
         let dtype = summed_in(var.dtype());
-        let zeros = Tensor::zeros(var.shape(), dtype, var.device())?;
+        // Not one tensor twice: kernels change them in place.
+        let zeros = || Tensor::zeros(var.shape(), dtype, var.device());
         Ok(Self {
             master: match var.dtype() == dtype {
                 true => None,
                 false => Some(var.detach().to_dtype(dtype)?),
             },
-            first_moment: zeros.clone(),
-            second_moment: zeros,
+            first_moment: zeros()?,
+            second_moment: zeros()?,
             steps: 0,
             name,
             var,
@@ -129,12 +130,33 @@ impl Slot {
         } = params;
         let lr = lr * self.group.lr_factor;
         let decay = lr * self.group.weight_decay;
-        let gradient = gradient.detach().to_dtype(self.first_moment.dtype())?;
         let steps = self.steps + 1;
-        let first = ((&self.first_moment * beta1)? + (&gradient * (1. - beta1))?)?;
-        let second = ((&self.second_moment * beta2)? + (gradient.sqr()? * (1. - beta2))?)?;
         let first_scale = 1. / (1. - beta1.powf(steps.into()));
         let second_scale = 1. / (1. - beta2.powf(steps.into()));
+        #[cfg(feature = "cuda")]
+        if self.has_kernel(gradient)? {
+            use crate::cuda::ops::optimizer::{adamw, State, Step};
+            let step = Step {
+                beta1,
+                beta2,
+                keep: 1. - decay,
+                rate: lr * first_scale,
+                second_scale,
+                eps,
+            };
+            let state = State {
+                variable: &self.var,
+                master: self.master.as_ref(),
+                first_moment: &self.first_moment,
+                second_moment: &self.second_moment,
+            };
+            adamw(&gradient.contiguous()?, &state, step)?;
+            self.steps = steps;
+            return Ok(());
+        }
+        let gradient = gradient.detach().to_dtype(self.first_moment.dtype())?;
+        let first = ((&self.first_moment * beta1)? + (&gradient * (1. - beta1))?)?;
+        let second = ((&self.second_moment * beta2)? + (gradient.sqr()? * (1. - beta2))?)?;
         let size = ((&second * second_scale)?.sqrt()? + eps)?;
         let update = ((&first * (lr * first_scale))? / size)?;
         let weights = match &self.master {
@@ -148,6 +170,16 @@ impl Slot {
         }
         (self.first_moment, self.second_moment, self.steps) = (first, second, steps);
         Ok(())
+    }
+
+    /// Whether one kernel does the step, in place.
+    #[cfg(feature = "cuda")]
+    fn has_kernel(&self, gradient: &Tensor) -> Result<bool> {
+        let var = self.var.as_tensor();
+        let alike = gradient.dtype() == var.dtype()
+            && gradient.shape() == var.shape()
+            && gradient.device().same_device(var.device());
+        Ok(alike && var.is_contiguous() && crate::cuda::ops::can_run(var)?)
     }
 }
 

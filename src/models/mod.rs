@@ -42,7 +42,7 @@ pub use adamw::{AdamW, Group};
 pub use causal_lm::{generate, CausalLm, Sampling};
 pub use config::{Config, Family, LayerConfig};
 pub use decoder::Decoder;
-pub use gradients::{clip_gradients, Accumulator};
+pub use gradients::{clip_gradients, clip_gradients_on_device, Accumulator};
 pub use lora::Lora;
 pub use rope::Rope;
 #[cfg(feature = "candle-transformers")]

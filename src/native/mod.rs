@@ -8,6 +8,9 @@ mod cpu;
 mod rows;
 mod tensor;
 
+#[cfg(feature = "models")]
+pub(crate) use cpu::Real;
+
 use crate::op::{Forward, KeptTiles, Wanted};
 use crate::problem::Problem;
 use candle_core::Result;

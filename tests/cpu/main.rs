@@ -12,6 +12,7 @@ mod golden;
 mod golden_objectives;
 mod grid;
 mod objectives;
+mod ops;
 mod policies;
 mod preferences;
 mod properties;

@@ -10,6 +10,8 @@ mod fused;
 mod memory;
 #[cfg(feature = "nccl")]
 mod nccl;
+mod ops;
+mod optimizer;
 mod repeat;
 mod sizes;
 mod targets;
