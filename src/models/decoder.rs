@@ -15,7 +15,7 @@ use std::sync::Arc;
 /// `model.layers.0.self_attn.q_proj.weight`, ..). [`Decoder::load`] makes variables of a checkpoint's,
 /// [`Decoder::new`] takes those of any `VarBuilder`.
 ///
-/// Attention stores the scores, `(batch, heads, time, time)`; the head's logits are never stored.
+/// Neither the scores of attention nor the head's logits are ever stored: memory grows with the tokens.
 /// There is no dropout. All sequences of a batch have one length: pad them on the right and ignore the
 /// labels of the padding, which nothing before it sees.
 ///
@@ -178,28 +178,6 @@ impl Decoder {
         let tokens = tokens.iter().map(inside).collect::<Result<Vec<u32>>>()?;
         Tensor::new(tokens, &self.device)
     }
-
-    /// 0 where a position sees another, -inf elsewhere, `(time, time)` in the dtype of a softmax.
-    fn mask(&self, time: usize, window: Option<usize>) -> Result<Tensor> {
-        let dtype = match self.dtype() {
-            DType::F64 => DType::F64,
-            _ => DType::F32,
-        };
-        let range = |start: usize, shape: (usize, usize)| {
-            Tensor::arange(start as u32, (start + time) as u32, &self.device)?.reshape(shape)
-        };
-        let rows = range(0, (time, 1))?;
-        let never = Tensor::full(f32::NEG_INFINITY, (time, time), &self.device)?.to_dtype(dtype)?;
-        let after = rows.broadcast_lt(&range(0, (1, time))?)?;
-        let mask = after.where_cond(&never, &never.zeros_like()?)?;
-        match window {
-            Some(window) if window < time => {
-                let outside = rows.broadcast_ge(&range(window, (1, time))?)?;
-                outside.where_cond(&never, &mask)
-            }
-            _ => Ok(mask),
-        }
-    }
 }
 
 impl CausalLm for Decoder {
@@ -214,7 +192,7 @@ impl CausalLm for Decoder {
             Some(scale) => (rows * scale)?,
             None => rows,
         };
-        // Layers of one kind share their mask and angles.
+        // Layers of one kind share their angles and window.
         let mut kinds: Vec<(super::LayerConfig, Arc<Positions>)> = Vec::new();
         for (i, (layer, kind)) in self.layers.iter().zip(&self.config.layers).enumerate() {
             let known = kinds.iter().position(|(other, _)| other == kind);
@@ -226,7 +204,7 @@ impl CausalLm for Decoder {
                         batch,
                         time,
                         angles: rope.angles(time, self.dtype(), &self.device)?,
-                        mask: self.mask(time, kind.window)?,
+                        window: kind.window,
                     };
                     kinds.push((*kind, Arc::new(positions)));
                     kinds.len() - 1

@@ -1,11 +1,10 @@
-//! The parts of a decoder, in operations that have a backward.
-//!
-//! Candle's fused softmax, norms and rotary embeddings have none, so none is used here.
+//! The parts of a decoder, in operations that have a backward: those of [`crate::ops`] and Candle's products.
 
 use super::lora::{product, Adapter, Adapters};
 use super::rope::Angles;
 use super::Config;
-use candle_core::{DType, Device, Result, Shape, Tensor, D};
+use crate::ops::{add_rms_norm, attention, geglu, rms_norm, swiglu, AttentionOptions};
+use candle_core::{Device, Result, Shape, Tensor};
 use candle_nn::{Activation, Init, Module, VarBuilder};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -88,14 +87,6 @@ impl<'a> Loader<'a> {
     }
 }
 
-/// The dtype to sum and exponentiate in.
-fn wide(dtype: DType) -> DType {
-    match dtype {
-        DType::F64 => DType::F64,
-        _ => DType::F32,
-    }
-}
-
 /// `x / rms(x) * weight` over the last dimension, in f32 for the narrower dtypes.
 #[derive(Debug, Clone)]
 pub(super) struct Norm {
@@ -115,16 +106,18 @@ impl Norm {
     }
 
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (dtype, wide) = (x.dtype(), wide(x.dtype()));
-        let x = x.to_dtype(wide)?;
-        let mean_square = x.sqr()?.mean_keepdim(D::Minus1)?;
-        let x = x.broadcast_div(&(mean_square + self.eps)?.sqrt()?)?;
-        // The families round at different places.
+        rms_norm(x, &self.weight, self.eps, self.offset())
+    }
+
+    /// `x + residual` and its norm.
+    fn forward_sum(&self, x: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
+        add_rms_norm(x, residual, &self.weight, self.eps, self.offset())
+    }
+
+    fn offset(&self) -> f64 {
         match self.adds_one {
-            true => x
-                .broadcast_mul(&(self.weight.to_dtype(wide)? + 1.)?)?
-                .to_dtype(dtype),
-            false => x.to_dtype(dtype)?.broadcast_mul(&self.weight),
+            true => 1.,
+            false => 0.,
         }
     }
 }
@@ -207,13 +200,13 @@ impl Projections {
     }
 }
 
-/// What the layers of one kind share in a forward: the angles of the positions, and the mask, 0 where
-/// a position sees another and -inf elsewhere, `(time, time)`.
+/// What the layers of one kind share in a forward: the angles of the positions, and how many positions up to itself one
+/// sees, `None` for all.
 pub(super) struct Positions {
     pub batch: usize,
     pub time: usize,
     pub angles: Angles,
-    pub mask: Tensor,
+    pub window: Option<usize>,
 }
 
 #[derive(Debug, Clone)]
@@ -222,7 +215,6 @@ struct Attention {
     output: Linear,
     query_and_key_norms: Option<(Norm, Norm)>,
     heads: usize,
-    key_value_heads: usize,
     head_dim: usize,
     scale: f64,
     softcap: Option<f64>,
@@ -256,7 +248,6 @@ impl Attention {
                 false => None,
             },
             heads,
-            key_value_heads,
             head_dim,
             scale: config.attention_scale,
             softcap: config.attention_softcap,
@@ -265,41 +256,34 @@ impl Attention {
 
     /// Rows `(batch * time, hidden)` to the same.
     fn forward(&self, x: &Tensor, positions: &Positions) -> Result<Tensor> {
-        let &Positions { batch, time, .. } = positions;
         let qkv = self.query_key_value.forward(x)?;
+        self.output.forward(&self.attend(&qkv, positions)?)
+    }
+
+    /// Rows `(batch * time, ..)` of queries, keys and values to what each position makes of the values.
+    fn attend(&self, qkv: &[Tensor], positions: &Positions) -> Result<Tensor> {
+        let &Positions {
+            batch,
+            time,
+            window,
+            ..
+        } = positions;
         let (mut query, mut key) = (self.split(&qkv[0], batch)?, self.split(&qkv[1], batch)?);
-        let value = self.split(&qkv[2], batch)?.transpose(1, 2)?.contiguous()?;
+        let value = self.split(&qkv[2], batch)?;
         if let Some((query_norm, key_norm)) = &self.query_and_key_norms {
             query = query_norm.forward(&query)?;
             key = key_norm.forward(&key)?;
         }
-        let query = positions.angles.turn(&query.transpose(1, 2)?)?;
-        let key = positions.angles.turn(&key.transpose(1, 2)?)?;
-
-        // The queries that share a key are rows of one product.
-        let shared = (batch, self.key_value_heads, (), self.head_dim);
-        let query = (query * self.scale)?.reshape(shared)?;
-        let scores = query.matmul(&key.t()?)?;
-        let scores = match self.softcap {
-            Some(softcap) => ((scores / softcap)?.tanh()? * softcap)?,
-            None => scores,
+        let query = positions.angles.turn(&query)?;
+        let key = positions.angles.turn(&key)?;
+        let options = AttentionOptions {
+            causal: true,
+            scale: Some(self.scale),
+            softcap: self.softcap,
+            window,
         };
-        let scores = scores
-            .reshape((batch, self.heads, time, time))?
-            .to_dtype(wide(x.dtype()))?
-            .broadcast_add(&positions.mask)?;
-        let weights = softmax(&scores)?.to_dtype(x.dtype())?.reshape((
-            batch,
-            self.key_value_heads,
-            (),
-            time,
-        ))?;
-        let attended = weights
-            .matmul(&value)?
-            .reshape((batch, self.heads, time, self.head_dim))?
-            .transpose(1, 2)?
-            .reshape((batch * time, self.heads * self.head_dim))?;
-        self.output.forward(&attended)
+        attention(&query, &key, &value, &options)?
+            .reshape((batch * time, self.heads * self.head_dim))
     }
 
     /// Rows to `(batch, time, heads, head_dim)`.
@@ -308,13 +292,6 @@ impl Attention {
         let heads = columns / self.head_dim;
         x.reshape((batch, rows / batch, heads, self.head_dim))
     }
-}
-
-/// Over the last dimension. The maximum cancels, so that nothing of its gradient is computed.
-fn softmax(x: &Tensor) -> Result<Tensor> {
-    let max = x.detach().max_keepdim(D::Minus1)?;
-    let exp = x.broadcast_sub(&max)?.exp()?;
-    exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)
 }
 
 /// `down(activation(gate(x)) * up(x))`.
@@ -343,8 +320,12 @@ impl Mlp {
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let gate_up = self.gate_up.forward(x)?;
-        let gate = self.activation.forward(&gate_up[0])?;
-        self.down.forward(&(gate * &gate_up[1])?)
+        let (gate, up) = (&gate_up[0], &gate_up[1]);
+        self.down.forward(&match self.activation {
+            Activation::Silu | Activation::Swish => swiglu(gate, up)?,
+            Activation::NewGelu | Activation::GeluPytorchTanh => geglu(gate, up)?,
+            other => (other.forward(gate)? * up)?,
+        })
     }
 }
 
@@ -390,8 +371,9 @@ impl Layer {
         let attended = self
             .attention
             .forward(&self.attention_norm.forward(x)?, positions)?;
-        let x = (x + normed(&self.attended_norm, attended)?)?;
-        let y = self.mlp.forward(&self.mlp_norm.forward(&x)?)?;
+        let attended = normed(&self.attended_norm, attended)?;
+        let (x, normed_x) = self.mlp_norm.forward_sum(&attended, x)?;
+        let y = self.mlp.forward(&normed_x)?;
         &x + normed(&self.output_norm, y)?
     }
 }
