@@ -125,7 +125,8 @@ template <typename T, int SIZE, int M, int BLOCKS>
 __device__ __forceinline__ void multiply_rows(float (&sum)[M][BLOCKS][4], uint32_t a, int row, uint32_t b) {
   const int lane = threadIdx.x & 31;
   clear(sum);
-#pragma unroll
+// The three products of an f32 number take registers that more steps at once would spill.
+#pragma unroll(sizeof(T) == 4 ? 2 : 16)
   for (int step = 0; step < SIZE * (int)sizeof(T) / 32; step++) {
     Mma<T> left[M];
 #pragma unroll
@@ -208,9 +209,35 @@ __device__ __forceinline__ void multiply_columns(float (&sum)[M][WIDE][4], const
   }
 }
 
+// Shared memory of a kernel at each head size.
+template <template <typename, int> class Sizes, typename T> constexpr bool bytes_are(int a, int b, int c, int d) {
+  return Sizes<T, 64>::BYTES == a && Sizes<T, 96>::BYTES == b && Sizes<T, 128>::BYTES == c && Sizes<T, 256>::BYTES == d;
+}
+
 // Number i of an accumulator block: its row and column within the block.
 __device__ __forceinline__ int row_of(int i) { return ((threadIdx.x & 31) >> 2) + (i >> 1) * 8; }
 __device__ __forceinline__ int column_of(int i) { return (threadIdx.x & 3) * 2 + (i & 1); }
+
+// The tanh of each product, `factor` times.
+template <int M, int BLOCKS> __device__ __forceinline__ void soften(float (&scores)[M][BLOCKS][4], float factor) {
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int n = 0; n < BLOCKS; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) scores[m][n][i] = fast_tanh(scores[m][n][i] * factor);
+}
+
+// Takes away what is not seen.
+template <int M, int BLOCKS, class Seen> __device__ __forceinline__ void mask(float (&scores)[M][BLOCKS][4], Seen seen) {
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int n = 0; n < BLOCKS; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        if (!seen(m, n, i)) scores[m][n][i] = MASKED;
+}
 
 // Writes 16 M rows of accumulators, `factor` times, to rows `stride` numbers apart, of which `rows` exist, and of those
 // the columns before `columns`; the first column of the accumulators is `column`.

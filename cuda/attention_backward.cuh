@@ -28,27 +28,40 @@ template <typename T> __device__ void attention_delta(const AttentionParams &p) 
   if ((threadIdx.x & 31) == 0) p.delta[(batch * p.heads + head) * p.queries + query] = sum;
 }
 
-// ---------------------------------------------------------------- what both kernels do to a score
+// ---------------------------------------------------------------- what both kernels do to scores
 
-struct Slope {
-  float scale, softcap, to_log2, to_capped;
-
-  __device__ __forceinline__ explicit Slope(const AttentionParams &p)
-      : scale(p.scale), softcap(p.softcap), to_log2((p.softcap > 0.f ? p.softcap : p.scale) * LOG2E),
-        to_capped(p.scale / p.softcap) {}
-
-  // From the product of a query and a key to its probability, and from the gradient of that to the gradient of
-  // scale * product. `lse` is in units of ln 2, inf for a query that does not exist.
-  __device__ __forceinline__ void apply(float &score, float &gradient, float lse, float delta, bool seen) const {
-    float slope = 1.f;
-    if (softcap > 0.f) {
-      score = fast_tanh(score * to_capped);
-      slope = 1.f - score * score;
-    }
-    score = seen ? fast_exp2(score * to_log2 - lse) : 0.f;
-    gradient = score * (gradient - delta) * slope;
-  }
-};
+// Products of queries and keys become probabilities, and the gradients of those the gradients of scale * products.
+// `statistics(m, n, i)` is the row's log-sum-exp in units of ln 2, inf for a query that does not exist, and its delta.
+template <int M, int BLOCKS, class Statistics, class Seen>
+__device__ __forceinline__ void softmax_gradient(const AttentionParams &p, float (&scores)[M][BLOCKS][4],
+                                                 float (&gradients)[M][BLOCKS][4], Statistics statistics, bool all_seen, Seen seen) {
+  const float to_log2 = (p.softcap > 0.f ? p.softcap : p.scale) * LOG2E;
+  const bool capped = p.softcap > 0.f;
+  if (capped) soften(scores, p.scale / p.softcap);
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int n = 0; n < BLOCKS; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) gradients[m][n][i] -= statistics(m, n, i).y;
+  if (capped)
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+      for (int n = 0; n < BLOCKS; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) gradients[m][n][i] *= 1.f - scores[m][n][i] * scores[m][n][i];
+  if (!all_seen) mask(scores, seen);
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int n = 0; n < BLOCKS; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        scores[m][n][i] = fast_exp2(scores[m][n][i] * to_log2 - statistics(m, n, i).x);
+        gradients[m][n][i] *= scores[m][n][i];
+      }
+}
 
 // ---------------------------------------------------------------- keys and values
 
@@ -57,25 +70,28 @@ template <typename T, int SIZE> struct KeySizes {
   static constexpr int ROW_WARPS = HALF || SIZE <= 128 ? 4 : 2;
   // Parts of the columns of the results, each of other warps, where one warp has no registers for all.
   static constexpr int PARTS = SIZE <= 128 ? 1 : 2;
+  static constexpr int M = HALF && SIZE <= 64 ? 2 : 1;
   static constexpr int WARPS = ROW_WARPS * PARTS;
-  static constexpr int ROWS = ROW_WARPS * 16;
-  static constexpr int N = HALF ? (SIZE <= 128 ? 64 : 32) : (SIZE <= 128 ? 32 : 16);
+  static constexpr int ROWS = ROW_WARPS * M * 16;
+  static constexpr int N = HALF ? (SIZE > 64 && SIZE <= 128 ? 64 : 32) : (SIZE <= 128 ? 32 : 16);
   static constexpr int STAGES_ = SIZE <= (HALF ? 128 : 64) ? 2 : 1;
   static constexpr int ROW_BYTES = Tile<T, SIZE>::ROW_BYTES;
   static constexpr int BYTES = (2 * ROWS + STAGES_ * 2 * N) * ROW_BYTES + STAGES_ * 2 * N * 4;
 };
+static_assert(bytes_are<KeySizes, __half>(49664, 99328, 99328, 98560) &&
+                  bytes_are<KeySizes, float>(66048, 73984, 98560, 98432),
+              "the host asks for as much shared memory");
 
 template <typename T, int SIZE> __device__ void attention_keys(const AttentionParams &p, uint8_t *memory) {
   using Sizes = KeySizes<T, SIZE>;
   using Rows = Tile<T, SIZE>;
-  constexpr int N = Sizes::N, BLOCKS = N / 8, WIDE = SIZE / 8 / Sizes::PARTS, COPIERS = Sizes::WARPS * 32;
+  constexpr int M = Sizes::M, N = Sizes::N, BLOCKS = N / 8, WIDE = SIZE / 8 / Sizes::PARTS, COPIERS = Sizes::WARPS * 32;
   constexpr int STAGES_ = Sizes::STAGES_;
   const uint32_t k_tile = shared_address(memory), v_tile = k_tile + Sizes::ROWS * Rows::ROW_BYTES;
   const uint32_t stages = v_tile + Sizes::ROWS * Rows::ROW_BYTES;
   const auto q_tile = [&](int turn) { return stages + turn % STAGES_ * 2 * N * Rows::ROW_BYTES; };
   const auto o_tile = [&](int turn) { return q_tile(turn) + N * Rows::ROW_BYTES; };
-  float(*lse_tile)[N] = reinterpret_cast<float(*)[N]>(memory + (2 * Sizes::ROWS + STAGES_ * 2 * N) * Rows::ROW_BYTES);
-  float(*delta_tile)[N] = lse_tile + STAGES_;
+  float2(*statistics)[N] = reinterpret_cast<float2(*)[N]>(memory + (2 * Sizes::ROWS + STAGES_ * 2 * N) * Rows::ROW_BYTES);
 
   const uint32_t key_heads = p.heads / p.group, index = blockIdx.x % (p.batch * key_heads);
   const Head key_head = {index / key_heads, index % key_heads};
@@ -100,17 +116,17 @@ template <typename T, int SIZE> __device__ void attention_keys(const AttentionPa
     Rows::template load<N, COPIERS>(o_tile(turn), o, stride, queries, p.head_dim);
     cp_async_commit();
   };
-  // The thread's number of the rows' statistics of a turn: lse in units of ln 2, or delta.
+  // Of the row of a turn that is this thread's: lse in units of ln 2, and delta.
   const auto statistic = [&](int turn) {
-    const int which = threadIdx.x / N, query = query_of(turn) + threadIdx.x % N;
-    if (which > 1 || query >= (int)p.queries) return which == 0 ? INFINITY : 0.f;
+    const int query = query_of(turn) + threadIdx.x;
+    if (threadIdx.x >= N || query >= (int)p.queries) return make_float2(INFINITY, 0.f);
     const int64_t at = head_of(turn).rows(p) + query;
-    return which == 0 ? p.lse[at] * LOG2E : p.delta[at];
+    return make_float2(p.lse[at] * LOG2E, p.delta[at]);
   };
-  const auto keep = [&](int turn, float number) {
-    if (threadIdx.x < 2 * N) (threadIdx.x < N ? lse_tile : delta_tile)[turn % STAGES_][threadIdx.x % N] = number;
+  const auto keep = [&](int turn, float2 statistic) {
+    if (threadIdx.x < N) statistics[turn % STAGES_][threadIdx.x] = statistic;
   };
-  static_assert(COPIERS >= 2 * N, "a thread a number");
+  static_assert(COPIERS >= N, "a thread a row");
 
   Rows::template load<Sizes::ROWS, COPIERS>(k_tile, k, p.k_strides.time, keys, p.head_dim);
   Rows::template load<Sizes::ROWS, COPIERS>(v_tile, v, p.v_strides.time, keys, p.head_dim);
@@ -120,35 +136,30 @@ template <typename T, int SIZE> __device__ void attention_keys(const AttentionPa
     keep(0, statistic(0));
   }
 
-  const int warp_row = threadIdx.x / 32 % Sizes::ROW_WARPS * 16;
+  const int warp_row = threadIdx.x / 32 % Sizes::ROW_WARPS * M * 16;
   const int column = threadIdx.x / 32 / Sizes::ROW_WARPS * WIDE * 8;
-  const Slope slope(p);
-  float k_grad[1][WIDE][4], v_grad[1][WIDE][4];
+  float k_grad[M][WIDE][4], v_grad[M][WIDE][4];
   clear(k_grad);
   clear(v_grad);
   for (int turn = 0; turn < turns; turn++) {
     cp_async_wait<0>();
     __syncthreads();
     const bool more = turn + 1 < turns;
-    float next = 0.f;
+    float2 next = make_float2(0.f, 0.f);
     if (STAGES_ == 2 && more) {
       load(turn + 1);
       next = statistic(turn + 1);
     }
     // Keys by queries.
-    float scores[1][BLOCKS][4], gradients[1][BLOCKS][4];
+    float scores[M][BLOCKS][4], gradients[M][BLOCKS][4];
     multiply_rows<T, SIZE>(scores, k_tile, warp_row, q_tile(turn));
     multiply_rows<T, SIZE>(gradients, v_tile, warp_row, o_tile(turn));
     const int query = query_of(turn);
-    const bool whole = sight.all(query, N, key0, Sizes::ROWS);
-#pragma unroll
-    for (int n = 0; n < BLOCKS; n++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int at = n * 8 + column_of(i);
-        const bool seen = whole || sight.sees(query + at, key0 + warp_row + row_of(i));
-        slope.apply(scores[0][n][i], gradients[0][n][i], lse_tile[turn % STAGES_][at], delta_tile[turn % STAGES_][at], seen);
-      }
+    softmax_gradient(
+        p, scores, gradients,
+        [&](int, int n, int i) { return statistics[turn % STAGES_][n * 8 + column_of(i)]; },
+        sight.all(query, N, key0, Sizes::ROWS),
+        [&](int m, int n, int i) { return sight.sees(query + n * 8 + column_of(i), key0 + warp_row + m * 16 + row_of(i)); });
     multiply_columns<T, SIZE>(v_grad, scores, o_tile(turn), column);
     multiply_columns<T, SIZE>(k_grad, gradients, q_tile(turn), column);
     if (STAGES_ == 1 && more) {
@@ -169,18 +180,22 @@ template <typename T, int SIZE> __device__ void attention_keys(const AttentionPa
 
 template <typename T, int SIZE> struct QuerySizes {
   static constexpr bool HALF = sizeof(T) == 2;
+  static constexpr int M = HALF && SIZE <= 64 ? 2 : 1;
   static constexpr int WARPS = HALF || SIZE <= 128 ? 4 : 2;
-  static constexpr int ROWS = WARPS * 16;
+  static constexpr int ROWS = WARPS * M * 16;
   static constexpr int N = HALF ? (SIZE <= 128 ? 64 : 32) : (SIZE <= 128 ? 32 : 16);
   static constexpr int STAGES_ = SIZE <= (HALF ? 128 : 64) ? 2 : 1;
   static constexpr int ROW_BYTES = Tile<T, SIZE>::ROW_BYTES;
   static constexpr int BYTES = (2 * ROWS + STAGES_ * 2 * N) * ROW_BYTES;
 };
+static_assert(bytes_are<QuerySizes, __half>(65536, 98304, 98304, 98304) &&
+                  bytes_are<QuerySizes, float>(65536, 73728, 98304, 98304),
+              "the host asks for as much shared memory");
 
 template <typename T, int SIZE> __device__ void attention_queries(const AttentionParams &p, uint8_t *memory) {
   using Sizes = QuerySizes<T, SIZE>;
   using Rows = Tile<T, SIZE>;
-  constexpr int N = Sizes::N, BLOCKS = N / 8, COPIERS = Sizes::WARPS * 32, STAGES_ = Sizes::STAGES_;
+  constexpr int M = Sizes::M, N = Sizes::N, BLOCKS = N / 8, COPIERS = Sizes::WARPS * 32, STAGES_ = Sizes::STAGES_;
   const uint32_t q_tile = shared_address(memory), o_tile = q_tile + Sizes::ROWS * Rows::ROW_BYTES;
   const uint32_t stages = o_tile + Sizes::ROWS * Rows::ROW_BYTES;
   const auto k_tile = [&](int tile) { return stages + tile % STAGES_ * 2 * N * Rows::ROW_BYTES; };
@@ -209,33 +224,30 @@ template <typename T, int SIZE> __device__ void attention_queries(const Attentio
   cp_async_commit();
   if (range.x < range.y) load(range.x);
 
-  const int warp_row = threadIdx.x / 32 * 16;
-  float lse[2], delta[2];
+  const int warp_row = threadIdx.x / 32 * M * 16;
+  float2 statistics[M][2];
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const int row = warp_row + row_of(2 * half);
-    const int64_t at = head.rows(p) + query0 + row;
-    lse[half] = row < queries ? p.lse[at] * LOG2E : INFINITY;
-    delta[half] = row < queries ? p.delta[at] : 0.f;
-  }
-  const Slope slope(p);
-  float q_grad[1][SIZE / 8][4];
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int row = warp_row + m * 16 + row_of(2 * half);
+      const int64_t at = head.rows(p) + query0 + row;
+      statistics[m][half] = row < queries ? make_float2(p.lse[at] * LOG2E, p.delta[at]) : make_float2(INFINITY, 0.f);
+    }
+  float q_grad[M][SIZE / 8][4];
   clear(q_grad);
   for (int tile = range.x; tile < range.y; tile++) {
     cp_async_wait<0>();
     __syncthreads();
     if (STAGES_ == 2 && tile + 1 < range.y) load(tile + 1);
-    float scores[1][BLOCKS][4], gradients[1][BLOCKS][4];
+    float scores[M][BLOCKS][4], gradients[M][BLOCKS][4];
     multiply_rows<T, SIZE>(scores, q_tile, warp_row, k_tile(tile));
     multiply_rows<T, SIZE>(gradients, o_tile, warp_row, v_tile(tile));
-    const bool whole = sight.all(query0, queries, tile * N, N);
-#pragma unroll
-    for (int n = 0; n < BLOCKS; n++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const bool seen = whole || sight.sees(query0 + warp_row + row_of(i), tile * N + n * 8 + column_of(i));
-        slope.apply(scores[0][n][i], gradients[0][n][i], lse[i >> 1], delta[i >> 1], seen);
-      }
+    softmax_gradient(
+        p, scores, gradients, [&](int m, int, int i) { return statistics[m][i >> 1]; }, sight.all(query0, queries, tile * N, N),
+        [&](int m, int n, int i) {
+          return sight.sees(query0 + warp_row + m * 16 + row_of(i), tile * N + n * 8 + column_of(i));
+        });
     multiply_columns<T, SIZE>(q_grad, gradients, k_tile(tile), 0);
     if (STAGES_ == 1 && tile + 1 < range.y) {
       __syncthreads();

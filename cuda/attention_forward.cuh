@@ -16,6 +16,9 @@ template <typename T, int SIZE> struct ForwardSizes {
   static constexpr int ROW_BYTES = Tile<T, SIZE>::ROW_BYTES;
   static constexpr int BYTES = (ROWS + STAGES_ * 2 * N) * ROW_BYTES;
 };
+static_assert(bytes_are<ForwardSizes, __half>(49152, 98304, 98304, 98304) &&
+                  bytes_are<ForwardSizes, float>(49152, 73728, 98304, 98304),
+              "the host asks for as much shared memory");
 
 template <typename T, int SIZE> __device__ void attention_forward(const AttentionParams &p, uint8_t *memory) {
   using Sizes = ForwardSizes<T, SIZE>;
@@ -52,8 +55,8 @@ template <typename T, int SIZE> __device__ void attention_forward(const Attentio
   for (int m = 0; m < M; m++)
 #pragma unroll
     for (int half = 0; half < 2; half++) max[m][half] = MASKED, sum[m][half] = 0.f;
-  // Logits are in units of ln 2.
-  const float to_log2 = p.softcap > 0.f ? p.softcap * LOG2E : p.scale * LOG2E, to_capped = p.scale / p.softcap;
+  // From a product, or what the softcap's tanh makes of it, to a logit in units of ln 2.
+  const float to_log2 = (p.softcap > 0.f ? p.softcap : p.scale) * LOG2E;
 
   for (int tile = range.x; tile < range.y; tile++) {
     cp_async_wait<0>();
@@ -61,18 +64,11 @@ template <typename T, int SIZE> __device__ void attention_forward(const Attentio
     if (Sizes::STAGES_ == 2 && tile + 1 < range.y) load(tile + 1);
     float scores[M][BLOCKS][4];
     multiply_rows<T, SIZE>(scores, q_tile, warp_row, k_tile(tile));
-    const bool whole = sight.all(query0, queries, tile * N, N);
-#pragma unroll
-    for (int m = 0; m < M; m++)
-#pragma unroll
-      for (int n = 0; n < BLOCKS; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          float &z = scores[m][n][i];
-          if (p.softcap > 0.f) z = fast_tanh(z * to_capped);
-          z *= to_log2;
-          if (!whole && !sight.sees(query0 + warp_row + m * 16 + row_of(i), tile * N + n * 8 + column_of(i))) z = MASKED;
-        }
+    if (p.softcap > 0.f) soften(scores, p.scale / p.softcap);
+    if (!sight.all(query0, queries, tile * N, N))
+      mask(scores, [&](int m, int n, int i) {
+        return sight.sees(query0 + warp_row + m * 16 + row_of(i), tile * N + n * 8 + column_of(i));
+      });
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -83,7 +79,7 @@ template <typename T, int SIZE> __device__ void attention_forward(const Attentio
         larger = fmaxf(larger, __shfl_xor_sync(0xffffffff, larger, 1));
         larger = fmaxf(larger, __shfl_xor_sync(0xffffffff, larger, 2));
         // What was summed before any key was seen is multiplied by 0 here.
-        const float rescale = fast_exp2(max[m][half] - larger);
+        const float rescale = fast_exp2((max[m][half] - larger) * to_log2), subtracted = larger * to_log2;
         max[m][half] = larger;
         sum[m][half] *= rescale;
 #pragma unroll
@@ -91,7 +87,7 @@ template <typename T, int SIZE> __device__ void attention_forward(const Attentio
 #pragma unroll
           for (int j = 0; j < 2; j++) {
             float &z = scores[m][n][2 * half + j];
-            z = fast_exp2(z - larger);
+            z = fast_exp2(z * to_log2 - subtracted);
             sum[m][half] += z;
           }
 #pragma unroll
@@ -114,7 +110,7 @@ template <typename T, int SIZE> __device__ void attention_forward(const Attentio
       total += __shfl_xor_sync(0xffffffff, total, 1);
       total += __shfl_xor_sync(0xffffffff, total, 2);
       const int row = warp_row + m * 16 + row_of(2 * half);
-      if ((threadIdx.x & 3) == 0 && row < queries) lse[row] = max[m][half] * LN2 + logf(total);
+      if ((threadIdx.x & 3) == 0 && row < queries) lse[row] = max[m][half] * to_log2 * LN2 + logf(total);
       const float inverse = 1.f / total;
 #pragma unroll
       for (int n = 0; n < WIDE; n++) out[m][n][2 * half] *= inverse, out[m][n][2 * half + 1] *= inverse;

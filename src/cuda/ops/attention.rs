@@ -55,13 +55,14 @@ enum Pass {
 
 impl Tiles {
     fn new(pass: Pass, half: bool, size: usize) -> Self {
-        let columns = match (half, size) {
-            (true, ..=128) => 64,
-            (true, _) | (false, ..=128) => 32,
-            (false, _) => 16,
+        let columns = match (pass, half, size) {
+            (Pass::Keys, true, ..=64) => 32,
+            (_, true, ..=128) => 64,
+            (_, true, _) | (_, false, ..=128) => 32,
+            (_, false, _) => 16,
         };
         let (rows, threads, stages) = match (pass, half, size) {
-            (Pass::Forward, true, ..=128) => (128, 128, 2),
+            (Pass::Forward, true, ..=128) | (_, true, ..=64) => (128, 128, 2),
             (Pass::Forward, true, _) | (Pass::Forward, false, ..=128) => (64, 128, 2),
             (Pass::Forward, false, _) => (64, 128, 1),
             (_, true, ..=128) | (_, false, ..=64) => (64, 128, 2),
@@ -241,15 +242,35 @@ pub(crate) fn backward(
 mod tests {
     use super::{Pass, Tiles};
 
+    /// The kernels' files say the same, and a GPU of 99 KB runs all of them.
     #[test]
-    fn every_kernel_fits_the_shared_memory_of_a_small_gpu() {
-        for pass in [Pass::Forward, Pass::Keys, Pass::Queries] {
-            for (half, number) in [(true, 2), (false, 4)] {
-                for size in [64, 96, 128, 256] {
-                    let bytes = Tiles::new(pass, half, size).shared_bytes(number, size);
-                    assert!(bytes <= 99 << 10, "{pass:?} {number} {size}: {bytes}");
-                }
-            }
-        }
+    fn kernels_get_the_shared_memory_that_they_take() {
+        let bytes = |pass| {
+            let sizes = [
+                (2, 64),
+                (2, 96),
+                (2, 128),
+                (2, 256),
+                (4, 64),
+                (4, 96),
+                (4, 128),
+                (4, 256),
+            ];
+            sizes.map(|(number, size)| {
+                Tiles::new(pass, number == 2, size).shared_bytes(number, size)
+            })
+        };
+        assert_eq!(
+            bytes(Pass::Forward),
+            [49152, 98304, 98304, 98304, 49152, 73728, 98304, 98304]
+        );
+        assert_eq!(
+            bytes(Pass::Keys),
+            [49664, 99328, 99328, 98560, 66048, 73984, 98560, 98432]
+        );
+        assert_eq!(
+            bytes(Pass::Queries),
+            [65536, 98304, 98304, 98304, 65536, 73728, 98304, 98304]
+        );
     }
 }

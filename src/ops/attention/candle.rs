@@ -189,3 +189,56 @@ impl Blocks {
         Tensor::from_vec(mask, shape, like.device())?.to_dtype(like.dtype())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::AttentionOptions;
+    use candle_core::{Device, Var};
+
+    #[test]
+    fn results_and_gradients_are_those_of_the_cpu() -> Result<()> {
+        let random =
+            |shape: (usize, usize, usize, usize)| Var::randn(0f64, 1., shape, &Device::Cpu);
+        let (q, k, v) = (
+            random((2, 7, 4, 5))?,
+            random((2, 9, 2, 5))?,
+            random((2, 9, 2, 5))?,
+        );
+        let upstream = Tensor::randn(0f64, 1., q.shape(), &Device::Cpu)?;
+        for (causal, window, softcap) in [
+            (false, None, None),
+            (true, None, Some(2.)),
+            (true, Some(3), None),
+        ] {
+            let options = AttentionOptions {
+                causal,
+                window,
+                softcap,
+                scale: None,
+            };
+            let sizes = Sizes::new(&q, &k, &v)?;
+            let settings = Settings::new(&options, &sizes)?;
+            let here = super::attention([&q, &k, &v], settings, sizes)?;
+            let there = crate::ops::attention(&q, &k, &v, &options)?;
+            let of_here = (&here * &upstream)?.sum_all()?.backward()?;
+            let of_there = (&there * &upstream)?.sum_all()?.backward()?;
+            let mut pairs = vec![(here, there)];
+            for var in [&q, &k, &v] {
+                let gradients = (of_here.get(var), of_there.get(var));
+                let (Some(here), Some(there)) = gradients else {
+                    candle_core::bail!("a gradient is missing")
+                };
+                pairs.push((here.clone(), there.clone()));
+            }
+            for (i, (here, there)) in pairs.iter().enumerate() {
+                let off = (here - there)?.abs()?.max_all()?.to_scalar::<f64>()?;
+                assert!(
+                    off < 1e-12,
+                    "{options:?}: result or gradient {i} is off by {off:e}"
+                );
+            }
+        }
+        Ok(())
+    }
+}

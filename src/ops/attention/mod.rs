@@ -63,8 +63,8 @@ pub struct AttentionOptions {
 /// Source: Dao, *FlashAttention-2*, [arXiv 2307.08691](https://arxiv.org/abs/2307.08691).
 ///
 /// # Errors
-/// Shapes, dtypes or devices other than these, options that are not finite or of which nothing is seen (a window of 0, more
-/// queries than keys with `causal`), tensors without numbers.
+/// Shapes, dtypes or devices other than these, a scale or softcap that is not positive and finite, options with which a
+/// query sees nothing (a window of 0, more queries than keys with `causal`), tensors without numbers.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
     let sizes = Sizes::new(q, k, v)?;
     let settings = Settings::new(options, &sizes)?;
@@ -97,8 +97,8 @@ impl Settings {
             window,
         } = options;
         let scale = scale.unwrap_or(1. / (sizes.head_dim as f64).sqrt());
-        if !scale.is_finite() {
-            bail!("{NAME}: the scale must be finite, got {scale}")
+        if !(scale > 0. && scale.is_finite()) {
+            bail!("{NAME}: the scale must be positive and finite, got {scale}")
         }
         if let Some(softcap) = softcap.filter(|softcap| !(*softcap > 0. && softcap.is_finite())) {
             bail!("{NAME}: the softcap must be positive and finite, got {softcap}")
@@ -228,7 +228,7 @@ fn on_cuda([q, k, v]: [&Tensor; 3], op: Attention) -> Result<Tensor> {
     }
     // Zeros change no score, and add columns of zeros to the result.
     let last = candle_core::D::Minus1;
-    let padded = |x: &Tensor| x.pad_with_zeros(last, 0, more)?.force_contiguous();
+    let padded = |x: &Tensor| x.pad_with_zeros(last, 0, more)?.contiguous();
     let sizes = Sizes {
         head_dim: head_dim + more,
         ..op.sizes
