@@ -35,6 +35,7 @@ mod lora;
 mod rope;
 mod staging;
 mod stored;
+pub(crate) mod update;
 #[cfg(feature = "candle-transformers")]
 mod with_head;
 

@@ -8,18 +8,18 @@ use rayon::prelude::*;
 const TASK: usize = 1 << 14;
 
 /// f32 or f64.
-pub(super) trait Number: Real + WithDType {}
+pub(crate) trait Number: Real + WithDType {}
 impl Number for f32 {}
 impl Number for f64 {}
 
 /// The values of a storage from where a layout begins.
-pub(super) fn values<'a, R: Number>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [R]> {
+pub(crate) fn values<'a, R: Number>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [R]> {
     let values = <R as WithDType>::cpu_storage_as_slice(storage)?;
     Ok(&values[layout.start_offset()..])
 }
 
 /// Runs `with` on the storages and layouts of tensors on the CPU.
-pub(super) fn opened<const N: usize, O>(
+pub(crate) fn opened<const N: usize, O>(
     tensors: [&Tensor; N],
     with: impl FnOnce([(&CpuStorage, &Layout); N]) -> Result<O>,
 ) -> Result<O> {
@@ -50,7 +50,7 @@ pub(super) fn storage<R: Number>(values: Vec<R>) -> CpuStorage {
     <R as WithDType>::to_cpu_storage_owned(values)
 }
 
-pub(super) fn real<R: Number>(x: f64) -> R {
+pub(crate) fn real<R: Number>(x: f64) -> R {
     <R as Real>::from_f64(x)
 }
 

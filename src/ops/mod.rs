@@ -20,7 +20,7 @@
 //! without moving anything.
 
 pub(crate) mod attention;
-mod cpu;
+pub(crate) mod cpu;
 pub(crate) mod gated;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;

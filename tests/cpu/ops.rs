@@ -204,3 +204,20 @@ fn errors_say_what_was_given_and_what_is_wanted() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn a_gradient_that_is_its_variable_is_a_gradient_like_others() -> Result<()> {
+    use candle_cut_cross_entropy::models::AdamW;
+    use candle_nn::{Optimizer, ParamsAdamW};
+    let var = Var::new(&[1f32, -2.], &Device::Cpu)?;
+    let mut gradients = candle_core::backprop::GradStore::default();
+    gradients.insert(&var, var.as_detached_tensor());
+    let params = ParamsAdamW {
+        lr: 0.5,
+        weight_decay: 0.,
+        ..ParamsAdamW::default()
+    };
+    AdamW::new(vec![var.clone()], params)?.step(&gradients)?;
+    assert_eq!(var.to_vec1::<f32>()?, [0.5, -1.5]);
+    Ok(())
+}

@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod decoder;
 mod edges;
 mod filter;
 mod fused;

@@ -2,7 +2,8 @@
 
 use crate::common::ops::{attention, check, check_repeats, rows, Operation};
 use crate::{device, DTYPES};
-use candle_core::{DType, Device, Result};
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_cut_cross_entropy::ops::{self, AttentionOptions};
 
 fn check_all(cases: impl Fn(DType) -> Vec<Box<dyn Operation>>) {
     let Some(device) = device() else { return };
@@ -68,9 +69,9 @@ fn attention_of_many_tiles_agrees_with_the_cpu() -> Result<()> {
                 heads: 8,
                 key_heads: 2,
                 head_dim,
-                options: candle_cut_cross_entropy::ops::AttentionOptions {
+                options: AttentionOptions {
                     causal: true,
-                    ..Default::default()
+                    ..AttentionOptions::default()
                 },
                 views: true,
             };
@@ -100,6 +101,64 @@ fn close(
             "{dtype:?}: {} is off by {error:e} of {size:e}",
             got.name
         );
+    }
+    Ok(())
+}
+
+#[test]
+fn attention_of_a_long_sequence_takes_no_memory_for_scores() -> Result<()> {
+    let Some(device) = device() else {
+        return Ok(());
+    };
+    // Scores would take 128 GiB in bf16.
+    let (length, heads, head_dim) = (1 << 17, 4, 64);
+    let random = |heads: usize| {
+        let normal = Tensor::randn(0f32, 1., (1, length, heads, head_dim), &device)?;
+        Var::from_tensor(&normal.to_dtype(DType::BF16)?)
+    };
+    let (q, k, v) = (random(heads)?, random(2)?, random(2)?);
+    let options = AttentionOptions {
+        causal: true,
+        ..AttentionOptions::default()
+    };
+    let out = ops::attention(&q, &k, &v, &options)?;
+    let gradients = out.sum_all()?.backward()?;
+    for var in [&q, &k, &v] {
+        let gradient = gradients.get(var).expect("a gradient");
+        let sum = gradient.to_dtype(DType::F32)?.sqr()?.sum_all()?;
+        let sum = sum.to_scalar::<f32>()?;
+        assert!(sum.is_finite() && sum > 0., "{sum}");
+    }
+    // Some rows of the last head, by the formula.
+    let head = |x: &Tensor, head: usize| -> Result<Vec<Vec<f64>>> {
+        let x = x.narrow(2, head, 1)?.reshape((length, head_dim))?;
+        x.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_vec2()
+    };
+    let (q, k, v, out) = (
+        head(&q, heads - 1)?,
+        head(&k, 1)?,
+        head(&v, 1)?,
+        head(&out, heads - 1)?,
+    );
+    for row in [0, 1, 1000, 65_537, length - 1] {
+        let score = |key: &Vec<f64>| -> f64 {
+            let product: f64 = key.iter().zip(&q[row]).map(|(a, b)| a * b).sum();
+            (product / (head_dim as f64).sqrt()).exp()
+        };
+        let weights: Vec<f64> = k[..=row].iter().map(score).collect();
+        let sum: f64 = weights.iter().sum();
+        let want = (0..head_dim).map(|d| {
+            let terms = weights.iter().zip(&v).map(|(weight, v)| weight * v[d]);
+            terms.sum::<f64>() / sum
+        });
+        for (d, want) in want.enumerate() {
+            let got = out[row][d];
+            let allowed = 1e-2 * want.abs().max(0.1);
+            assert!(
+                (got - want).abs() <= allowed,
+                "row {row}: {got}, want {want}"
+            );
+        }
     }
     Ok(())
 }

@@ -4,6 +4,7 @@ use super::params::{AdamWParams, GradientParams, NormParams};
 use super::{addresses, aligned, kernel, operands};
 use crate::cuda::launch::{Gpu, OPTIMIZER};
 use crate::cuda::{Kind, ONE_BLOCK};
+use crate::models::update::Step;
 use candle_core::cuda_backend::CudaStorage;
 use candle_core::{bail, CpuStorage, DType, InplaceOp1, Layout, Result, Tensor};
 
@@ -91,18 +92,6 @@ pub(crate) fn scaled(gradient: &Tensor, factor: &Tensor) -> Result<Tensor> {
         })?;
         Ok(out.finish(&gpu))
     })
-}
-
-/// The numbers of a step of AdamW: `m <- beta1 m + (1 - beta1) g`, `v <- beta2 v + (1 - beta2) g^2`,
-/// `w <- keep w - rate m / (sqrt(second_scale v) + eps)`.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Step {
-    pub beta1: f64,
-    pub beta2: f64,
-    pub keep: f64,
-    pub rate: f64,
-    pub second_scale: f64,
-    pub eps: f64,
 }
 
 /// What a step changes. All contiguous; the moments and the master are f32, and there is a master where the variable is not.
