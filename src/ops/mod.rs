@@ -144,9 +144,32 @@ impl Rows {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::Rows;
-    use candle_core::{DType, Device, Result, Tensor};
+    use candle_core::{DType, Device, Result, Tensor, Var};
+
+    pub(crate) fn random(shape: &[usize]) -> Result<Var> {
+        Var::randn(0f64, 1., shape, &Device::Cpu)
+    }
+
+    /// Fails where two results, or the gradients of these variables through them, differ by more than f64 rounds.
+    pub(crate) fn assert_same(here: &Tensor, there: &Tensor, vars: &[&Var]) -> Result<()> {
+        let weights = Tensor::randn(0f64, 1., here.shape(), &Device::Cpu)?;
+        let of_here = (here * &weights)?.sum_all()?.backward()?;
+        let of_there = (there * &weights)?.sum_all()?.backward()?;
+        let mut pairs = vec![(here, there)];
+        for var in vars {
+            match (of_here.get(var), of_there.get(var)) {
+                (Some(here), Some(there)) => pairs.push((here, there)),
+                _ => candle_core::bail!("a gradient is missing"),
+            }
+        }
+        for (i, (here, there)) in pairs.into_iter().enumerate() {
+            let off = (here - there)?.abs()?.max_all()?.to_scalar::<f64>()?;
+            assert!(off < 1e-12, "result or gradient {i} is off by {off:e}");
+        }
+        Ok(())
+    }
 
     #[test]
     fn rows_of_views_are_found_or_made() -> Result<()> {

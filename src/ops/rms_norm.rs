@@ -52,16 +52,19 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64, offset: f64) -> Result<Te
             offset,
         )?
         .to_dtype(x.dtype()),
-        Place::Candle => {
-            let wide_x = x.to_dtype(wide(x.dtype()))?;
-            let mean_square = wide_x.sqr()?.mean_keepdim(D::Minus1)?;
-            let weight = (weight.to_dtype(wide_x.dtype())? + offset)?;
-            wide_x
-                .broadcast_div(&(mean_square + eps)?.sqrt()?)?
-                .broadcast_mul(&weight)?
-                .to_dtype(x.dtype())
-        }
+        Place::Candle => by_candle(x, weight, settings),
     }
+}
+
+fn by_candle(x: &Tensor, weight: &Tensor, settings: Settings) -> Result<Tensor> {
+    let Settings { eps, offset } = settings;
+    let wide_x = x.to_dtype(wide(x.dtype()))?;
+    let mean_square = wide_x.sqr()?.mean_keepdim(D::Minus1)?;
+    let weight = (weight.to_dtype(wide_x.dtype())? + offset)?;
+    wide_x
+        .broadcast_div(&(mean_square + eps)?.sqrt()?)?
+        .broadcast_mul(&weight)?
+        .to_dtype(x.dtype())
 }
 
 /// The sum of `x` and a residual, and its norm: `(x + residual, rms_norm(x + residual, ..))`.
@@ -364,4 +367,21 @@ fn weight_gradient<R: Number>(x: &[R], upstream: &[R], size: usize, eps: f64) ->
         }
     }
     total
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::tests::{assert_same, random};
+
+    #[test]
+    fn candles_operations_give_the_same() -> Result<()> {
+        let (x, weight) = (random(&[3, 5])?, random(&[5])?);
+        let settings = Settings {
+            eps: 1e-2,
+            offset: 1.,
+        };
+        let here = by_candle(&x, &weight, settings)?;
+        assert_same(&here, &rms_norm(&x, &weight, 1e-2, 1.)?, &[&x, &weight])
+    }
 }

@@ -41,23 +41,28 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
         Place::Here if x.stride()[3] == 1 => x.apply_op1(Rope(angles)),
         Place::Here => x.contiguous()?.apply_op1(Rope(angles)),
         Place::Widened => rope(&x.to_dtype(DType::F32)?, cos, sin)?.to_dtype(x.dtype()),
-        Place::Candle => {
-            let (dtype, pairs) = (x.dtype(), angles.cos.dim(1)?);
-            let x = x.to_dtype(wide(dtype))?;
-            let part = |start: usize, len| x.narrow(D::Minus1, start, len);
-            let (first, second) = (part(0, pairs)?, part(pairs, pairs)?);
-            let shape = (1, x.dim(1)?, 1, pairs);
-            let (cos, sin) = (angles.cos.reshape(shape)?, angles.sin.reshape(shape)?);
-            let to_first = (first.broadcast_mul(&cos)? - second.broadcast_mul(&sin)?)?;
-            let to_second = (second.broadcast_mul(&cos)? + first.broadcast_mul(&sin)?)?;
-            let rest = part(2 * pairs, x.dim(3)? - 2 * pairs)?;
-            let parts = match rest.elem_count() {
-                0 => vec![to_first, to_second],
-                _ => vec![to_first, to_second, rest],
-            };
-            Tensor::cat(&parts, D::Minus1)?.to_dtype(dtype)
-        }
+        Place::Candle => by_candle(x, &angles),
     }
+}
+
+fn by_candle(x: &Tensor, angles: &Angles) -> Result<Tensor> {
+    let (dtype, pairs) = (x.dtype(), angles.cos.dim(1)?);
+    let x = x.to_dtype(wide(dtype))?;
+    let part = |start: usize, len| x.narrow(D::Minus1, start, len);
+    let (first, second) = (part(0, pairs)?, part(pairs, pairs)?);
+    let shape = (1, x.dim(1)?, 1, pairs);
+    let (cos, sin) = (angles.cos.reshape(shape)?, angles.sin.reshape(shape)?);
+    let mut parts = vec![
+        (first.broadcast_mul(&cos)? - second.broadcast_mul(&sin)?)?,
+        (second.broadcast_mul(&cos)? + first.broadcast_mul(&sin)?)?,
+    ];
+    let rest = x.dim(3)? - 2 * pairs;
+    if rest > 0 {
+        parts.push(part(2 * pairs, rest)?);
+    }
+    Tensor::cat(&parts, D::Minus1)?
+        .contiguous()?
+        .to_dtype(dtype)
 }
 
 const NAME: &str = "rope";
@@ -170,4 +175,22 @@ fn turn<R: Number>(x: &CpuStorage, layout: &Layout, angles: &Angles) -> Result<C
         );
         Ok(cpu::storage(out))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::tests::{assert_same, random};
+
+    #[test]
+    fn candles_operations_give_the_same() -> Result<()> {
+        let x = random(&[2, 3, 2, 6])?;
+        for pairs in [2, 3] {
+            let angles = random(&[3, pairs])?;
+            let (cos, sin) = (angles.cos()?, angles.sin()?);
+            let here = by_candle(&x, &Angles::new(&x, &cos, &sin)?)?;
+            assert_same(&here, &rope(&x, &cos, &sin)?, &[&x])?;
+        }
+        Ok(())
+    }
 }
