@@ -6,7 +6,7 @@ use std::process::Command;
 use std::{env, fs};
 
 /// Sources and the virtual architecture each is compiled for.
-const KERNELS: [(&str, &str); 12] = [
+const KERNELS: [(&str, &str); 19] = [
     ("rows", "compute_80"),
     ("loss", "compute_80"),
     ("fused", "compute_80"),
@@ -16,6 +16,13 @@ const KERNELS: [(&str, &str); 12] = [
     ("forward_sm80", "compute_80"),
     ("gradient_sm80", "compute_80"),
     ("products_sm80", "compute_80"),
+    ("rms_norm", "compute_80"),
+    ("gated", "compute_80"),
+    ("rope", "compute_80"),
+    ("attention_bf16", "compute_80"),
+    ("attention_f16", "compute_80"),
+    ("attention_f32", "compute_80"),
+    ("optimizer", "compute_80"),
     ("forward_sm90a", "compute_90a"),
     ("gradient_sm90a", "compute_90a"),
     ("products_sm90a", "compute_90a"),
@@ -149,6 +156,7 @@ fn params(source: &str) -> Result<String, String> {
                     (None, "uint64_t") => "u64",
                     (None, "int64_t") => "i64",
                     (None, "float") => "f32",
+                    (None, kind) if kind.ends_with("Params") => kind,
                     _ => return Err(format!("{name}: {field} has a type unknown here, {kind}")),
                 };
                 let field = pointer.unwrap_or(field);

@@ -344,4 +344,3 @@ GRADIENT(gradient_sm90a_f16, __half, false)
 GRADIENT(probabilities_sm90a_bf16, __nv_bfloat16, true)
 
 static_assert(sizeof(GradientPlan) == 207872, "the host asks for as much shared memory");
-static_assert(sizeof(GradientParams) == 144, "the host mirrors it");

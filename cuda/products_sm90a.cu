@@ -409,6 +409,5 @@ PRODUCT(averaged_classifier_gradient_sm90a_bf16, __nv_bfloat16, true, true)
 PRODUCT(averaged_classifier_gradient_sm90a_f16, __half, true, true)
 
 static_assert(sizeof(ProductPlan) == 232448, "the host asks for as much shared memory");
-static_assert(sizeof(ProductParams) == 136, "the host mirrors it");
 static_assert(PIECE * BLOCK_K == 128 * 128 && CONSUMERS * TILE_N * GROUP * sizeof(float) == 2 * 192 * 128 * 4,
               "the host mirrors the rows of a piece and the bytes of a block's partials");

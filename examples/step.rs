@@ -17,8 +17,9 @@ use common::meter::Meter;
 
 /// Time and memory of a training step: forward, backward and AdamW.
 ///
-/// A line a batch size and loss: the loss, the median milliseconds of a step, tokens a second, and the most MiB in use
-/// in a step, weights and optimizer included.
+/// A line a batch size and loss: the loss, the median milliseconds of a step, tokens a second, the most MiB in use in a
+/// step, weights and optimizer included, and the median milliseconds of each part of a step. The host waits for the device
+/// between the parts.
 #[derive(Parser, Debug)]
 struct Args {
     /// Shape of the model: small, llama3.2-1b, or a config.json
@@ -113,17 +114,20 @@ fn main() -> Result<()> {
         count(&vars) as f64 / 1e6,
         count(trained) as f64 / 1e6
     );
-    println!("loss              batch    loss value   ms a step   tokens/s   peak MiB");
+    println!("loss              batch    loss value   ms a step   tokens/s   peak MiB   forward   backward   AdamW");
     let mut optimizer = AdamW::from_varmap(trained, ParamsAdamW::default())?;
     for &batch in &args.batch {
         for &loss in &args.loss {
             let name = loss.to_possible_value().context("a loss has a name")?;
             let name = name.get_name();
             match measure(&args, &decoder, &mut optimizer, &meter, loss, batch) {
-                Ok((value, ms, peak)) => println!(
-                    "{name:17} {batch:5}  {value:12.4}  {ms:10.1}  {:9.0}  {:9.0}",
+                Ok(Measured { loss, ms, parts, peak }) => println!(
+                    "{name:17} {batch:5}  {loss:12.4}  {ms:10.1}  {:9.0}  {:9.0}  {:8.1}  {:9.1}  {:6.1}",
                     (batch * args.length) as f64 / ms * 1e3,
-                    peak as f64 / MIB
+                    peak as f64 / MIB,
+                    parts[0],
+                    parts[1],
+                    parts[2]
                 ),
                 Err(e) if e.to_string().to_lowercase().contains("out of memory") => {
                     println!("{name:17} {batch:5}  out of memory")
@@ -135,7 +139,16 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// The first loss, the median milliseconds of a step, and the most bytes in use in one.
+struct Measured {
+    /// Of the first step.
+    loss: f32,
+    /// Medians of a step, and of its forward, backward and update.
+    ms: f64,
+    parts: [f64; 3],
+    /// The most bytes in use in a step.
+    peak: usize,
+}
+
 fn measure(
     args: &Args,
     decoder: &Decoder,
@@ -143,34 +156,39 @@ fn measure(
     meter: &Meter,
     loss: Loss,
     batch: usize,
-) -> Result<(f32, f64, usize)> {
+) -> Result<Measured> {
     let vocab = decoder.config().vocab_size;
     let ids = (0..batch * args.length).map(|i| (i.wrapping_mul(2654435761) >> 7) % vocab);
     let ids = Tensor::from_iter(ids.map(|id| id as u32), decoder.device())?;
     let ids = ids.reshape((batch, args.length))?;
     let mut first = None;
-    let mut times = Vec::new();
+    let mut times: [Vec<f64>; 4] = Default::default();
     let mut peak = 0;
     for step in 0..=args.steps {
         meter.start()?;
-        let (value, ms) = meter.time(|| {
-            let value = forward(decoder, &ids, loss)?;
-            optimizer.step(&backward(&value)?)?;
-            Ok(value)
-        })?;
+        let (value, forward) = meter.time(|| forward(decoder, &ids, loss))?;
+        let (gradients, backward) = meter.time(|| backward(&value))?;
+        let (_, update) = meter.time(|| optimizer.step(&gradients))?;
         peak = peak.max(meter.peak()?);
         first.get_or_insert(value.detach());
         if step > 0 {
-            times.push(ms);
+            let all = [forward + backward + update, forward, backward, update];
+            for (times, ms) in times.iter_mut().zip(all) {
+                times.push(ms);
+            }
         }
     }
-    times.sort_by(f64::total_cmp);
+    let [ms, parts @ ..] = times.map(|mut times| {
+        times.sort_by(f64::total_cmp);
+        times[times.len() / 2]
+    });
     let first = first.context("a step was made")?;
-    Ok((
-        first.to_dtype(DType::F32)?.to_scalar()?,
-        times[times.len() / 2],
+    Ok(Measured {
+        loss: first.to_dtype(DType::F32)?.to_scalar()?,
+        ms,
+        parts,
         peak,
-    ))
+    })
 }
 
 fn forward(decoder: &Decoder, ids: &Tensor, loss: Loss) -> candle_core::Result<Tensor> {

@@ -25,6 +25,8 @@
 //!   a `VarBuilder`.
 //! - [`backward()`]: `loss.backward()` with a third of the memory for the head's gradient.
 //! - [`vocab_parallel`]: a head whose classes are sharded over threads, processes or GPUs.
+//! - `ops`: attention, norms, rotary embeddings and gated activations with a backward, for any Candle model (feature
+//!   `models`).
 //! - [`objectives`]: perplexity, and losses over preferences (DPO and others) and rewards (PPO, GRPO and others) on
 //!   top of the loss.
 //!
@@ -56,6 +58,8 @@ mod native;
 mod node;
 pub mod objectives;
 mod op;
+#[cfg(feature = "models")]
+pub mod ops;
 mod options;
 #[cfg(any(feature = "cuda", test))]
 #[cfg_attr(not(feature = "cuda"), allow(dead_code, unused_imports))]

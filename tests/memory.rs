@@ -3,6 +3,7 @@
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_cut_cross_entropy::models::{CausalLm, Config, Decoder};
+use candle_cut_cross_entropy::ops::{attention, AttentionOptions};
 use candle_cut_cross_entropy::{backward, linear_cross_entropy, Filter, Options, Strategy};
 use candle_nn::{VarBuilder, VarMap};
 use rand::{rngs::StdRng, Rng, SeedableRng};
@@ -186,6 +187,37 @@ fn checkpointed_layers_keep_their_inputs_only() -> Result<()> {
     assert!(
         all > 10 * layers * input,
         "{all} bytes, an input has {input}"
+    );
+    Ok(())
+}
+
+#[test]
+fn attention_takes_memory_that_grows_with_the_length() -> Result<()> {
+    let _alone = COUNTING.lock().unwrap_or_else(PoisonError::into_inner);
+    let (length, heads, head_dim) = (4096, 4, 16);
+    let random = || Var::randn(0f32, 1., (1, length, heads, head_dim), &Device::Cpu);
+    let (q, k, v) = (random()?, random()?, random()?);
+    let options = AttentionOptions {
+        causal: true,
+        ..AttentionOptions::default()
+    };
+    // A tile of scores and one of their gradients a thread.
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let tiles = threads * 2 * 64 * length * 4;
+    let allowed = 16 * MIB + tiles;
+    let scores = heads * length * length * 4;
+    assert!(allowed < scores, "{threads} threads: nothing is shown");
+    let before = IN_USE.load(Relaxed);
+    PEAK.store(before, Relaxed);
+    let gradients = attention(&q, &k, &v, &options)?.sum_all()?.backward()?;
+    assert!(gradients.get(&q).is_some());
+    let peak = PEAK.load(Relaxed) - before;
+    assert!(
+        peak <= allowed,
+        "{:.1} MiB, allowed {:.1}, scores would take {:.1}",
+        peak as f64 / MIB as f64,
+        allowed as f64 / MIB as f64,
+        scores as f64 / MIB as f64
     );
     Ok(())
 }

@@ -39,7 +39,8 @@ pub(super) struct Module {
 }
 
 macro_rules! modules {
-    ($($name:ident = $file:literal;)*) => {$(
+    ($($(#[$condition:meta])* $name:ident = $file:literal;)*) => {$(
+        $(#[$condition])*
         pub(super) const $name: Module = Module {
             name: concat!("candle_cut_cross_entropy_", $file),
             ptx: include_str!(concat!(env!("OUT_DIR"), "/", $file, ".ptx")),
@@ -60,6 +61,20 @@ modules! {
     FORWARD_SM90A = "forward_sm90a";
     GRADIENT_SM90A = "gradient_sm90a";
     PRODUCTS_SM90A = "products_sm90a";
+    #[cfg(feature = "models")]
+    OPTIMIZER = "optimizer";
+    #[cfg(feature = "models")]
+    ATTENTION_BF16 = "attention_bf16";
+    #[cfg(feature = "models")]
+    ATTENTION_F16 = "attention_f16";
+    #[cfg(feature = "models")]
+    ATTENTION_F32 = "attention_f32";
+    #[cfg(feature = "models")]
+    GATED = "gated";
+    #[cfg(feature = "models")]
+    RMS_NORM = "rms_norm";
+    #[cfg(feature = "models")]
+    ROPE = "rope";
 }
 
 /// A kernel and the blocks it is launched with.
@@ -311,7 +326,8 @@ impl Gpu {
         self.read_view(View::new(storage, layout), read)
     }
 
-    fn address<'a>(
+    /// The address of the first number of a layout, ready to be read on this stream until the guard is dropped.
+    pub fn address<'a>(
         &'a self,
         storage: &'a CudaStorage,
         layout: &Layout,
@@ -330,6 +346,28 @@ impl Gpu {
             CudaStorageSlice::I64(s) => address!(s),
             CudaStorageSlice::U32(s) => address!(s),
             CudaStorageSlice::I32(s) => address!(s),
+            _ => bail!("no CUDA kernels for this dtype"),
+        })
+    }
+
+    /// Like [`Gpu::address`], to be written to.
+    #[cfg(feature = "models")]
+    pub fn address_to_write<'a>(
+        &'a self,
+        storage: &'a mut CudaStorage,
+        layout: &Layout,
+    ) -> Result<(u64, SyncOnDrop<'a>)> {
+        let offset = (layout.start_offset() * storage.slice.dtype_size()) as u64;
+        macro_rules! address {
+            ($slice:expr) => {{
+                let (base, guard) = $slice.device_ptr_mut(&self.stream);
+                (base + offset, guard)
+            }};
+        }
+        Ok(match &mut storage.slice {
+            CudaStorageSlice::BF16(s) => address!(s),
+            CudaStorageSlice::F16(s) => address!(s),
+            CudaStorageSlice::F32(s) => address!(s),
             _ => bail!("no CUDA kernels for this dtype"),
         })
     }

@@ -15,6 +15,8 @@ mod hopper;
 mod launch;
 mod logits;
 mod operands;
+#[cfg(feature = "models")]
+pub(crate) mod ops;
 mod outputs;
 mod params;
 mod portable;

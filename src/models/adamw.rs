@@ -2,8 +2,9 @@
 
 use super::gradients::summed_in;
 use super::staging::Staging;
+use super::update::{self, Step};
 use candle_core::backprop::GradStore;
-use candle_core::{bail, Device, Result, Tensor, Var};
+use candle_core::{bail, DType, Device, Result, Tensor, Var};
 use candle_nn::{Optimizer, ParamsAdamW, VarMap};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
@@ -104,14 +105,15 @@ impl Slot {
     fn new(name: String, var: Var, group: Group) -> Result<Self> {
         group.validate(&name)?;
         let dtype = summed_in(var.dtype());
-        let zeros = Tensor::zeros(var.shape(), dtype, var.device())?;
+        // Not one tensor twice: kernels change them in place.
+        let zeros = || Tensor::zeros(var.shape(), dtype, var.device());
         Ok(Self {
             master: match var.dtype() == dtype {
                 true => None,
                 false => Some(var.detach().to_dtype(dtype)?),
             },
-            first_moment: zeros.clone(),
-            second_moment: zeros,
+            first_moment: zeros()?,
+            second_moment: zeros()?,
             steps: 0,
             name,
             var,
@@ -129,25 +131,106 @@ impl Slot {
         } = params;
         let lr = lr * self.group.lr_factor;
         let decay = lr * self.group.weight_decay;
-        let gradient = gradient.detach().to_dtype(self.first_moment.dtype())?;
         let steps = self.steps + 1;
-        let first = ((&self.first_moment * beta1)? + (&gradient * (1. - beta1))?)?;
-        let second = ((&self.second_moment * beta2)? + (gradient.sqr()? * (1. - beta2))?)?;
         let first_scale = 1. / (1. - beta1.powf(steps.into()));
         let second_scale = 1. / (1. - beta2.powf(steps.into()));
+        let step = Step {
+            beta1,
+            beta2,
+            keep: 1. - decay,
+            rate: lr * first_scale,
+            second_scale,
+            eps,
+        };
+        #[cfg(feature = "cuda")]
+        if self.has_kernel(gradient)? {
+            use crate::cuda::ops::optimizer::{adamw, State};
+            let state = State {
+                variable: &self.var,
+                master: self.master.as_ref(),
+                first_moment: &self.first_moment,
+                second_moment: &self.second_moment,
+            };
+            adamw(&apart(gradient, &self.var)?, &state, step)?;
+            self.steps = steps;
+            return Ok(());
+        }
+        let gradient = gradient.detach().to_dtype(self.first_moment.dtype())?;
+        match self.var.device().is_cpu() {
+            true => self.step_on_cpu(&apart(&gradient, &self.var)?, step)?,
+            false => self.step_by_candle(&gradient, step)?,
+        }
+        self.steps = steps;
+        Ok(())
+    }
+
+    fn step_on_cpu(&mut self, gradient: &Tensor, step: Step) -> Result<()> {
+        if gradient.shape() != self.var.shape() {
+            bail!(
+                "the gradient of {} has shape {:?}, the variable {:?}",
+                self.name,
+                gradient.dims(),
+                self.var.dims()
+            )
+        }
+        let weights = self.master.as_ref().unwrap_or(&self.var);
+        let state = [weights, &self.first_moment, &self.second_moment];
+        match weights.dtype() {
+            DType::F64 => update::on_cpu::<f64>(gradient, state, step)?,
+            _ => update::on_cpu::<f32>(gradient, state, step)?,
+        }
+        match &self.master {
+            Some(master) => self.var.set(&master.to_dtype(self.var.dtype())?),
+            None => Ok(()),
+        }
+    }
+
+    fn step_by_candle(&mut self, gradient: &Tensor, step: Step) -> Result<()> {
+        let Step {
+            beta1,
+            beta2,
+            keep,
+            rate,
+            second_scale,
+            eps,
+        } = step;
+        let first = ((&self.first_moment * beta1)? + (gradient * (1. - beta1))?)?;
+        let second = ((&self.second_moment * beta2)? + (gradient.sqr()? * (1. - beta2))?)?;
         let size = ((&second * second_scale)?.sqrt()? + eps)?;
-        let update = ((&first * (lr * first_scale))? / size)?;
+        let update = ((&first * rate)? / size)?;
         let weights = match &self.master {
             Some(master) => master.clone(),
             None => self.var.detach(),
         };
-        let weights = ((weights * (1. - decay))? - update)?;
+        let weights = ((weights * keep)? - update)?;
         self.var.set(&weights.to_dtype(self.var.dtype())?)?;
         if let Some(master) = &mut self.master {
             *master = weights;
         }
-        (self.first_moment, self.second_moment, self.steps) = (first, second, steps);
+        (self.first_moment, self.second_moment) = (first, second);
         Ok(())
+    }
+
+    /// Whether one kernel does the step, in place.
+    #[cfg(feature = "cuda")]
+    fn has_kernel(&self, gradient: &Tensor) -> Result<bool> {
+        let var = self.var.as_tensor();
+        let alike = gradient.dtype() == var.dtype()
+            && gradient.shape() == var.shape()
+            && gradient.device().same_device(var.device());
+        Ok(alike && var.is_contiguous() && crate::cuda::ops::can_run(var)?)
+    }
+}
+
+/// The gradient, contiguous and in memory of its own: the variable is written to while it is read.
+fn apart(gradient: &Tensor, var: &Var) -> Result<Tensor> {
+    let same = {
+        let (of_gradient, of_var) = (gradient.storage_and_layout().0, var.storage_and_layout().0);
+        std::ptr::eq(&*of_gradient, &*of_var)
+    };
+    match same {
+        true => gradient.copy()?.contiguous(),
+        false => gradient.contiguous(),
     }
 }
 

@@ -17,7 +17,7 @@ use std::sync::Arc;
 /// `model.layers.0.self_attn.q_proj.weight`, ..). [`Decoder::load`] makes variables of a checkpoint's,
 /// [`Decoder::new`] takes those of any `VarBuilder`.
 ///
-/// Attention stores the scores, `(batch, heads, time, time)`; the head's logits are never stored.
+/// Neither the scores of attention nor the head's logits are ever stored: memory grows with the tokens.
 /// There is no dropout but that of adapters. All sequences of a batch have one length: pad them on the right and ignore
 /// the labels of the padding, which nothing before it sees; or lay them end to end
 /// ([`Decoder::packed_hidden_states`]).
@@ -190,28 +190,6 @@ impl Decoder {
         Tensor::new(tokens, &self.device)
     }
 
-    /// 0 where a position sees another, -inf elsewhere, `(time, time)` in the dtype of a softmax.
-    fn mask(&self, time: usize, window: Option<usize>) -> Result<Tensor> {
-        let dtype = match self.dtype() {
-            DType::F64 => DType::F64,
-            _ => DType::F32,
-        };
-        let range = |start: usize, shape: (usize, usize)| {
-            Tensor::arange(start as u32, (start + time) as u32, &self.device)?.reshape(shape)
-        };
-        let rows = range(0, (time, 1))?;
-        let never = Tensor::full(f32::NEG_INFINITY, (time, time), &self.device)?.to_dtype(dtype)?;
-        let after = rows.broadcast_lt(&range(0, (1, time))?)?;
-        let mask = after.where_cond(&never, &never.zeros_like()?)?;
-        match window {
-            Some(window) if window < time => {
-                let outside = rows.broadcast_ge(&range(window, (1, time))?)?;
-                outside.where_cond(&never, &mask)
-            }
-            _ => Ok(mask),
-        }
-    }
-
     /// The states that the head reads, `(tokens, D)`, of sequences that lie end to end in `ids`, `(tokens)`: the first
     /// has `lengths[0]` tokens, and so on. Each sees itself alone, and its positions begin at 0, as in a batch, but
     /// without padding. For a loss, the label of each first token must be one that is ignored: the token before it is
@@ -304,7 +282,7 @@ impl Decoder {
                         }
                         None => None,
                     },
-                    mask: self.mask(time, kind.window)?,
+                    window: kind.window,
                 }),
             };
             all.push(positions);

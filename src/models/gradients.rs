@@ -25,10 +25,18 @@ use std::collections::HashSet;
 /// # Errors
 /// A `max_norm` that is not positive.
 pub fn clip_gradients(gradients: &mut GradStore, vars: &[Var], max_norm: f64) -> Result<f64> {
-    if max_norm.is_nan() || max_norm <= 0. {
-        bail!("max_norm must be positive, got {max_norm}")
-    }
+    check_max_norm(max_norm)?;
     let vars = distinct(vars);
+    #[cfg(feature = "cuda")]
+    if let Some(given) = on_cuda(gradients, &vars)? {
+        let (norm, factor) = crate::cuda::ops::optimizer::norm(&given, max_norm)?;
+        // The one wait for the device.
+        let norm = f64::from(norm.to_scalar::<f32>()?);
+        if norm.is_finite() && norm > max_norm {
+            scale_by(gradients, &vars, &factor)?;
+        }
+        return Ok(norm);
+    }
     let squares = vars
         .iter()
         .filter_map(|var| gradients.get(var))
@@ -51,6 +59,99 @@ pub fn clip_gradients(gradients: &mut GradStore, vars: &[Var], max_norm: f64) ->
         }
     }
     Ok(norm)
+}
+
+/// [`clip_gradients`] without waiting for the device: the norm before is a tensor of one f32 number (f64 for f64) where the
+/// gradients are.
+///
+/// Where the norm is not finite the gradients stay as they are, and only who reads the norm can tell.
+///
+/// ```
+/// # use candle_core::{Device, Var};
+/// use candle_cut_cross_entropy::models::clip_gradients_on_device;
+/// # fn main() -> candle_core::Result<()> {
+/// let var = Var::new(&[3f32, 4.], &Device::Cpu)?;
+/// let mut gradients = var.sqr()?.sum_all()?.backward()?;
+/// let norm = clip_gradients_on_device(&mut gradients, &[var.clone()], 1.)?;
+/// assert_eq!(norm.to_scalar::<f32>()?, 10.);
+/// let clipped = gradients.get(&var).unwrap().to_vec1::<f32>()?;
+/// assert!((clipped[0] - 0.6).abs() < 1e-6 && (clipped[1] - 0.8).abs() < 1e-6);
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// A `max_norm` that is not positive, gradients on several devices or none at all.
+pub fn clip_gradients_on_device(
+    gradients: &mut GradStore,
+    vars: &[Var],
+    max_norm: f64,
+) -> Result<Tensor> {
+    check_max_norm(max_norm)?;
+    let vars = distinct(vars);
+    #[cfg(feature = "cuda")]
+    if let Some(given) = on_cuda(gradients, &vars)? {
+        let (norm, factor) = crate::cuda::ops::optimizer::norm(&given, max_norm)?;
+        scale_by(gradients, &vars, &factor)?;
+        return Ok(norm);
+    }
+    let mut sum: Option<Tensor> = None;
+    for gradient in vars.iter().filter_map(|var| gradients.get(var)) {
+        let squares = sum_of_squares(gradient)?;
+        sum = Some(match sum {
+            Some(sum) => (sum.to_dtype(squares.dtype())? + squares)?,
+            None => squares,
+        });
+    }
+    let Some(sum) = sum else {
+        bail!("none of the {} variables has a gradient", vars.len())
+    };
+    let norm = sum.sqrt()?;
+    let finite = norm.le(f64::from(f32::MAX))?;
+    let factor = (norm.recip()? * max_norm)?.minimum(1.)?;
+    let factor = finite.where_cond(&factor, &factor.ones_like()?)?;
+    for var in vars {
+        if let Some(gradient) = gradients.get(var) {
+            let wide = gradient.to_dtype(factor.dtype())?.broadcast_mul(&factor)?;
+            let scaled = wide.to_dtype(gradient.dtype())?;
+            gradients.insert(var, scaled);
+        }
+    }
+    Ok(norm)
+}
+
+fn check_max_norm(max_norm: f64) -> Result<()> {
+    if max_norm.is_nan() || max_norm <= 0. {
+        bail!("max_norm must be positive, got {max_norm}")
+    }
+    Ok(())
+}
+
+/// The gradients there are, contiguous, if kernels can take all of them.
+#[cfg(feature = "cuda")]
+fn on_cuda(gradients: &GradStore, vars: &[&Var]) -> Result<Option<Vec<Tensor>>> {
+    let given = vars.iter().filter_map(|var| gradients.get(var));
+    let given = given.map(Tensor::contiguous).collect::<Result<Vec<_>>>()?;
+    for gradient in &given {
+        let first = given[0].device();
+        if !gradient.device().same_device(first) || !crate::cuda::ops::can_run(gradient)? {
+            return Ok(None);
+        }
+    }
+    Ok((!given.is_empty()).then_some(given))
+}
+
+/// Multiplies the gradients there are with a number on the device.
+#[cfg(feature = "cuda")]
+fn scale_by(gradients: &mut GradStore, vars: &[&Var], factor: &Tensor) -> Result<()> {
+    for var in vars {
+        if let Some(gradient) = gradients.get(var) {
+            let gradient = gradient.contiguous()?;
+            let scaled = crate::cuda::ops::optimizer::scaled(&gradient, factor)?;
+            gradients.insert(var, scaled);
+        }
+    }
+    Ok(())
 }
 
 /// The sum of the gradients of several backward passes: a batch larger than memory holds.

@@ -1,22 +1,13 @@
-//! The parts of a decoder, in operations that have a backward.
-//!
-//! Candle's fused softmax, norms and rotary embeddings have none, so none is used here.
+//! The parts of a decoder, in operations that have a backward: those of [`crate::ops`] and Candle's products.
 
 use super::adapter::{product, Adapter};
 use super::config::Config;
 use super::loader::Loader;
 use super::rope::Angles;
-use candle_core::{DType, Result, Tensor, D};
+use crate::ops::{add_rms_norm, attention, geglu, rms_norm, swiglu, AttentionOptions};
+use candle_core::{Result, Tensor};
 use candle_nn::{Activation, Module};
 use std::sync::Arc;
-
-/// The dtype to sum and exponentiate in.
-fn wide(dtype: DType) -> DType {
-    match dtype {
-        DType::F64 => DType::F64,
-        _ => DType::F32,
-    }
-}
 
 /// `x / rms(x) * weight` over the last dimension, in f32 for the narrower dtypes.
 #[derive(Debug, Clone)]
@@ -37,16 +28,18 @@ impl Norm {
     }
 
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (dtype, wide) = (x.dtype(), wide(x.dtype()));
-        let x = x.to_dtype(wide)?;
-        let mean_square = x.sqr()?.mean_keepdim(D::Minus1)?;
-        let x = x.broadcast_div(&(mean_square + self.eps)?.sqrt()?)?;
-        // The families round at different places.
+        rms_norm(x, &self.weight, self.eps, self.offset())
+    }
+
+    /// `x + residual` and its norm.
+    fn forward_sum(&self, x: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
+        add_rms_norm(x, residual, &self.weight, self.eps, self.offset())
+    }
+
+    fn offset(&self) -> f64 {
         match self.adds_one {
-            true => x
-                .broadcast_mul(&(self.weight.to_dtype(wide)? + 1.)?)?
-                .to_dtype(dtype),
-            false => x.to_dtype(dtype)?.broadcast_mul(&self.weight),
+            true => 1.,
+            false => 0.,
         }
     }
 }
@@ -132,13 +125,13 @@ impl Projections {
     }
 }
 
-/// Rows that are sequences of one length: the angles of their positions, `None` where nothing is turned, and the mask,
-/// 0 where a position sees another and -inf elsewhere, `(time, time)`.
+/// Rows that are sequences of one length: the angles of their positions, `None` where nothing is turned, and how many
+/// positions up to itself one sees, `None` for all.
 pub(super) struct Positions {
     pub batch: usize,
     pub time: usize,
     pub angles: Option<Angles>,
-    pub mask: Tensor,
+    pub window: Option<usize>,
 }
 
 /// What the layers of one kind share in a forward.
@@ -155,7 +148,6 @@ struct Attention {
     output: Linear,
     query_and_key_norms: Option<(Norm, Norm)>,
     heads: usize,
-    key_value_heads: usize,
     head_dim: usize,
     scale: f64,
     softcap: Option<f64>,
@@ -189,7 +181,6 @@ impl Attention {
                 false => None,
             },
             heads,
-            key_value_heads,
             head_dim,
             scale: config.attention_scale,
             softcap: config.attention_softcap,
@@ -217,41 +208,28 @@ impl Attention {
 
     /// Rows `(batch * time, ..)` of queries, keys and values to what each position makes of the values.
     fn attend(&self, qkv: &[Tensor], positions: &Positions) -> Result<Tensor> {
-        let &Positions { batch, time, .. } = positions;
+        let &Positions {
+            batch,
+            time,
+            window,
+            ..
+        } = positions;
         let (mut query, mut key) = (self.split(&qkv[0], batch)?, self.split(&qkv[1], batch)?);
-        let value = self.split(&qkv[2], batch)?.transpose(1, 2)?.contiguous()?;
+        let value = self.split(&qkv[2], batch)?;
         if let Some((query_norm, key_norm)) = &self.query_and_key_norms {
             query = query_norm.forward(&query)?;
             key = key_norm.forward(&key)?;
         }
-        let turned = |x: Tensor| match &positions.angles {
-            Some(angles) => angles.turn(&x.transpose(1, 2)?),
-            None => x.transpose(1, 2)?.contiguous(),
+        if let Some(angles) = &positions.angles {
+            (query, key) = (angles.turn(&query)?, angles.turn(&key)?);
+        }
+        let options = AttentionOptions {
+            causal: true,
+            scale: Some(self.scale),
+            softcap: self.softcap,
+            window,
         };
-        let (query, key) = (turned(query)?, turned(key)?);
-
-        // The queries that share a key are rows of one product.
-        let shared = (batch, self.key_value_heads, (), self.head_dim);
-        let query = (query * self.scale)?.reshape(shared)?;
-        let scores = query.matmul(&key.t()?)?;
-        let scores = match self.softcap {
-            Some(softcap) => ((scores / softcap)?.tanh()? * softcap)?,
-            None => scores,
-        };
-        let scores = scores
-            .reshape((batch, self.heads, time, time))?
-            .to_dtype(wide(value.dtype()))?
-            .broadcast_add(&positions.mask)?;
-        let weights = softmax(&scores)?.to_dtype(value.dtype())?.reshape((
-            batch,
-            self.key_value_heads,
-            (),
-            time,
-        ))?;
-        weights
-            .matmul(&value)?
-            .reshape((batch, self.heads, time, self.head_dim))?
-            .transpose(1, 2)?
+        attention(&query, &key, &value, &options)?
             .reshape((batch * time, self.heads * self.head_dim))
     }
 
@@ -261,13 +239,6 @@ impl Attention {
         let heads = columns / self.head_dim;
         x.reshape((batch, rows / batch, heads, self.head_dim))
     }
-}
-
-/// Over the last dimension. The maximum cancels, so that nothing of its gradient is computed.
-fn softmax(x: &Tensor) -> Result<Tensor> {
-    let max = x.detach().max_keepdim(D::Minus1)?;
-    let exp = x.broadcast_sub(&max)?.exp()?;
-    exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)
 }
 
 /// `down(activation(gate(x)) * up(x))`.
@@ -296,8 +267,13 @@ impl Mlp {
 
     fn forward(&self, x: &Tensor, dropout_seed: Option<u64>) -> Result<Tensor> {
         let gate_up = self.gate_up.forward(x, dropout_seed)?;
-        let gate = self.activation.forward(&gate_up[0])?;
-        self.down.forward(&(gate * &gate_up[1])?, dropout_seed)
+        let (gate, up) = (&gate_up[0], &gate_up[1]);
+        let inner = match self.activation {
+            Activation::Silu | Activation::Swish => swiglu(gate, up)?,
+            Activation::NewGelu | Activation::GeluPytorchTanh => geglu(gate, up)?,
+            other => (other.forward(gate)? * up)?,
+        };
+        self.down.forward(&inner, dropout_seed)
     }
 }
 
@@ -350,8 +326,8 @@ impl Layer {
         };
         let normed = self.attention_norm.forward(x)?;
         let attended = self.attention.forward(&normed, shared)?;
-        let x = (x + added(&self.attended_norm, attended)?)?;
-        let normed = self.mlp_norm.forward(&x)?;
+        let attended = added(&self.attended_norm, attended)?;
+        let (x, normed) = self.mlp_norm.forward_sum(&attended, x)?;
         let y = self.mlp.forward(&normed, shared.dropout_seed)?;
         &x + added(&self.output_norm, y)?
     }

@@ -38,6 +38,7 @@ mod recompute;
 mod rope;
 mod staging;
 mod stored;
+pub(crate) mod update;
 #[cfg(feature = "candle-transformers")]
 mod with_head;
 
@@ -45,7 +46,7 @@ pub use adamw::{AdamW, Group};
 pub use causal_lm::{generate, CausalLm, Sampling};
 pub use config::{Config, Family, LayerConfig};
 pub use decoder::Decoder;
-pub use gradients::{clip_gradients, Accumulator};
+pub use gradients::{clip_gradients, clip_gradients_on_device, Accumulator};
 pub use lora::Lora;
 pub use rope::Rope;
 #[cfg(feature = "candle-transformers")]

@@ -1,7 +1,7 @@
 //! Rotary position embeddings and the ways their frequencies are scaled.
 
 use super::entries::invalid;
-use candle_core::{DType, Device, Result, Tensor, D};
+use candle_core::{DType, Device, Result, Tensor};
 use serde::Deserialize;
 use std::borrow::Cow;
 use std::f64::consts::PI;
@@ -217,7 +217,7 @@ impl Rope {
         }
     }
 
-    /// The cosines and sines of the first `time` positions, `(time, frequencies)`.
+    /// The cosines and sines of the first `time` positions, `(time, frequencies)`, for heads of this dtype.
     pub(super) fn angles(&self, time: usize, dtype: DType, device: &Device) -> Result<Angles> {
         let frequencies = self.frequencies_at(time);
         let frequencies = Tensor::from_slice(&frequencies, (1, frequencies.len()), device)?;
@@ -225,9 +225,13 @@ impl Rope {
             .to_dtype(DType::F32)?
             .reshape((time, 1))?;
         let angles = positions.broadcast_mul(&frequencies)?;
+        let rounded = |x: Tensor| match dtype {
+            DType::F64 => (x * self.scale)?.to_dtype(DType::F64),
+            _ => x * self.scale,
+        };
         Ok(Angles {
-            cos: (angles.cos()? * self.scale)?.to_dtype(dtype)?,
-            sin: (angles.sin()? * self.scale)?.to_dtype(dtype)?,
+            cos: rounded(angles.cos()?)?,
+            sin: rounded(angles.sin()?)?,
         })
     }
 }
@@ -248,15 +252,8 @@ pub(super) struct Angles {
 }
 
 impl Angles {
-    /// Turns queries or keys `(batch, heads, time, head_dim)`.
+    /// Turns queries or keys `(batch, time, heads, head_dim)`.
     pub(super) fn turn(&self, x: &Tensor) -> Result<Tensor> {
-        let (turned, all) = (2 * self.cos.dim(1)?, x.dim(D::Minus1)?);
-        if turned == all {
-            return candle_nn::rotary_emb::rope_slow(x, &self.cos, &self.sin);
-        }
-        let first = x.narrow(D::Minus1, 0, turned)?;
-        let first = candle_nn::rotary_emb::rope_slow(&first, &self.cos, &self.sin)?;
-        let rest = x.narrow(D::Minus1, turned, all - turned)?;
-        Tensor::cat(&[first, rest], D::Minus1)?.contiguous()
+        crate::ops::rope(x, &self.cos, &self.sin)
     }
 }

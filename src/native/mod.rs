@@ -11,6 +11,9 @@ mod tensor;
 mod tests;
 mod workspace;
 
+#[cfg(feature = "models")]
+pub(crate) use cpu::Real;
+
 use crate::matrices::{Matrices, View};
 use crate::op::contract::{Forward, KeptTiles, Wanted};
 use crate::problem::Problem;

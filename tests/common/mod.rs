@@ -3,6 +3,7 @@
 
 pub mod differences;
 pub mod grid;
+pub mod ops;
 pub mod reference;
 pub mod shards;
 

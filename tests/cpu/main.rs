@@ -13,6 +13,7 @@ mod golden_objectives;
 mod grid;
 mod hostile;
 mod objectives;
+mod ops;
 mod paths;
 mod policies;
 mod preferences;

@@ -4,12 +4,15 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod decoder;
 mod edges;
 mod filter;
 mod fused;
 mod memory;
 #[cfg(feature = "nccl")]
 mod nccl;
+mod ops;
+mod optimizer;
 mod repeat;
 mod sizes;
 mod targets;

@@ -6,7 +6,7 @@ use half::{bf16, f16};
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub};
 
 /// What products, sums and the softmax are computed in.
-pub(super) trait Real:
+pub(crate) trait Real:
     Copy
     + Default
     + PartialOrd

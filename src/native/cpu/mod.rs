@@ -21,4 +21,6 @@ mod recompute;
 mod shards;
 mod statistics;
 
+#[cfg(feature = "models")]
+pub(crate) use element::Real;
 pub(super) use forward::forward;

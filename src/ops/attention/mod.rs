@@ -1,0 +1,383 @@
+//! Attention whose scores are never stored.
+
+mod candle;
+mod cpu;
+
+use super::{check_alike, Place};
+use candle_core::{bail, CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor};
+use std::ops::Range;
+use std::sync::OnceLock;
+
+/// What a query sees and how it is scored. The default is every key, `1 / sqrt(head_dim)`, no softcap.
+///
+/// ```
+/// use candle_cut_cross_entropy::ops::AttentionOptions;
+/// let options = AttentionOptions { causal: true, ..AttentionOptions::default() };
+/// ```
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct AttentionOptions {
+    /// Whether a query sees no key after its own position. The queries are the last of the keys' positions: query `i` of
+    /// `T` is at position `i + S - T` of `S`.
+    pub causal: bool,
+    /// What products of queries and keys are multiplied by; `None` for `1 / sqrt(head_dim)`.
+    pub scale: Option<f64>,
+    /// A score `z` becomes `softcap * tanh(z / softcap)`, as in Gemma 2.
+    pub softcap: Option<f64>,
+    /// How many keys a query sees at most: its own position's and those before. Needs `causal`.
+    pub window: Option<usize>,
+}
+
+/// Softmax attention:
+///
+/// ```text
+/// out = softmax(cap(scale q k^T)) v     over the keys that a query sees
+/// ```
+///
+/// `q` is `(batch, T, heads, head_dim)`, `k` and `v` are `(batch, S, key_value_heads, head_dim)`, and the result has the
+/// shape of `q`. `key_value_heads` divides `heads`: query head `h` goes with head `h / (heads / key_value_heads)` of the
+/// keys. All three may be views of one projection; a copy is made only of one whose last dimension is not contiguous, or on
+/// CUDA not on 16 bytes.
+///
+/// bf16, f16, f32 and f64; scores, softmax and sums are f32 (f64 for f64), probabilities are rounded to the inputs' dtype
+/// for their products on CUDA. Heads have at most 256 dimensions on CUDA, any number elsewhere.
+///
+/// Beside its inputs it keeps its result and a number a row, the log-sum-exp; the backward computes the scores again.
+/// Memory grows with `T + S` on every device. Gradients of `q`, `k` and `v`, each the same bits in every run.
+///
+/// ```
+/// # use candle_core::{DType, Device, Tensor, Var};
+/// use candle_cut_cross_entropy::ops::{attention, AttentionOptions};
+/// # fn main() -> candle_core::Result<()> {
+/// // Rows of one projection: 4 query heads, 2 heads of keys and of values, 8 dimensions each.
+/// let projection = Var::randn(0f32, 1., (2 * 5, 8 * 8), &Device::Cpu)?;
+/// let heads = projection.reshape((2, 5, 8, 8))?;
+/// let (q, k, v) = (heads.narrow(2, 0, 4)?, heads.narrow(2, 4, 2)?, heads.narrow(2, 6, 2)?);
+/// let options = AttentionOptions { causal: true, ..AttentionOptions::default() };
+/// let out = attention(&q, &k, &v, &options)?; // (2, 5, 4, 8)
+/// let gradients = out.sqr()?.sum_all()?.backward()?;
+/// # assert!(gradients.get(&projection).is_some());
+/// # Ok(())
+/// # }
+/// ```
+///
+/// Source: Dao, *FlashAttention-2*, [arXiv 2307.08691](https://arxiv.org/abs/2307.08691).
+///
+/// # Errors
+/// Shapes, dtypes or devices other than these, a scale or softcap that is not positive and finite, options with which a
+/// query sees nothing (a window of 0, more queries than keys with `causal`), tensors without numbers.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
+    let sizes = Sizes::new(q, k, v)?;
+    let settings = Settings::new(options, &sizes)?;
+    match Place::of(NAME, q)? {
+        Place::Here => here([q, k, v], settings, &sizes),
+        Place::Widened => {
+            let widened = |x: &Tensor| x.to_dtype(DType::F32);
+            attention(&widened(q)?, &widened(k)?, &widened(v)?, options)?.to_dtype(q.dtype())
+        }
+        Place::Candle => candle::attention([q, k, v], settings, sizes),
+    }
+}
+
+const NAME: &str = "attention";
+
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Settings {
+    pub causal: bool,
+    pub scale: f64,
+    pub softcap: Option<f64>,
+    pub window: Option<usize>,
+}
+
+impl Settings {
+    fn new(options: &AttentionOptions, sizes: &Sizes) -> Result<Self> {
+        let &AttentionOptions {
+            causal,
+            scale,
+            softcap,
+            window,
+        } = options;
+        let scale = scale.unwrap_or(1. / (sizes.head_dim as f64).sqrt());
+        if !(scale > 0. && scale.is_finite()) {
+            bail!("{NAME}: the scale must be positive and finite, got {scale}")
+        }
+        if let Some(softcap) = softcap.filter(|softcap| !(*softcap > 0. && softcap.is_finite())) {
+            bail!("{NAME}: the softcap must be positive and finite, got {softcap}")
+        }
+        match window {
+            Some(0) => bail!("{NAME}: with a window of 0 no key is seen"),
+            Some(window) if !causal => {
+                bail!("{NAME}: a window ({window}) is of the keys up to a position: it needs `causal`")
+            }
+            _ => {}
+        }
+        if causal && sizes.queries > sizes.keys {
+            bail!(
+                "{NAME}: of {} queries and {} keys with `causal`, the first queries see no key",
+                sizes.queries,
+                sizes.keys
+            )
+        }
+        Ok(Self {
+            causal,
+            scale,
+            softcap,
+            window,
+        })
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Sizes {
+    batch: usize,
+    queries: usize,
+    keys: usize,
+    heads: usize,
+    key_heads: usize,
+    head_dim: usize,
+}
+
+impl Sizes {
+    fn new(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
+        check_alike(NAME, q, &[("k", k), ("v", v)])?;
+        match (q.dims(), k.dims()) {
+            (&[batch, queries, heads, head_dim], &[of_keys, keys, key_heads, key_dim])
+                if batch == of_keys
+                    && head_dim == key_dim
+                    && keys > 0
+                    && key_heads > 0
+                    && heads % key_heads == 0
+                    && k.dims() == v.dims() =>
+            {
+                Ok(Self {
+                    batch,
+                    queries,
+                    keys,
+                    heads,
+                    key_heads,
+                    head_dim,
+                })
+            }
+            _ => bail!(
+                "{NAME}: expected q (batch, T, heads, head_dim), k and v (batch, S, key_value_heads, head_dim) with heads a multiple of key_value_heads, got {:?}, {:?} and {:?}",
+                q.dims(),
+                k.dims(),
+                v.dims()
+            ),
+        }
+    }
+
+    /// Query heads that share a head of keys.
+    fn group(&self) -> usize {
+        self.heads / self.key_heads
+    }
+
+    /// The keys that some of these queries see; of one query, all of them.
+    fn keys_of(&self, queries: Range<usize>, settings: &Settings) -> Range<usize> {
+        if !settings.causal {
+            return 0..self.keys;
+        }
+        let offset = self.keys - self.queries;
+        let first = match settings.window {
+            Some(window) => (queries.start + offset + 1).saturating_sub(window),
+            None => 0,
+        };
+        first..(queries.end + offset).min(self.keys)
+    }
+
+    /// The queries that see some of these keys.
+    fn queries_of(&self, keys: Range<usize>, settings: &Settings) -> Range<usize> {
+        if !settings.causal {
+            return 0..self.queries;
+        }
+        let offset = self.keys - self.queries;
+        let end = match settings.window {
+            Some(window) => (keys.end + window - 1).saturating_sub(offset),
+            None => self.queries,
+        };
+        let end = end.min(self.queries);
+        keys.start.saturating_sub(offset).min(end)..end
+    }
+}
+
+/// On this crate's CPU functions or kernels.
+fn here(qkv: [&Tensor; 3], settings: Settings, sizes: &Sizes) -> Result<Tensor> {
+    let op = Attention {
+        settings,
+        sizes: *sizes,
+        lse: OnceLock::new(),
+    };
+    #[cfg(feature = "cuda")]
+    if qkv[0].device().is_cuda() {
+        return on_cuda(qkv, op);
+    }
+    let [q, k, v] = qkv;
+    q.apply_op3(k, v, op)
+}
+
+/// Gives the kernels what they can read.
+#[cfg(feature = "cuda")]
+fn on_cuda([q, k, v]: [&Tensor; 3], op: Attention) -> Result<Tensor> {
+    use crate::cuda::ops::attention::{granule, MOST};
+    let head_dim = op.sizes.head_dim;
+    if head_dim > MOST {
+        bail!("{NAME}: heads of {head_dim} dimensions, on CUDA at most {MOST}")
+    }
+    let more = head_dim.next_multiple_of(granule(q.dtype())) - head_dim;
+    if more == 0 {
+        return readable(q)?.apply_op3(&readable(k)?, &readable(v)?, op);
+    }
+    // Zeros change no score, and add columns of zeros to the result.
+    let last = candle_core::D::Minus1;
+    let padded = |x: &Tensor| x.pad_with_zeros(last, 0, more)?.contiguous();
+    let sizes = Sizes {
+        head_dim: head_dim + more,
+        ..op.sizes
+    };
+    let op = Attention { sizes, ..op };
+    let out = padded(q)?.apply_op3(&padded(k)?, &padded(v)?, op)?;
+    out.narrow(last, 0, head_dim)?.contiguous()
+}
+
+/// The tensor itself where the kernels can read it, else a copy.
+#[cfg(feature = "cuda")]
+fn readable(tensor: &Tensor) -> Result<Tensor> {
+    match crate::cuda::ops::attention::readable(tensor)? {
+        true => Ok(tensor.clone()),
+        false => tensor.force_contiguous(),
+    }
+}
+
+struct Attention {
+    settings: Settings,
+    sizes: Sizes,
+    /// The log-sum-exp of each row's scores, known once the result is.
+    lse: OnceLock<Tensor>,
+}
+
+impl Attention {
+    fn lse(&self) -> Result<&Tensor> {
+        match self.lse.get() {
+            Some(lse) => Ok(lse),
+            None => bail!("{NAME}: differentiated before it was computed"),
+        }
+    }
+}
+
+impl CustomOp3 for Attention {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        q_layout: &Layout,
+        k: &CpuStorage,
+        k_layout: &Layout,
+        v: &CpuStorage,
+        v_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let qkv = [(q, q_layout), (k, k_layout), (v, v_layout)];
+        let (out, lse) = match q {
+            CpuStorage::F64(_) => cpu::forward::<f64>(qkv, &self.settings, &self.sizes)?,
+            _ => cpu::forward::<f32>(qkv, &self.settings, &self.sizes)?,
+        };
+        // Nothing else sets it: an op is applied once.
+        let _ = self.lse.set(lse);
+        Ok((out, q_layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        q: &candle_core::CudaStorage,
+        q_layout: &Layout,
+        k: &candle_core::CudaStorage,
+        k_layout: &Layout,
+        v: &candle_core::CudaStorage,
+        v_layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        use crate::cuda::ops::{attention, Operand};
+        let operand = |storage, layout| Operand { storage, layout };
+        let qkv = [
+            operand(q, q_layout),
+            operand(k, k_layout),
+            operand(v, v_layout),
+        ];
+        let (out, lse) = attention::forward(qkv, self.settings)?;
+        let _ = self.lse.set(lse);
+        Ok((out, q_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        result: &Tensor,
+        upstream: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (qkv, lse) = ([q, k, v], self.lse()?);
+        let [of_q, of_k, of_v] = match q.dtype() {
+            #[cfg(feature = "cuda")]
+            _ if q.device().is_cuda() => {
+                let upstream = readable(&upstream.contiguous()?)?;
+                let rows = [result, &upstream, lse];
+                crate::cuda::ops::attention::backward(qkv, rows, self.settings)?
+            }
+            dtype => {
+                let upstream = upstream.contiguous()?;
+                let rows = [result, &upstream, lse];
+                match dtype {
+                    DType::F64 => cpu::backward::<f64>(qkv, rows, &self.settings, &self.sizes)?,
+                    _ => cpu::backward::<f32>(qkv, rows, &self.settings, &self.sizes)?,
+                }
+            }
+        };
+        Ok((Some(of_q), Some(of_k), Some(of_v)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Settings, Sizes};
+
+    #[test]
+    fn ranges_hold_what_is_seen_and_nothing_more() {
+        for (queries, keys) in [(1, 1), (7, 7), (5, 9)] {
+            for window in [None, Some(1), Some(3), Some(100)] {
+                let settings = Settings {
+                    causal: true,
+                    scale: 1.,
+                    softcap: None,
+                    window,
+                };
+                let sizes = Sizes {
+                    batch: 1,
+                    queries,
+                    keys,
+                    heads: 1,
+                    key_heads: 1,
+                    head_dim: 1,
+                };
+                let sees = |query: usize, key: usize| {
+                    let position = query + keys - queries;
+                    key <= position && position - key < window.unwrap_or(usize::MAX)
+                };
+                for query in 0..queries {
+                    let seen: Vec<usize> = (0..keys).filter(|key| sees(query, *key)).collect();
+                    let range: Vec<usize> = sizes.keys_of(query..query + 1, &settings).collect();
+                    assert_eq!(
+                        range, seen,
+                        "query {query} of {queries}, {keys}, {window:?}"
+                    );
+                }
+                for key in 0..keys {
+                    let seen: Vec<usize> = (0..queries).filter(|query| sees(*query, key)).collect();
+                    let range: Vec<usize> = sizes.queries_of(key..key + 1, &settings).collect();
+                    assert_eq!(range, seen, "key {key} of {queries}, {keys}, {window:?}");
+                }
+            }
+        }
+    }
+}
