@@ -78,8 +78,9 @@ template <typename T, int SIZE> __device__ void attention_forward(const Attentio
         for (int n = 0; n < BLOCKS; n++) larger = fmaxf(larger, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
         larger = fmaxf(larger, __shfl_xor_sync(0xffffffff, larger, 1));
         larger = fmaxf(larger, __shfl_xor_sync(0xffffffff, larger, 2));
-        // What was summed before any key was seen is multiplied by 0 here.
-        const float rescale = fast_exp2((max[m][half] - larger) * to_log2), subtracted = larger * to_log2;
+        // Until a key is seen nothing is subtracted: MASKED less its rounded product would be far from 0, not 0.
+        const float rescale = fast_exp2((max[m][half] - larger) * to_log2);
+        const float subtracted = larger == MASKED ? 0.f : larger * to_log2;
         max[m][half] = larger;
         sum[m][half] *= rescale;
 #pragma unroll
