@@ -75,13 +75,15 @@ pub enum Strategy {
     Recompute,
     /// The forward forms the gradients while it has the logits at hand, for an upstream gradient
     /// that is one number (reduction mean or sum): 3 products. A forward whose loss is never
-    /// differentiated pays for gradients nobody reads; detach its inputs. Where it cannot be done
-    /// (reduction none, a workspace too small for a block of rows with all classes, Candle tensor
-    /// operations, CUDA kernels other than those for bf16 on compute capability 9.0, a shard of the classes),
-    /// or where it would round the gradient of the classifier too often (on CUDA: rows that do not fit the workspace
-    /// in 4 blocks, or in one where there are more than 16,384), this is `Recompute`.
+    /// differentiated pays for gradients nobody reads; detach its inputs.
+    ///
+    /// This is `Recompute`, and [`Output::strategy`](crate::Output::strategy) says so, where it cannot be done: with
+    /// reduction none, with a workspace too small for a block of rows with all classes, in Candle tensor operations, in CUDA
+    /// kernels other than those for bf16 on compute capability 9.0, on a shard of the classes, and where no gradient is
+    /// wanted.
+    ///
     /// For any other upstream gradient (of lse; on the CPU, for f16 a loss scale) or a second backward the
-    /// gradients are computed anew: 6 products, so choose `Recompute` there. [`Options::z_loss_weight`](crate::Options::z_loss_weight) is no such
-    /// case.
+    /// gradients are computed anew: 6 products, so choose `Recompute` there. A
+    /// [`z_loss_weight`](crate::Options::z_loss_weight) is no such case.
     Fused,
 }

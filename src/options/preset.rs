@@ -31,7 +31,7 @@ pub enum Preset {
     CceKahanFullE,
     /// Filters nothing. Also known as `cce_kahan_full_c_full_e`.
     CceExact,
-    /// [`Implementation::Native`] with nothing filtered.
+    /// [`Implementation::Native`](crate::Implementation::Native) with nothing filtered.
     Native,
 }
 
