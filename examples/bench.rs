@@ -3,181 +3,20 @@
 //! `cargo run --release --example bench -- --data flat,peaked` measures on the CPU,
 //! `--features cuda --example bench -- --device cuda --dtype bf16 --shape gemma2-2b` on a GPU.
 
-mod bench_data;
+mod benchmark;
 mod common;
 
 use anyhow::{bail, ensure, Context, Result};
+use benchmark::arguments::{Args, DeviceName, Kind, Method};
+use benchmark::data;
+use benchmark::table::{Sample, Table};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_cut_cross_entropy::{
-    backward, linear_cross_entropy, Filter, Implementation, Options, Output, Preset, Strategy,
-};
-use clap::{Parser, ValueEnum};
+use candle_cut_cross_entropy::{backward, linear_cross_entropy, Options, Output, Preset};
+use clap::Parser;
 use common::meter::Meter;
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::str::FromStr;
-
-/// Measure time and memory of the loss.
-///
-/// runtime_ms is a median; op_mem_mb the measured peak over the inputs, in MiB; over_grads_mb the
-/// same without the gradients that are returned. x_mm is the runtime in units of one product
-/// E C^T by Candle, measured alternately with it where the methods begin with mm: the median of the
-/// ratios. kept is the share of gradient tiles that the filter kept.
-#[derive(Parser, Debug)]
-struct Args {
-    /// cce, cce_kahan, cce_kahan_full_c, cce_kahan_full_e, cce_exact, native, baseline (Candle's
-    /// logits and candle_nn::loss::cross_entropy), mm (the product E C^T alone)
-    #[arg(
-        long,
-        value_delimiter = ',',
-        default_value = "mm,cce,cce_kahan,cce_kahan_full_c,cce_kahan_full_e,cce_exact,native,baseline"
-    )]
-    methods: Vec<Method>,
-    #[arg(long, value_delimiter = ',', value_enum,
-          default_values_t = [Kind::Fw, Kind::Bw, Kind::FwBw])]
-    kinds: Vec<Kind>,
-    /// cpu, cuda or cuda:N
-    #[arg(long, default_value = "cpu", value_parser = parse_device)]
-    device: DeviceName,
-    /// f32, bf16 or f16 [default: f32, or that of --inputs]
-    #[arg(long)]
-    dtype: Option<DType>,
-    /// N,D,V or one of gemma2-2b, gemma2-9b, llama3-8b, mistral-nemo, phi3.5-mini, qwen2.5-7b,
-    /// qwen2.5-0.5b (N = 8192)
-    #[arg(long, default_value = "1024,512,32000")]
-    shape: bench_data::Shape,
-    /// A head made of random numbers. None shows what a head of a real model does: see --inputs
-    #[arg(long, value_delimiter = ',', value_enum, default_values_t = [bench_data::Data::Flat])]
-    data: Vec<bench_data::Data>,
-    /// A safetensors file with embeddings, classifier and targets, in place of --shape and --data: a real
-    /// head, as the example heads writes it, or your own
-    #[arg(long)]
-    inputs: Option<PathBuf>,
-    /// Writes loss, de, dc (and db) of the first method other than mm to this safetensors file
-    #[arg(long)]
-    grads: Option<PathBuf>,
-    /// One JSON object a line
-    #[arg(long)]
-    json: bool,
-    #[arg(long, default_value_t = 5)]
-    iters: usize,
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-    /// auto, recompute or fused
-    #[arg(long, default_value = "auto", value_parser = parse_strategy)]
-    strategy: Strategy,
-    /// That of the presets but native: auto, native, cuda or cuda-portable
-    #[arg(long, default_value = "auto", value_parser = parse_implementation)]
-    implementation: Implementation,
-    /// Workspaces in MiB, one after the other [default: the implementation's]
-    #[arg(long, value_delimiter = ',')]
-    workspace: Vec<usize>,
-    /// In place of the filters of presets that have one: off, auto, a threshold such as 0.001, or drop:0.000244 as the reference
-    #[arg(long)]
-    filter: Option<Filter>,
-    #[arg(long)]
-    softcap: Option<f64>,
-    /// With a bias
-    #[arg(long)]
-    bias: bool,
-    /// loss.backward() in place of this crate's backward(&loss)
-    #[arg(long)]
-    plain_backward: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Method {
-    Preset(Preset),
-    Baseline,
-    Product,
-}
-
-impl FromStr for Method {
-    type Err = candle_core::Error;
-
-    fn from_str(name: &str) -> candle_core::Result<Self> {
-        Ok(match name {
-            "baseline" => Method::Baseline,
-            "mm" => Method::Product,
-            preset => Method::Preset(preset.parse()?),
-        })
-    }
-}
-
-impl Method {
-    fn name(self) -> &'static str {
-        match self {
-            Method::Preset(preset) => preset.name(),
-            Method::Baseline => "baseline",
-            Method::Product => "mm",
-        }
-    }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Kind {
-    /// The forward of inputs that are not differentiated.
-    #[value(name = "loss-eval")]
-    Eval,
-    /// The forward of a training step.
-    #[value(name = "loss-fw")]
-    Fw,
-    #[value(name = "loss-bw")]
-    Bw,
-    #[value(name = "loss-fw-bw")]
-    FwBw,
-}
-
-impl Kind {
-    fn name(self) -> &'static str {
-        match self {
-            Kind::Eval => "loss-eval",
-            Kind::Fw => "loss-fw",
-            Kind::Bw => "loss-bw",
-            Kind::FwBw => "loss-fw-bw",
-        }
-    }
-}
-
-#[derive(Debug, Clone, Copy)]
-enum DeviceName {
-    Cpu,
-    Cuda(usize),
-}
-
-fn parse_device(name: &str) -> Result<DeviceName, String> {
-    match name.split_once(':') {
-        None if name == "cpu" => Ok(DeviceName::Cpu),
-        None if name == "cuda" => Ok(DeviceName::Cuda(0)),
-        Some(("cuda", n)) => match n.parse() {
-            Ok(n) => Ok(DeviceName::Cuda(n)),
-            Err(_) => Err(format!("expected cuda:N, got {name}")),
-        },
-        _ => Err(format!("expected cpu, cuda or cuda:N, got {name}")),
-    }
-}
-
-fn parse_strategy(name: &str) -> Result<Strategy, String> {
-    match name {
-        "auto" => Ok(Strategy::Auto),
-        "recompute" => Ok(Strategy::Recompute),
-        "fused" => Ok(Strategy::Fused),
-        _ => Err(format!("expected auto, recompute or fused, got {name}")),
-    }
-}
-
-fn parse_implementation(name: &str) -> Result<Implementation, String> {
-    match name {
-        "auto" => Ok(Implementation::Auto),
-        "native" => Ok(Implementation::Native),
-        "cuda" => Ok(Implementation::Cuda),
-        "cuda-portable" => Ok(Implementation::CudaPortable),
-        _ => Err(format!(
-            "expected auto, native, cuda or cuda-portable, got {name}"
-        )),
-    }
-}
 
 fn main() -> Result<()> {
     let args = Args::parse();
@@ -191,7 +30,7 @@ fn main() -> Result<()> {
     let meter = Meter::new(&device)?;
     let mut table = Table::new(args.json);
     let mut grads = args.grads.clone();
-    let datas: Vec<Option<bench_data::Data>> = match args.inputs {
+    let datas: Vec<Option<data::Data>> = match args.inputs {
         Some(_) => vec![None],
         None => args.data.iter().copied().map(Some).collect(),
     };
@@ -207,11 +46,11 @@ fn main() -> Result<()> {
                     .unwrap_or_default()
                     .to_string_lossy()
                     .into_owned(),
-                bench_data::load(path, args.dtype, &device)?,
+                data::load(path, args.dtype, &device)?,
             ),
             (None, Some(data)) => {
                 let dtype = args.dtype.unwrap_or(DType::F32);
-                let inputs = bench_data::make(data, args.shape, dtype, args.seed, &device)?;
+                let inputs = data::make(data, args.shape, dtype, args.seed, &device)?;
                 (data.name().to_string(), inputs)
             }
             (None, None) => bail!("no data"),
@@ -247,17 +86,6 @@ struct Bench<'a> {
     targets: Tensor,
 }
 
-/// One run of a method.
-struct Sample {
-    ms: f64,
-    /// The time in units of the product's.
-    x_mm: Option<f64>,
-    peak: usize,
-    gradients: usize,
-    kept: Option<f64>,
-    loss: Option<f32>,
-}
-
 /// A loss and, from this crate's, what else came with it.
 struct Loss {
     loss: Tensor,
@@ -265,9 +93,9 @@ struct Loss {
 }
 
 impl<'a> Bench<'a> {
-    fn new(args: &'a Args, meter: &'a Meter, inputs: bench_data::Inputs) -> Result<Self> {
+    fn new(args: &'a Args, meter: &'a Meter, inputs: data::Inputs) -> Result<Self> {
         let bias = match args.bias {
-            true => Some(Var::from_tensor(&bench_data::bias(
+            true => Some(Var::from_tensor(&data::bias(
                 inputs.classifier.dim(0)?,
                 inputs.classifier.dtype(),
                 args.seed,
@@ -511,84 +339,6 @@ impl<'a> Bench<'a> {
         tensors.extend(self.gradients(&self.backward(&loss)?)?);
         candle_core::safetensors::save(&tensors, path)
             .with_context(|| format!("writing {}", path.display()))
-    }
-}
-
-/// Prints the rows.
-struct Table {
-    json: bool,
-}
-
-impl Table {
-    fn new(json: bool) -> Self {
-        Self { json }
-    }
-
-    fn start(&mut self, description: &str) -> Result<()> {
-        if self.json {
-            eprintln!("{description}");
-            return Ok(());
-        }
-        println!("{description}");
-        println!(
-            "{:18}{:12}{:>11}{:>11}{:>15}{:>8}{:>8}{:>10}{:>8}  test_data",
-            "method",
-            "kind",
-            "runtime_ms",
-            "op_mem_mb",
-            "over_grads_mb",
-            "x_mm",
-            "kept",
-            "loss",
-            "budget"
-        );
-        Ok(())
-    }
-
-    fn row(
-        &mut self,
-        method: &str,
-        kind: &str,
-        data: &str,
-        workspace: Option<usize>,
-        sample: &Sample,
-    ) {
-        let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
-        let peak = mib(sample.peak);
-        let over_gradients = mib(sample.peak.saturating_sub(sample.gradients));
-        if self.json {
-            println!(
-                "{}",
-                serde_json::json!({
-                    "method": method, "kind": kind, "runtime_ms": sample.ms, "op_mem_mb": peak,
-                    "over_grads_mb": over_gradients, "x_mm": sample.x_mm, "kept": sample.kept,
-                    "loss": sample.loss, "test_data": data, "workspace_mb": workspace,
-                })
-            );
-            return;
-        }
-        let or_dash = |value: Option<f64>, digits: usize| match value {
-            Some(value) => format!("{value:.digits$}"),
-            None => "-".to_string(),
-        };
-        println!(
-            "{method:18}{kind:12}{:>11.2}{peak:>11.1}{over_gradients:>15.1}{:>8}{:>8}{:>10}{:>8}  {data}",
-            sample.ms,
-            or_dash(sample.x_mm, 3),
-            or_dash(sample.kept, 3),
-            or_dash(sample.loss.map(f64::from), 4),
-            or_dash(workspace.map(|mib| mib as f64), 0),
-        );
-    }
-
-    fn error(&mut self, method: &str, data: &str, error: &anyhow::Error) {
-        match self.json {
-            true => println!(
-                "{}",
-                serde_json::json!({"method": method, "test_data": data, "error": format!("{error:#}")})
-            ),
-            false => println!("{method:18}{error:#}"),
-        }
     }
 }
 

@@ -4,13 +4,12 @@
 //! all of them in the backward.
 
 use super::call::{Call, Group, Range, Scales};
-use super::launch::{
-    Buffer, Gpu, Kernel, TensorMap, FORWARD_SM90A, GRADIENT_SM90A, PRODUCTS_SM90A,
-};
+use super::launch::{Buffer, Gpu, Kernel, FORWARD_SM90A, GRADIENT_SM90A, PRODUCTS_SM90A};
 use super::operands::Operands;
 use super::params::forward_sm90a::ForwardParams;
 use super::params::gradient_sm90a::GradientParams;
 use super::params::products_sm90a::ProductParams;
+use super::tensor_map::TensorMap;
 use crate::plan::{Groups, Path, PANEL, PARTIALS_BYTES, PIECE_ROWS, STRIP, TILE};
 use crate::problem::Settings;
 use crate::Implementation;

@@ -2,19 +2,15 @@
 //! `Device::new_cuda` is another one in every thread, and nothing here orders the one after the other: the
 //! documentation of the crate tells users.
 
+use super::tensor_map::TensorMap;
 use crate::matrices::View;
 use candle_core::cuda_backend::{CudaError, CudaStorage, CudaStorageSlice, WrapErr};
 use candle_core::{bail, CudaDevice, DType, Error, Layout, Result, Shape, Storage, Tensor};
 use cudarc::driver::{
-    sys::{
-        cuTensorMapEncodeTiled, CUdevice_attribute, CUfunction_attribute, CUresult, CUtensorMap,
-        CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave,
-        CUtensorMapL2promotion, CUtensorMapSwizzle,
-    },
+    sys::{CUdevice_attribute, CUfunction_attribute, CUresult},
     CudaFunction, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, DriverError,
     LaunchConfig, PushKernelArg, SyncOnDrop,
 };
-use std::mem::MaybeUninit;
 use std::sync::Arc;
 
 /// Whether the device had no room for what was asked for.
@@ -109,62 +105,6 @@ impl Kernel {
 
     pub fn one_block(module: Module, name: &str) -> Self {
         Self::new(module, name, (1, 1), ONE_BLOCK)
-    }
-}
-
-/// Where the copy engine finds a row-major matrix of half-precision numbers, and what boxes it copies: 64
-/// columns wide, zeros outside, swizzled by 128 bytes.
-#[repr(transparent)]
-#[derive(Debug)]
-pub(super) struct TensorMap(CUtensorMap);
-
-// SAFETY: the driver's own 128 opaque bytes, passed by value.
-unsafe impl DeviceRepr for TensorMap {}
-
-impl TensorMap {
-    /// A matrix `(rows, columns)` at this address, its rows `stride` numbers apart, in boxes `box_rows` high.
-    ///
-    /// # Errors
-    /// What the driver objects to: an address or a stride that is not a multiple of 16 bytes, most likely.
-    pub fn new(
-        address: u64,
-        dtype: DType,
-        (rows, columns): (usize, usize),
-        stride: usize,
-        box_rows: usize,
-    ) -> Result<Self> {
-        let number = match dtype {
-            DType::BF16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            DType::F16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-            dtype => bail!("no tensor maps for {dtype:?}"),
-        };
-        let mut map = MaybeUninit::<CUtensorMap>::uninit();
-        let dims = [columns as u64, rows as u64];
-        let strides = [stride as u64 * 2];
-        let boxes = [64, box_rows as u32];
-        let steps = [1u32, 1];
-        // SAFETY: every pointer is to as many numbers as rank 2 asks for, and outlives the call.
-        let result = unsafe {
-            cuTensorMapEncodeTiled(
-                map.as_mut_ptr(),
-                number,
-                2,
-                address as *mut std::ffi::c_void,
-                dims.as_ptr(),
-                strides.as_ptr(),
-                boxes.as_ptr(),
-                steps.as_ptr(),
-                CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-                CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-            )
-        };
-        if let Err(error) = result.result() {
-            bail!("cannot map a {dtype:?} matrix ({rows}, {columns}) at {address:#x}, {stride} numbers a row: {error}")
-        }
-        // SAFETY: the driver has filled it.
-        Ok(Self(unsafe { map.assume_init() }))
     }
 }
 

@@ -23,6 +23,7 @@ mod portable;
 mod room;
 mod rows;
 mod shards;
+mod tensor_map;
 
 pub(crate) use forward::forward;
 

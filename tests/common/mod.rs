@@ -1,18 +1,21 @@
-//! What the test binaries share: random cases, their tensors, and comparisons with the reference.
-#![allow(dead_code)] // No binary uses all of it.
+//! What the test binaries share: random cases and their tensors.
+#![allow(dead_code, unused_imports)] // No binary uses all of it.
 
+pub mod comparison;
 pub mod differences;
 pub mod grid;
 pub mod ops;
 pub mod reference;
 pub mod shards;
 
+pub use comparison::{
+    check, check_against, close, gradient_close, gradient_tolerance, gradients_close, output_close,
+};
+
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_cut_cross_entropy::{Filter, Options, Output, Reduction};
 use half::{bf16, f16};
-use reference::{
-    Gradient, Gradients, Inputs, Reduced, Reference, Tile, Upstream, CPU_TILE, CUDA_TILE,
-};
+use reference::{Gradients, Inputs, Reduced, Reference, Tile, Upstream, CPU_TILE, CUDA_TILE};
 
 /// SplitMix64: the same numbers on every machine.
 pub struct Random(u64);
@@ -56,28 +59,6 @@ pub fn round_to(dtype: DType, x: f64) -> f64 {
         DType::F32 => x as f32 as f64,
         _ => x,
     }
-}
-
-/// How far gradients may be from f64, relative to their Frobenius norm.
-pub fn gradient_tolerance(dtype: DType) -> f64 {
-    match dtype {
-        DType::BF16 => 1e-2,
-        DType::F16 => 1e-3,
-        DType::F32 => 1e-5,
-        _ => 1e-11,
-    }
-}
-
-/// What averaged terms may be off, relative to themselves, where masses and means are rounded to the dtype: masses before
-/// and after the upstream gradient, and their products with the rows; and what the rounding of masses and mean row moves
-/// the logits of the shares by.
-fn averaged_rounding(dtype: DType, mean_logit: f64) -> f64 {
-    let of_number = match dtype {
-        DType::BF16 => 2f64.powi(-8),
-        DType::F16 => 2f64.powi(-11),
-        _ => 0.,
-    };
-    of_number * (3. + 2. * mean_logit)
 }
 
 /// The threshold [`Filter::Auto`] is documented to have.
@@ -284,221 +265,6 @@ pub fn numbers(tensor: &Tensor) -> Result<Vec<f64>> {
 
 pub fn norm(values: impl IntoIterator<Item = f64>) -> f64 {
     values.into_iter().map(|x| x * x).sum::<f64>().sqrt()
-}
-
-/// An error that shows the first few numbers that differ by more than `allowed`.
-fn differing(what: &str, got: &[f64], want: &[f64], allowed: impl Fn(usize) -> f64) -> String {
-    let mut text = String::new();
-    let off = |i: &usize| {
-        let difference = (got[*i] - want[*i]).abs();
-        difference.is_nan() || difference > allowed(*i)
-    };
-    for i in (0..got.len()).filter(off).take(6) {
-        text += &format!("\n    {what}[{i}] = {:e}, want {:e}", got[i], want[i]);
-    }
-    text
-}
-
-/// Whether each number is within `tolerance * scale` of what is wanted.
-pub fn close(
-    what: &str,
-    got: &[f64],
-    want: &[f64],
-    tolerance: f64,
-    scale: f64,
-) -> std::result::Result<(), String> {
-    if got.len() != want.len() {
-        return Err(format!(
-            "{what}: {} numbers, want {}",
-            got.len(),
-            want.len()
-        ));
-    }
-    let allowed = |i: usize| tolerance * scale.max(want[i].abs());
-    let differing = differing(what, got, want, allowed);
-    if differing.is_empty() {
-        Ok(())
-    } else {
-        Err(format!(
-            "{what} differs by more than {tolerance:e} of {scale:e}{differing}"
-        ))
-    }
-}
-
-/// Whether a gradient is right: beyond what a filter may have dropped, entry by entry, its relative
-/// error in Frobenius norm is at most the tolerance of the dtype.
-pub fn gradient_close(
-    what: &str,
-    got: &[f64],
-    want: &Gradient,
-    dtype: DType,
-    logit_scale: f64,
-) -> std::result::Result<(), String> {
-    gradient_within(what, got, want, dtype, 0., logit_scale)
-}
-
-fn gradient_within(
-    what: &str,
-    got: &[f64],
-    want: &Gradient,
-    dtype: DType,
-    of_means: f64,
-    logit_scale: f64,
-) -> std::result::Result<(), String> {
-    let Gradient {
-        value,
-        magnitude,
-        droppable,
-    } = want;
-    if got.len() != value.len() {
-        return Err(format!(
-            "{what}: {} numbers, want {}",
-            got.len(),
-            value.len()
-        ));
-    }
-    let tolerance = gradient_tolerance(dtype);
-    // Where the softmax and the one-hot cancel, what is left of either one's rounding.
-    let rounding = match dtype {
-        DType::F64 => 1e-14,
-        _ => 3e-7,
-    } * logit_scale
-        + of_means;
-    let allowed = tolerance * norm(value.iter().copied())
-        + rounding * norm(magnitude.iter().copied())
-        + f64::MIN_POSITIVE;
-    let excess = |i: usize| ((got[i] - value[i]).abs() - droppable[i]).max(0.);
-    let error = norm((0..got.len()).map(excess));
-    let finite = got.iter().all(|x| x.is_finite());
-    if finite && error <= allowed {
-        return Ok(());
-    }
-    let max = got.iter().zip(value).map(|(g, w)| (g - w).abs());
-    Err(format!(
-        "{what}: error {:e} of the norm (allowed {:e}), largest difference {:e}{}",
-        error / norm(value.iter().copied()),
-        allowed / norm(value.iter().copied()),
-        max.fold(0., f64::max),
-        differing(what, got, value, |i| {
-            droppable[i] + tolerance * value[i].abs() + rounding * magnitude[i]
-        })
-    ))
-}
-
-/// Whether loss and lse are f32-accurate and have the right shapes.
-pub fn output_close(
-    output: &Output,
-    case: &Case,
-    reference: &Reference,
-) -> std::result::Result<(), String> {
-    let numbers = |tensor: &Tensor| numbers(tensor).map_err(|e| e.to_string());
-    let tolerance = if case.dtype == DType::F64 { 2e-7 } else { 2e-6 };
-    let scale = reference.logit_scale;
-    let (of_loss, loss_shape) = match case.inputs.reduction {
-        Reduced::None => (scale, case.positions()),
-        Reduced::Mean => (scale, vec![]),
-        Reduced::Sum => (scale * reference.nll.len() as f64, vec![]),
-    };
-    if output.loss.dims() != loss_shape || output.lse.dims() != case.positions() {
-        return Err(format!(
-            "loss has shape {:?}, lse {:?}, want {loss_shape:?} and {:?}",
-            output.loss.dims(),
-            output.lse.dims(),
-            case.positions()
-        ));
-    }
-    close(
-        "loss",
-        &numbers(&output.loss)?,
-        &reference.loss,
-        tolerance,
-        of_loss,
-    )?;
-    close(
-        "lse",
-        &numbers(&output.lse)?,
-        &reference.lse,
-        tolerance,
-        scale,
-    )
-}
-
-/// The gradients of the tensors of a case, in the order of [`Gradients`].
-pub fn gradients_close(
-    grads: &candle_core::backprop::GradStore,
-    tensors: &Tensors,
-    want: &Gradients,
-    dtype: DType,
-    logit_scale: f64,
-) -> std::result::Result<(), String> {
-    let vars = [
-        ("dE", Some(&tensors.embeddings), &want.embeddings),
-        ("dC", Some(&tensors.classifier), &want.classifier),
-        ("db", tensors.bias.as_ref(), &want.bias),
-    ];
-    let of_means = match want.mean_logit {
-        Some(mean_logit) if !tensors.embeddings.device().is_cpu() => {
-            averaged_rounding(dtype, mean_logit)
-        }
-        _ => 0.,
-    };
-    for (what, var, want) in vars {
-        let Some(var) = var else { continue };
-        let Some(grad) = grads.get(var) else {
-            return Err(format!("{what} is missing"));
-        };
-        if grad.dtype() != dtype || grad.dims() != var.dims() {
-            return Err(format!(
-                "{what} is {:?} {:?}, its tensor {dtype:?} {:?}",
-                grad.dtype(),
-                grad.dims(),
-                var.dims()
-            ));
-        }
-        let got = numbers(grad).map_err(|e| e.to_string())?;
-        gradient_within(what, &got, want, dtype, of_means, logit_scale)?;
-    }
-    Ok(())
-}
-
-/// Computes a case with these options and compares everything with the reference. `eps` are the
-/// thresholds of the averaging filters of embeddings and classifier that the options set.
-pub fn check(
-    case: &Case,
-    options: Options,
-    device: &Device,
-    upstream: &Upstream,
-    eps: (f64, f64),
-) -> std::result::Result<(), String> {
-    let reference = Reference::new(case.inputs.clone());
-    let want = reference.averaged(upstream, eps, tile(device));
-    check_against(case, options, device, upstream, &reference, &want)
-}
-
-/// Computes a case with these options and compares everything with what the reference says.
-pub fn check_against(
-    case: &Case,
-    options: Options,
-    device: &Device,
-    upstream: &Upstream,
-    reference: &Reference,
-    want: &Gradients,
-) -> std::result::Result<(), String> {
-    let text = |e: candle_core::Error| e.to_string();
-    let tensors = case.tensors(device).map_err(text)?;
-    let options = case.options(options, &tensors);
-    let output = candle_cut_cross_entropy::linear_cross_entropy(
-        &tensors.embeddings,
-        &tensors.classifier,
-        &tensors.targets,
-        &options,
-    )
-    .map_err(text)?;
-    output_close(&output, case, reference)?;
-    let grads = weighted(&output, upstream)
-        .and_then(|loss| loss.backward())
-        .map_err(text)?;
-    gradients_close(&grads, &tensors, want, case.dtype, reference.logit_scale)
 }
 
 /// The reference's gradients, with what a filter that drops below `eps` may drop.

@@ -16,6 +16,7 @@ mod optimizer;
 mod repeat;
 mod sizes;
 mod targets;
+mod thresholds;
 mod vocab_parallel;
 
 use candle_core::{DType, Device, Result};
