@@ -19,6 +19,8 @@
 //! Heads come as `(batch, time, heads, head_dim)`, what a projection's rows `(batch * time, heads * head_dim)` are
 //! without moving anything.
 
+pub(crate) mod activation;
+pub(crate) mod angles;
 pub(crate) mod attention;
 pub(crate) mod cpu;
 pub(crate) mod gated;

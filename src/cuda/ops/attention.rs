@@ -6,7 +6,7 @@ use crate::cuda::launch::{
 };
 use crate::cuda::operands::Kind;
 use crate::cuda::params::attention::{AttentionParams, StrideParams};
-use crate::ops::attention::Settings;
+use crate::ops::attention::sizes::Settings;
 use candle_core::cuda_backend::CudaStorage;
 use candle_core::{bail, DType, Layout, Result, Tensor};
 

@@ -4,7 +4,7 @@ use super::{addresses, aligned, kernel, operands, Operand};
 use crate::cuda::launch::{Gpu, GATED};
 use crate::cuda::operands::Kind;
 use crate::cuda::params::gated::GatedParams;
-use crate::ops::gated::Activation;
+use crate::ops::activation::Activation;
 use crate::ops::Rows;
 use candle_core::cuda_backend::CudaStorage;
 use candle_core::{Result, Tensor};

@@ -3,7 +3,7 @@
 use super::{addresses, aligned, kernel, operands, Operand};
 use crate::cuda::launch::ROPE;
 use crate::cuda::params::rope::RopeParams;
-use crate::ops::rope::Angles;
+use crate::ops::angles::Angles;
 use candle_core::cuda_backend::CudaStorage;
 use candle_core::Result;
 

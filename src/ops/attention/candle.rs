@@ -1,7 +1,7 @@
 //! Attention in Candle's operations, for devices that this crate has nothing of its own for: a block of queries at a time,
 //! whose scores the backward computes again.
 
-use super::{Settings, Sizes, NAME};
+use super::sizes::{Settings, Sizes, NAME};
 use crate::node::{attach, Node};
 use crate::ops::wide;
 use candle_core::{Result, Tensor, D};

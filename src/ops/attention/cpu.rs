@@ -1,7 +1,7 @@
 //! Attention on the CPU: blocks of queries by all the keys they see, then blocks of keys by all the queries that see
 //! them. A task has what all heads have at some positions: a contiguous part of the results.
 
-use super::{Settings, Sizes};
+use super::sizes::{Settings, Sizes};
 use crate::ops::cpu::{opened, real, storage, tensor, values, Number};
 use candle_core::{CpuStorage, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
