@@ -1,11 +1,11 @@
-//! The corners: bad targets, nothing that counts, tiny workspaces, what a filter keeps, extreme logits.
+//! The corners: bad targets, nothing that counts, tiny workspaces, extreme logits.
 
 use crate::common::reference::{Reduced, Reference};
-use crate::common::{auto_threshold, check, close, exact, gradient_close, numbers, weighted, Case};
+use crate::common::{check, close, exact, gradient_close, numbers, weighted, Case};
 use crate::{assert_nothing, device, filters, wrong, Computed, DTYPES, KERNELS};
 use candle_core::{DType, Device, Result, Tensor};
 use candle_cut_cross_entropy::{
-    linear_cross_entropy, Filter, Implementation, Options, Output, Reduction, Strategy,
+    linear_cross_entropy, Implementation, Options, Output, Reduction, Strategy,
 };
 
 /// Of three rows and five classes.
