@@ -19,15 +19,15 @@ constexpr int UNIT = 64;                  // two units to such a tile, three to 
 struct ForwardParams {
   const uint32_t* count;      // [1] compacted rows in all
   const int32_t* row_target;  // [rows] class, or negative: none
-  const void* bias;           // [classes] T, or null
+  const void* bias;           // [vocab] T, or null
   float2* partials;           // [splits][rows] (max, sum exp(z - max)); (-inf, 0) if every logit is -inf
   float* target_logit;        // [rows] written where the target is a class
   uint32_t* pace;             // [1] zero, or null: keeps blocks that share operands together; a hint
-  uint32_t* statistics;       // [ceil(classes / 128)][rows] as pack_statistics; or null
+  uint32_t* statistics;       // [ceil(vocab / 128)][rows] as pack_statistics; or null
   uint32_t first_row;         // compacted row that row 0 of the group is
   uint32_t rows;              // rows of the group at most, and the leading dimension of the outputs
-  uint32_t classes;
-  uint32_t depth;
+  uint32_t vocab;
+  uint32_t hidden;
   uint32_t splits;            // ceil(tiles of 192 classes / tiles_per_split)
   uint32_t tiles_per_split;   // even, so that a split starts at a multiple of 128 classes
   uint32_t raster;            // panels of 256 rows that walk the classes together
@@ -54,7 +54,7 @@ struct ForwardItems {
     uint32_t all = *p.count;
     rows = all > p.first_row ? min(all - p.first_row, p.rows) : 0;
     panels = (rows + PANEL - 1) / PANEL;
-    tiles = (p.classes + TILE_N - 1) / TILE_N;
+    tiles = (p.vocab + TILE_N - 1) / TILE_N;
     pairs = (p.splits + CONSUMERS - 1) / CONSUMERS;
     count = panels * pairs;
   }
@@ -83,7 +83,7 @@ __device__ void produce(ForwardPlan& plan, const TensorMap* embeddings, const Te
   ForwardItems items(p);
   Filler ring(plan.ring);
   Pace pace(p.pace);
-  const uint32_t paces = (p.depth + PACE_K - 1) / PACE_K * CONSUMERS * p.tiles_per_split;  // of an item
+  const uint32_t paces = (p.hidden + PACE_K - 1) / PACE_K * CONSUMERS * p.tiles_per_split;  // of an item
   uint32_t round = 0;
   for (uint32_t item = first_item(); item < items.count; item += next_item()) {
     items.decode(p, item);
@@ -91,7 +91,7 @@ __device__ void produce(ForwardPlan& plan, const TensorMap* embeddings, const Te
       for (int group = 0; group < CONSUMERS; ++group) {
         if (step >= items.steps(p, group)) continue;
         const uint32_t first_class = (items.first_tile(p, group) + step) * TILE_N;
-        for (uint32_t k = 0; k < p.depth; k += BLOCK_K) {
+        for (uint32_t k = 0; k < p.hidden; k += BLOCK_K) {
           if (k % PACE_K == 0) pace.next();
           copy_block<false, false, TILE_N>(ring, embeddings, items.first_row, k, classifier, first_class, k);
         }
@@ -174,7 +174,7 @@ template <typename T, bool STATISTICS>
 __device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& p) {
   ForwardItems items(p);
   Drainer ring(plan.ring);
-  const uint32_t blocks = (p.depth + BLOCK_K - 1) / BLOCK_K;
+  const uint32_t blocks = (p.hidden + BLOCK_K - 1) / BLOCK_K;
   const uint32_t thread = threadIdx.x % GROUP;
   const uint32_t thread_row = thread / WARP * 16 + thread % WARP / 4;
   const int lane_column = thread % 4 * 2;
@@ -195,7 +195,7 @@ __device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& 
     for (uint32_t step = 0; step < first_steps; ++step) {
       const uint32_t tile = first_tile + step;
       const uint32_t first_class = tile * TILE_N;
-      if (bias) stage_bias(plan.bias[group], bias, group, first_class, p.classes);
+      if (bias) stage_bias(plan.bias[group], bias, group, first_class, p.vocab);
 
       float z[2][TILE_N / 2];
       const bool first_turn = group == 0 && item == first_item() && step == 0;
@@ -213,7 +213,7 @@ __device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& 
       if (group == 0 && step < second_steps) ring.at.skip(blocks);
 
       finish_logits(z, bias ? plan.bias[group] : nullptr, p.softcap);
-      mask_logits<TILE_N>(z, first_class, p.classes);
+      mask_logits<TILE_N>(z, first_class, p.vocab);
 
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
@@ -282,7 +282,7 @@ __device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& 
         uint32_t* to = p.statistics + static_cast<size_t>(block) * p.rows + write_row;
         *to = ready;
         // An odd tile ends a second block; after the last tile there is no other half to wait for.
-        if ((!even_tile || tile + 1 == items.tiles) && (block + 1) * KEEP < p.classes) to[p.rows] = next;
+        if ((!even_tile || tile + 1 == items.tiles) && (block + 1) * KEEP < p.vocab) to[p.rows] = next;
       }
     }
 

@@ -66,14 +66,9 @@ extern "C" __global__ void __launch_bounds__(ONE_BLOCK) merge_sums(const SumsPar
   const float max = p.reference[in_chunk];
   if (p.row_target[row] >= 0) sum += expf(p.target_logit[row] - max);
   const float log_sum = logf(sum);
-  const float lse = max + log_sum;
   if (!(fabsf(log_sum) < FAR)) atomicMax(p.redo, *p.count);
-  const uint32_t position = p.row_position[row];
   const bool in_range = p.row_target[row] >= 0;
-  p.packed[position] = in_range ? (max - p.target_logit[row]) + log_sum + z_part(p.z_loss, lse) : NAN;
-  p.packed[(int64_t)p.positions + position] = lse;
-  p.row_max[row] = in_range ? max : NAN;
-  p.row_log_sum[row] = log_sum;
+  write_row(p, row, max, log_sum, p.target_logit + row, in_range, in_range);
 }
 
 struct SharesParams {

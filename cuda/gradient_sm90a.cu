@@ -25,12 +25,12 @@ static_assert(TILE_M == KEEP, "a consumer group works on the rows of one kept ti
 struct GradientParams {
   const uint32_t* count;        // [1] compacted rows
   const int32_t* row_target;    // [rows] class, or negative: none
-  const void* bias;             // [classes] T, or null
+  const void* bias;             // [vocab] T, or null
   const float* row_max;         // [rows] lse = row_max + row_log_sum; of probabilities: the reference
   const float* row_log_sum;     // [rows]
   const float* p_scale;         // [rows] factor of the softmax, or null: 1
   const float* target_scale;    // [rows] factor of the one-hot, or null: 1
-  const uint8_t* keep;          // [row tiles][keep_stride] 0: skip the tile; null: compute all
+  const uint8_t* keep;          // [row tiles][class_tiles] 0: skip the tile; null: compute all
   void* gradient;               // [rows][gradient_stride] T; column 0 is first_class
   float* sums;                  // of probabilities, out: [class tiles][rows] sum of exp(z - reference), targets left out
   float* maxima;                // of probabilities, out: [class tiles][rows] the largest of them, or null
@@ -38,12 +38,12 @@ struct GradientParams {
   float* target_logit;          // of probabilities, out: [rows] where the target is a class
   uint32_t first_row;           // compacted row that row 0 of all these is
   uint32_t rows;                // at most
-  uint32_t classes;             // all classes
-  uint32_t depth;
+  uint32_t vocab;             // all classes
+  uint32_t hidden;
   uint32_t first_class;         // of the range, a multiple of 128
   uint32_t range;               // classes of the range
   uint32_t gradient_stride;     // a multiple of 128, at least the range
-  uint32_t keep_stride;         // ceil(classes / 128)
+  uint32_t class_tiles;         // ceil(vocab / 128)
   uint32_t raster;              // row tiles of 128 that walk the classes together: even, at most 32
   float softcap;                // <= 0: none
 };
@@ -72,10 +72,10 @@ struct GradientTiles {
   __device__ uint32_t kept(const GradientParams& p, uint32_t cell) const {
     const uint32_t first = cell / class_tiles * raster, height = min(raster, row_tiles - first);
     const uint8_t* keep =
-        p.keep + static_cast<size_t>(first) * p.keep_stride + p.first_class / KEEP + cell % class_tiles;
+        p.keep + static_cast<size_t>(first) * p.class_tiles + p.first_class / KEEP + cell % class_tiles;
     uint32_t bits = 0;
 #pragma unroll 8
-    for (uint32_t i = 0; i < height; ++i) bits |= uint32_t(keep[static_cast<size_t>(i) * p.keep_stride] != 0) << i;
+    for (uint32_t i = 0; i < height; ++i) bits |= uint32_t(keep[static_cast<size_t>(i) * p.class_tiles] != 0) << i;
     return bits;
   }
 };
@@ -160,7 +160,7 @@ __device__ void produce(GradientPlan& plan, const TensorMap* embeddings, const T
   for (uint32_t n = 0; n < share.count; ++n) {
     uint32_t row_tile, class_tile;
     share.decode(n, row_tile, class_tile);
-    for (uint32_t k = 0; k < p.depth; k += BLOCK_K)
+    for (uint32_t k = 0; k < p.hidden; k += BLOCK_K)
       copy_block<false, false, TILE_N>(ring, embeddings, row_tile * TILE_M, k, classifier,
                                p.first_class + class_tile * KEEP, k);
   }
@@ -202,7 +202,7 @@ __device__ __forceinline__ void write_gradient(float (&z)[2][TILE_N / 2], const 
             const float part = logit * inverse_cap;
             g[e] *= fmaf(-part, part, 1.0f);
           }
-          if (!counts || first_class + column + lane_column >= p.classes) g[e] = 0.0f;
+          if (!counts || first_class + column + lane_column >= p.vocab) g[e] = 0.0f;
         }
         word[i] = pack<T>(g[0], g[1]);
       }
@@ -242,7 +242,7 @@ __device__ __forceinline__ void write_probabilities(float (&z)[2][TILE_N / 2], c
           const int column = 8 * (first + i) + e;  // from the lane's first
           const float logit = z[s / 2][4 * (first + i) + 2 * (s % 2) + e];
           g[e] = exp2_fast((logit - base) * LOG2E);
-          if (!counts || first_class + column + lane_column >= p.classes) g[e] = 0.0f;
+          if (!counts || first_class + column + lane_column >= p.vocab) g[e] = 0.0f;
           if (target == column) p.target_logit[row] = logit, g[e] = 0.0f;
           (e == 0 ? even : odd) += g[e];
           largest = fmaxf(largest, g[e]);
@@ -279,7 +279,7 @@ template <typename T, bool PROBABILITIES>
 __device__ void consume(GradientPlan& plan, int group, const GradientParams& p) {
   GradientShare share(plan, p);
   Drainer ring(plan.ring);
-  const uint32_t blocks = (p.depth + BLOCK_K - 1) / BLOCK_K;
+  const uint32_t blocks = (p.hidden + BLOCK_K - 1) / BLOCK_K;
   const uint32_t thread = threadIdx.x % GROUP;
   const uint32_t thread_row = thread / WARP * 16 + thread % WARP / 4;
   const T* bias = static_cast<const T*>(p.bias);
@@ -289,7 +289,7 @@ __device__ void consume(GradientPlan& plan, int group, const GradientParams& p) 
     uint32_t row_tile, class_tile;
     const bool write = share.decode(n, row_tile, class_tile);
     const uint32_t first_class = p.first_class + class_tile * KEEP;
-    if (bias) stage_bias(plan.bias[group], bias, group, first_class, p.classes);
+    if (bias) stage_bias(plan.bias[group], bias, group, first_class, p.vocab);
 
     float z[2][TILE_N / 2];
     if (n > 0) take_turn(group);

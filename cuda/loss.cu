@@ -15,7 +15,6 @@ struct MergeParams {
   uint32_t sharded;  // the target may be another rank's: `merge_shards` has the last word
 };
 
-
 extern "C" __global__ void merge_partials(const MergeParams p) {
   const uint32_t in_group = blockIdx.x * blockDim.x + threadIdx.x, row = p.first_row + in_group;
   if (in_group >= p.group_rows || row >= *p.count) return;
@@ -24,15 +23,8 @@ extern "C" __global__ void merge_partials(const MergeParams p) {
     const float2 part = p.partials[(int64_t)split * p.group_rows + in_group];
     all.merge(part.x, part.y);
   }
-  const float log_sum = logf(all.sum);
-  const uint32_t position = p.row_position[row];
   const bool in_range = p.row_target[row] >= 0;
-  // lse = max + log_sum is kept in two parts: logits of 1e4 leave f32 three digits behind the point.
-  const float lse = all.max + log_sum;
-  p.packed[position] = in_range ? (all.max - p.target_logit[row]) + log_sum + z_part(p.z_loss, lse) : NAN;
-  p.packed[(int64_t)p.positions + position] = lse;
-  p.row_max[row] = in_range || p.sharded ? all.max : NAN;  // so that the gradient of a bad target is NaN too
-  p.row_log_sum[row] = log_sum;
+  write_row(p, row, all.max, logf(all.sum), p.target_logit + row, in_range, in_range || p.sharded);
 }
 
 struct ShardParams {
@@ -71,13 +63,8 @@ extern "C" __global__ void merge_shards(const ShardParams p) {
   const uint32_t row = blockIdx.x * blockDim.x + threadIdx.x;
   if (row >= p.positions || row >= *p.count) return;
   const int64_t n = p.positions;
-  const float max = p.max[row], log_sum = logf(p.all[row]), lse = max + log_sum;
   const bool on_one_rank = p.all[2 * n + row] == 1.f;
-  const uint32_t position = p.row_position[row];
-  p.packed[position] = on_one_rank ? (max - p.all[n + row]) + log_sum + z_part(p.z_loss, lse) : NAN;
-  p.packed[n + position] = lse;
-  p.row_max[row] = on_one_rank ? max : NAN;
-  p.row_log_sum[row] = log_sum;
+  write_row(p, row, p.max[row], logf(p.all[row]), p.all + n + row, on_one_rank, on_one_rank);
 }
 
 struct LossParams {

@@ -27,25 +27,25 @@ enum Keep : uint8_t { FOR_EMBEDDINGS = 1, FOR_CLASSIFIER = 2 };
 // Everything but the two matrices; mirrored on the host. The boxes of both maps are 64 high.
 struct ProductParams {
   const uint32_t* count;     // [1] compacted rows
-  const uint8_t* keep;       // [row tiles][keep_stride] bits of Keep; null: all kept
+  const uint8_t* keep;       // [row tiles][class_tiles] bits of Keep; null: all kept
   const float* scale;        // [1] factor of dC, or null: 1 (dE: not read)
-  void* out;                 // dE: [rows][depth] f32. dC: [classes][depth] T, all classes of C
-  const uint32_t* slots;     // dC: [classes] 1 + the row of target_rows to add, 0 for none; or null: none at all
+  void* out;                 // dE: [rows][depth] f32. dC: [vocab][depth] T, all classes of C
+  const uint32_t* slots;     // dC: [vocab] 1 + the row of target_rows to add, 0 for none; or null: none at all
   const float* target_rows;  // [slots][depth]
   // dC, what tiles that are not kept leave in each class (see filter.cu), before `scale`; or null: nothing.
-  const float* shares;           // [classes]
+  const float* shares;           // [vocab]
   const void* mass_rows;         // [class tiles][depth] T: shared out among the tile's classes
-  const uint2* list;             // [classes] TargetRow of filter.cu, or null: no targets
+  const uint2* list;             // [vocab] TargetRow of filter.cu, or null: no targets
   const void* embeddings;        // [rows][depth] T
   const void* combined;          // [rows / 2][depth] T: means of rows with the same target
   float* partials;               // dC, of more rows than a piece has: [blocks][CONSUMERS][TILE_N][GROUP] sums of pieces
   uint32_t first_row;        // compacted row that row 0 of the gradient is
   uint32_t rows;             // at most
-  uint32_t classes;          // all classes
-  uint32_t depth;
+  uint32_t vocab;          // all classes
+  uint32_t hidden;
   uint32_t first_class;      // of the range, a multiple of 128
   uint32_t range;            // classes of the range
-  uint32_t keep_stride;      // ceil(classes / 128)
+  uint32_t class_tiles;      // ceil(vocab / 128)
   uint32_t overwrite;        // 1 for the first that writes the output; 0: add to what is there
   uint32_t band;             // at least 1: strips of 384 columns that go through the output tiles together, so
                              // many that their part of C or E stays in L2
@@ -72,7 +72,7 @@ struct ProductTiles {
     inner = CLASSIFIER ? row_tiles : class_tiles;
     words = (inner + WARP - 1) / WARP;
     if (outer > OUTER_MAX || outer * words > WORDS_MAX) __trap();  // the host promised not to
-    strips = (p.depth + STRIP - 1) / STRIP;
+    strips = (p.hidden + STRIP - 1) / STRIP;
     cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
     // Round n hands out outputs [n G, (n + 1) G) to the G clusters, forwards and backwards in turn.
     const uint32_t all = outer * strips, rounds = all / clusters, rest = all % clusters;
@@ -87,14 +87,14 @@ struct ProductTiles {
     const uint32_t width = min(p.band, strips - band * p.band);
     tile = plan.order[inside / width];
     column = (band * p.band + inside % width) * STRIP;
-    narrow = p.depth - column <= CLUSTER * NARROW;
+    narrow = p.hidden - column <= CLUSTER * NARROW;
     column += cluster_rank() * (narrow ? NARROW : TILE_N);
   }
   __device__ bool kept(const ProductParams& p, uint32_t outer_tile, uint32_t inner_tile) const {
     if (inner_tile >= inner) return false;
     if (!p.keep) return true;
     uint32_t row_tile = CLASSIFIER ? inner_tile : outer_tile, class_tile = CLASSIFIER ? outer_tile : inner_tile;
-    uint8_t bits = p.keep[static_cast<size_t>(row_tile) * p.keep_stride + p.first_class / KEEP + class_tile];
+    uint8_t bits = p.keep[static_cast<size_t>(row_tile) * p.class_tiles + p.first_class / KEEP + class_tile];
     return bits & (CLASSIFIER ? FOR_CLASSIFIER : FOR_EMBEDDINGS);
   }
 };
@@ -158,7 +158,7 @@ __device__ __forceinline__ void add_rows(const float (&product)[2][R], const Pro
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
     const uint32_t row = first_row + s / 2 * 64 + s % 2 * 8;
-    float* to = static_cast<float*>(p.out) + static_cast<size_t>(row) * p.depth + lane_column;
+    float* to = static_cast<float*>(p.out) + static_cast<size_t>(row) * p.hidden + lane_column;
 #pragma unroll
     for (int i = 0; i < R / 4; i += 2) {  // two chunks of 8 columns: one for even lanes, one for odd
       const int even_chunk = 4 * i + 2 * (s % 2), odd_chunk = even_chunk + 4;
@@ -188,17 +188,17 @@ __device__ __forceinline__ void add_piece(float (&product)[2][R], float* partial
 
 // Where what is added to a class of dC in f32 lies: 1 + its row, or 0.
 __device__ __forceinline__ uint32_t target_slot(const ProductParams& p, uint32_t row) {
-  return p.slots && row < p.classes ? p.slots[row] : 0;
+  return p.slots && row < p.vocab ? p.slots[row] : 0;
 }
 __device__ __forceinline__ const float* target_row(const ProductParams& p, uint32_t slot) {
-  return slot ? p.target_rows + static_cast<size_t>(slot - 1) * p.depth : nullptr;
+  return slot ? p.target_rows + static_cast<size_t>(slot - 1) * p.hidden : nullptr;
 }
 
 // The averages' row of a tile, for a group's columns, as f32 into shared memory.
 template <typename T>
 __device__ __forceinline__ void stage_masses(float (&to)[TILE_N], const ProductParams& p, uint32_t group, uint32_t tile,
                                              uint32_t first_column, uint32_t end_column) {
-  const T* from = static_cast<const T*>(p.mass_rows) + static_cast<size_t>(tile) * p.depth;
+  const T* from = static_cast<const T*>(p.mass_rows) + static_cast<size_t>(tile) * p.hidden;
   named_wait(BIAS + group, GROUP);  // the last tile's have been read
   for (uint32_t i = threadIdx.x % GROUP * 2; i < TILE_N; i += GROUP * 2) {
     const float2 masses =
@@ -225,20 +225,20 @@ __device__ __forceinline__ void write_classes(const float (&product)[2][R], cons
     const uint32_t row = first_class + s / 2 * 64 + s % 2 * 8;
     slot[s] = target_slot(p, row);
     if constexpr (AVERAGED) {
-      share[s] = row < p.classes ? __ldg(p.shares + row) : 0.0f;
-      listed[s] = p.list && row < p.classes ? __ldg(p.list + row) : make_uint2(0, 0);
+      share[s] = row < p.vocab ? __ldg(p.shares + row) : 0.0f;
+      listed[s] = p.list && row < p.vocab ? __ldg(p.list + row) : make_uint2(0, 0);
     }
   }
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
     const uint32_t row = first_class + s / 2 * 64 + s % 2 * 8;
-    T* to = static_cast<T*>(p.out) + static_cast<size_t>(row) * p.depth + lane_column;
+    T* to = static_cast<T*>(p.out) + static_cast<size_t>(row) * p.hidden + lane_column;
     const float* more = target_row(p, slot[s]);
     const bool any_listed = AVERAGED && __any_sync(~0u, listed[s].x != 0);
     const T* target = nullptr;
     if (AVERAGED && listed[s].x) {
       const void* rows = listed[s].x & COMBINED ? p.combined : p.embeddings;
-      target = static_cast<const T*>(rows) + static_cast<size_t>((listed[s].x & ~COMBINED) - 1) * p.depth;
+      target = static_cast<const T*>(rows) + static_cast<size_t>((listed[s].x & ~COMBINED) - 1) * p.hidden;
     }
     // Each lane loads the 16 bytes that it will write, all before the first is needed; then they are dealt out as the
     // product lies.
@@ -246,12 +246,12 @@ __device__ __forceinline__ void write_classes(const float (&product)[2][R], cons
 #pragma unroll
     for (int first = 0; first < R / 4; first += 4) {
       old[first / 4] = make_uint4(0, 0, 0, 0);
-      if (!p.overwrite && row < p.classes && lane_column + 8 * first < end_column)
+      if (!p.overwrite && row < p.vocab && lane_column + 8 * first < end_column)
         old[first / 4] = *reinterpret_cast<const uint4*>(to + 8 * first);
     }
 #pragma unroll
     for (int first = 0; first < R / 4; first += 4) {
-      const bool inside = row < p.classes && lane_column + 8 * first < end_column;
+      const bool inside = row < p.vocab && lane_column + 8 * first < end_column;
       const uint4 dealt = p.overwrite ? old[first / 4] : deal_chunk(old[first / 4]);
       const uint32_t before[4] = {dealt.x, dealt.y, dealt.z, dealt.w};
       uint32_t word[4], of_target[4] = {};
@@ -296,7 +296,7 @@ __device__ void write_zeros(const ProductParams& p, uint32_t end_row, uint32_t f
   for (uint32_t i = threadIdx.x % GROUP; i < KEEP * columns; i += GROUP) {
     const uint32_t row = first_row + i / columns, column = first_column + i % columns * WIDTH;
     if (row < end_row)
-      *reinterpret_cast<uint4*>(static_cast<Out*>(p.out) + static_cast<size_t>(row) * p.depth + column) =
+      *reinterpret_cast<uint4*>(static_cast<Out*>(p.out) + static_cast<size_t>(row) * p.hidden + column) =
           make_uint4(0, 0, 0, 0);
   }
 }
@@ -317,7 +317,7 @@ __device__ void consume(ProductPlan& plan, uint32_t group, const ProductParams& 
       ring.at.skip(blocks);
       continue;
     }
-    const uint32_t end_column = min(column + (narrow ? NARROW : TILE_N), p.depth);
+    const uint32_t end_column = min(column + (narrow ? NARROW : TILE_N), p.hidden);
     auto hand_over = [&] {
       if (n + 1 < tiles.share) give_turn(1 - group);
     };
@@ -325,7 +325,7 @@ __device__ void consume(ProductPlan& plan, uint32_t group, const ProductParams& 
     if (blocks == 0 && !AVERAGED && !(CLASSIFIER && p.slots)) {
       hand_over();
       if constexpr (CLASSIFIER) {
-        if (p.overwrite) write_zeros<T>(p, p.classes, p.first_class + tile * KEEP, column, end_column);
+        if (p.overwrite) write_zeros<T>(p, p.vocab, p.first_class + tile * KEEP, column, end_column);
       } else if (p.overwrite) {
         write_zeros<float>(p, tiles.rows, tile * KEEP, column, end_column);
       }

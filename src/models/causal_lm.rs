@@ -74,6 +74,37 @@ pub trait CausalLm {
         let last = hidden.dim(1)?.saturating_sub(1);
         self.logits(&hidden.narrow(1, last, 1)?.squeeze(1)?)
     }
+
+    /// One sequence, token by token: what [`generate`] reads. [`Decoder`](super::Decoder) keeps the keys and values of the
+    /// tokens so far; a model without a form of its own computes them anew with every token.
+    fn continuation(&self) -> Box<dyn Continuation + '_> {
+        Box::new(AnewContinuation {
+            model: self,
+            tokens: Vec::new(),
+        })
+    }
+}
+
+/// A sequence that goes on, see [`CausalLm::continuation`].
+pub trait Continuation {
+    /// Appends tokens, at least one, and returns the logits `(V)` of the token after them. No gradient goes through them.
+    ///
+    /// # Errors
+    /// Those of [`CausalLm::hidden_states`].
+    fn next_token_logits(&mut self, tokens: &[u32]) -> Result<Tensor>;
+}
+
+struct AnewContinuation<'a, M: ?Sized> {
+    model: &'a M,
+    tokens: Vec<u32>,
+}
+
+impl<M: CausalLm + ?Sized> Continuation for AnewContinuation<'_, M> {
+    fn next_token_logits(&mut self, tokens: &[u32]) -> Result<Tensor> {
+        self.tokens.extend(tokens);
+        let ids = Tensor::new(self.tokens.as_slice(), self.model.device())?.unsqueeze(0)?;
+        self.model.next_token_logits(&ids)?.squeeze(0)
+    }
 }
 
 /// How [`generate`] chooses tokens.
@@ -103,8 +134,7 @@ impl Default for Sampling {
 
 /// Continues a prompt: the new tokens, the one that it stopped at included.
 ///
-/// Meant for a look at what a model has learnt: each token is a forward over all before it, without a
-/// cache of keys and values.
+/// The model remembers what it can of the tokens before ([`CausalLm::continuation`]).
 ///
 /// # Errors
 /// An empty prompt, a negative temperature, logits that are not finite, and those of
@@ -124,10 +154,11 @@ pub fn generate(
         )
     }
     let mut rng = StdRng::seed_from_u64(sampling.seed);
-    let mut tokens = prompt.to_vec();
+    let mut continuation = model.continuation();
+    let (mut tokens, mut read) = (prompt.to_vec(), 0);
     for _ in 0..sampling.max_new_tokens {
-        let ids = Tensor::new(tokens.as_slice(), model.device())?.unsqueeze(0)?;
-        let logits = model.next_token_logits(&ids)?.squeeze(0)?;
+        let logits = continuation.next_token_logits(&tokens[read..])?;
+        read = tokens.len();
         // On the host: Metal has no f64.
         let logits = logits.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
         let logits: Vec<f64> = logits.to_vec1()?;

@@ -1,9 +1,8 @@
 //! The decoder: embedding, layers, norm, head.
 
 use super::adapter::Adapter;
-use super::causal_lm::CausalLm;
 use super::config::{Config, LayerConfig};
-use super::layers::{Layer, Norm, Positions, Shared};
+use super::layers::{Layer, Norm, Past, Positions, Shared};
 use super::loader::{Loaded, Loader};
 use super::recompute::{checkpoint, Recompute};
 use candle_core::{bail, DType, Device, Result, Tensor};
@@ -53,13 +52,13 @@ pub struct Decoder {
     embedding: Tensor,
     layers: Vec<Layer>,
     norm: Norm,
-    head: Tensor,
-    head_adapter: Option<Adapter>,
+    pub(super) head: Tensor,
+    pub(super) head_adapter: Option<Adapter>,
     loaded: Loaded,
     gradient_checkpointing: bool,
     dropout_seed: Option<u64>,
     name_or_path: Option<String>,
-    device: Device,
+    pub(super) device: Device,
 }
 
 impl Decoder {
@@ -175,7 +174,7 @@ impl Decoder {
 
     /// The tokens in u32, on the device. Candle takes the largest number of a dtype for no row at all,
     /// and a GPU does not tell of one outside.
-    fn checked(&self, ids: &Tensor) -> Result<Tensor> {
+    pub(super) fn checked(&self, ids: &Tensor) -> Result<Tensor> {
         if !ids.dtype().is_int() {
             bail!("ids must be integers, got {:?}", ids.dtype())
         }
@@ -219,18 +218,26 @@ impl Decoder {
     /// ```
     ///
     /// # Errors
-    /// Lengths that are 0 or do not add up to the tokens, and those of [`CausalLm::hidden_states`].
+    /// Lengths that are 0 or do not add up to the tokens, and those of
+    /// [`CausalLm::hidden_states`](super::CausalLm::hidden_states).
     pub fn packed_hidden_states(&self, ids: &Tensor, lengths: &[usize]) -> Result<Tensor> {
         let tokens = ids.dims1()?;
         if tokens == 0 || lengths.contains(&0) || lengths.iter().sum::<usize>() != tokens {
             bail!("sequences of lengths {lengths:?} in {tokens} tokens: each must have some, and all together as many")
         }
         let parts: Vec<_> = lengths.iter().map(|&length| (1, length)).collect();
-        self.states(&self.checked(ids)?, &parts)
+        self.states(&self.checked(ids)?, &parts, None)
     }
 
-    /// The states of rows of tokens, which are sequences of these `(batch, time)`, one part after the other.
-    fn states(&self, ids: &Tensor, parts: &[(usize, usize)]) -> Result<Tensor> {
+    /// The states of rows of tokens, which are sequences of these `(batch, time)`, one part after the other. With a past
+    /// they are one part, what comes after it; then it has them too.
+    pub(super) fn states(
+        &self,
+        ids: &Tensor,
+        parts: &[(usize, usize)],
+        mut past: Option<&mut Remembered>,
+    ) -> Result<Tensor> {
+        let start = past.as_ref().map_or(0, |past| past.time);
         let rows = self.embedding.index_select(ids, 0)?;
         let mut x = match self.config.embedding_scale {
             Some(scale) => (rows * scale)?,
@@ -242,14 +249,15 @@ impl Decoder {
             let shared = match known {
                 Some((_, shared)) => shared.clone(),
                 None => {
-                    let shared = Arc::new(self.shared(kind, parts)?);
+                    let shared = Arc::new(self.shared(kind, parts, start)?);
                     kinds.push((*kind, shared.clone()));
                     shared
                 }
             };
-            x = match self.gradient_checkpointing {
-                false => layer.forward(&x, &shared)?,
-                true => {
+            x = match (&mut past, self.gradient_checkpointing) {
+                (Some(past), _) => layer.forward(&x, &shared, Some(&mut past.layers[i]))?,
+                (None, false) => layer.forward(&x, &shared, None)?,
+                (None, true) => {
                     let layer = PlacedLayer {
                         layer: layer.clone(),
                         shared,
@@ -258,6 +266,9 @@ impl Decoder {
                 }
             };
         }
+        if let Some(past) = past {
+            past.time += parts.iter().map(|(_, time)| time).sum::<usize>();
+        }
         let states = self.norm.forward(&x)?;
         match self.config.logit_scale {
             Some(scale) => states * scale,
@@ -265,8 +276,8 @@ impl Decoder {
         }
     }
 
-    /// What the layers of one kind share.
-    fn shared(&self, kind: &LayerConfig, parts: &[(usize, usize)]) -> Result<Shared> {
+    /// What the layers of one kind share in a forward of sequences that begin at position `start`.
+    fn shared(&self, kind: &LayerConfig, parts: &[(usize, usize)], start: usize) -> Result<Shared> {
         let mut all: Vec<Arc<Positions>> = Vec::with_capacity(parts.len());
         for &(batch, time) in parts {
             let same = |other: &&Arc<Positions>| (other.batch, other.time) == (batch, time);
@@ -278,7 +289,12 @@ impl Decoder {
                     angles: match kind.rope {
                         Some(rope) => {
                             let rope = &self.config.ropes[rope];
-                            Some(rope.angles(time, self.dtype(), &self.device)?)
+                            let angles = rope.angles(start + time, self.dtype(), &self.device)?;
+                            Some(if start > 0 {
+                                angles.from(start)?
+                            } else {
+                                angles
+                            })
                         }
                         None => None,
                     },
@@ -294,30 +310,11 @@ impl Decoder {
     }
 }
 
-impl CausalLm for Decoder {
-    fn hidden_states(&self, ids: &Tensor) -> Result<Tensor> {
-        let (batch, time) = ids.dims2()?;
-        if batch * time == 0 {
-            bail!("no tokens: ids have shape {:?}", ids.dims())
-        }
-        self.states(&self.checked(ids)?, &[(batch, time)])?
-            .reshape((batch, time, self.config.hidden_size))
-    }
-
-    fn head_weight(&self) -> Result<Tensor> {
-        match &self.head_adapter {
-            None => Ok(self.head.clone()),
-            Some(adapter) => adapter.merged(&self.head),
-        }
-    }
-
-    fn device(&self) -> &Device {
-        &self.device
-    }
-
-    fn softcap(&self) -> Option<f64> {
-        self.config.softcap
-    }
+/// Keys and values of the tokens so far.
+#[derive(Default)]
+pub(super) struct Remembered {
+    pub time: usize,
+    pub layers: Vec<Past>,
 }
 
 /// A layer and what it shares with others.
@@ -328,6 +325,6 @@ struct PlacedLayer {
 
 impl Recompute for PlacedLayer {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.layer.forward(x, &self.shared)
+        self.layer.forward(x, &self.shared, None)
     }
 }

@@ -134,6 +134,22 @@ pub(super) struct Positions {
     pub window: Option<usize>,
 }
 
+/// The keys and values of the positions before, `(batch, time, heads, head_dim)`; `None` before the first.
+pub(super) type Past = Option<(Tensor, Tensor)>;
+
+/// Those of all positions, which are remembered.
+fn extended(past: &mut Past, key: Tensor, value: Tensor) -> Result<(Tensor, Tensor)> {
+    let (key, value) = match past.take() {
+        None => (key, value),
+        Some((keys, values)) => (
+            Tensor::cat(&[&keys, &key], 1)?,
+            Tensor::cat(&[&values, &value], 1)?,
+        ),
+    };
+    *past = Some((key.detach(), value.detach()));
+    Ok((key, value))
+}
+
 /// What the layers of one kind share in a forward.
 pub(super) struct Shared {
     /// What the rows are, one part after the other.
@@ -187,17 +203,18 @@ impl Attention {
         })
     }
 
-    /// Rows `(rows, hidden)` to the same.
-    fn forward(&self, x: &Tensor, shared: &Shared) -> Result<Tensor> {
+    /// Rows `(rows, hidden)` to the same. With a past they are one part, what comes after it.
+    fn forward(&self, x: &Tensor, shared: &Shared, past: Option<&mut Past>) -> Result<Tensor> {
         let qkv = self.query_key_value.forward(x, shared.dropout_seed)?;
         let attended = match shared.parts.as_slice() {
-            [positions] => self.attend(&qkv, positions)?,
+            [positions] => self.attend(&qkv, positions, past)?,
             parts => {
                 let (mut start, mut attended) = (0, Vec::with_capacity(parts.len()));
                 for positions in parts {
                     let rows = positions.batch * positions.time;
                     let part = qkv.iter().map(|x| x.narrow(0, start, rows));
-                    attended.push(self.attend(&part.collect::<Result<Vec<_>>>()?, positions)?);
+                    let part = part.collect::<Result<Vec<_>>>()?;
+                    attended.push(self.attend(&part, positions, None)?);
                     start += rows;
                 }
                 Tensor::cat(&attended, 0)?
@@ -207,7 +224,12 @@ impl Attention {
     }
 
     /// Rows `(batch * time, ..)` of queries, keys and values to what each position makes of the values.
-    fn attend(&self, qkv: &[Tensor], positions: &Positions) -> Result<Tensor> {
+    fn attend(
+        &self,
+        qkv: &[Tensor],
+        positions: &Positions,
+        past: Option<&mut Past>,
+    ) -> Result<Tensor> {
         let &Positions {
             batch,
             time,
@@ -223,6 +245,10 @@ impl Attention {
         if let Some(angles) = &positions.angles {
             (query, key) = (angles.turn(&query)?, angles.turn(&key)?);
         }
+        let (key, value) = match past {
+            Some(past) => extended(past, key, value)?,
+            None => (key, value),
+        };
         let options = AttentionOptions {
             causal: true,
             scale: Some(self.scale),
@@ -312,8 +338,13 @@ impl Layer {
         })
     }
 
-    /// Rows `(rows, hidden)` to the same.
-    pub(super) fn forward(&self, x: &Tensor, shared: &Shared) -> Result<Tensor> {
+    /// Rows `(rows, hidden)` to the same, after a past where there is one.
+    pub(super) fn forward(
+        &self,
+        x: &Tensor,
+        shared: &Shared,
+        past: Option<&mut Past>,
+    ) -> Result<Tensor> {
         let added = |norm: &Option<Norm>, y: Tensor| -> Result<Tensor> {
             let y = match norm {
                 Some(norm) => norm.forward(&y)?,
@@ -325,7 +356,7 @@ impl Layer {
             }
         };
         let normed = self.attention_norm.forward(x)?;
-        let attended = self.attention.forward(&normed, shared)?;
+        let attended = self.attention.forward(&normed, shared, past)?;
         let attended = added(&self.attended_norm, attended)?;
         let (x, normed) = self.mlp_norm.forward_sum(&attended, x)?;
         let y = self.mlp.forward(&normed, shared.dropout_seed)?;

@@ -28,6 +28,7 @@ mod adapter_files;
 mod causal_lm;
 mod checkpoint_files;
 mod config;
+mod continuation;
 mod decoder;
 mod entries;
 mod gradients;
@@ -43,7 +44,7 @@ pub(crate) mod update;
 mod with_head;
 
 pub use adamw::{AdamW, Group};
-pub use causal_lm::{generate, CausalLm, Sampling};
+pub use causal_lm::{generate, CausalLm, Continuation, Sampling};
 pub use config::{Config, Family, LayerConfig};
 pub use decoder::Decoder;
 pub use gradients::{clip_gradients, clip_gradients_on_device, Accumulator};

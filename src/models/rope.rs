@@ -252,6 +252,15 @@ pub(super) struct Angles {
 }
 
 impl Angles {
+    /// Those of the positions from `start` on.
+    pub(super) fn from(&self, start: usize) -> Result<Self> {
+        let of = |x: &Tensor| x.narrow(0, start, x.dim(0)? - start)?.contiguous();
+        Ok(Self {
+            cos: of(&self.cos)?,
+            sin: of(&self.sin)?,
+        })
+    }
+
     /// Turns queries or keys `(batch, time, heads, head_dim)`.
     pub(super) fn turn(&self, x: &Tensor) -> Result<Tensor> {
         crate::ops::rope(x, &self.cos, &self.sin)

@@ -12,6 +12,7 @@ mod golden;
 mod golden_objectives;
 mod grid;
 mod hostile;
+mod layer;
 mod objectives;
 mod ops;
 mod paths;

@@ -1,6 +1,9 @@
 //! What a decoder computes: gradients, windows, tokens, what it learns and says.
 
-use crate::common::{assert_gradients, error, exact, expected, folder, load, norm, small, values};
+use crate::common::{
+    assert_close, assert_gradients, error, exact, expected, folder, load, norm, small, values,
+    CASES,
+};
 use candle_core::{DType, Device, Result, Tensor};
 use candle_cut_cross_entropy::models::{
     clip_gradients, generate, CausalLm, Config, Decoder, Family, Sampling,
@@ -114,6 +117,33 @@ fn training_on_a_text_learns_it() -> Result<()> {
         ..Sampling::default()
     };
     assert_eq!(generate(&decoder, &text[..10], &sampling)?, text[10..]);
+    Ok(())
+}
+
+/// Of every family: with windows, without angles, and with angles that change at a length.
+#[test]
+fn a_continuation_has_the_logits_of_the_whole() -> Result<()> {
+    for case in CASES {
+        let (decoder, _) = load(case)?;
+        let vocab = decoder.config().vocab_size as u32;
+        let tokens: Vec<u32> = (0..24).map(|i| (i * i * 7 + 3) % vocab).collect();
+        let mut continuation = decoder.continuation();
+        // The prompt at once, then one by one, then two.
+        let ends: Vec<usize> = [5].into_iter().chain(6..=20).chain([22, 24]).collect();
+        let mut start = 0;
+        for end in ends {
+            let got = continuation.next_token_logits(&tokens[start..end])?;
+            let ids = Tensor::new(&tokens[..end], &Device::Cpu)?.unsqueeze(0)?;
+            let want = decoder.next_token_logits(&ids)?.squeeze(0)?;
+            assert_close(&format!("{case} {end}"), &got, &want, 1e-5);
+            start = end;
+        }
+    }
+    let (decoder, _) = load("llama")?;
+    let message = error(decoder.continuation().next_token_logits(&[]));
+    assert!(message.contains("no tokens"), "{message}");
+    let message = error(decoder.continuation().next_token_logits(&[u32::MAX]));
+    assert!(message.contains("outside the vocabulary"), "{message}");
     Ok(())
 }
 
