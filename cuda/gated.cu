@@ -23,7 +23,9 @@ struct Activation {
   static __device__ __forceinline__ Activation gelu(float x) {
     constexpr float FACTOR = 0.7978845608028654f, CUBIC = 0.044715f;  // sqrt(2 / pi)
     const float tanh = fast_tanh(FACTOR * x * (1.f + CUBIC * x * x));
-    const float inner_slope = FACTOR * (1.f + 3.f * CUBIC * x * x);
+    // Far beyond where tanh is 1: the square of a larger number may be infinite.
+    const float near = fminf(fmaxf(x, -1e4f), 1e4f);
+    const float inner_slope = FACTOR * (1.f + 3.f * CUBIC * near * near);
     return {0.5f * x * (1.f + tanh), 0.5f * (1.f + tanh) + 0.5f * x * (1.f - tanh * tanh) * inner_slope};
   }
   static __device__ __forceinline__ Activation of(float x, bool gelu_) { return gelu_ ? gelu(x) : silu(x); }

@@ -76,21 +76,25 @@ pub trait CausalLm {
     }
 
     /// One sequence, token by token: what [`generate`] reads. [`Decoder`](super::Decoder) keeps the keys and values of the
-    /// tokens so far; a model without a form of its own computes them anew with every token.
-    fn continuation(&self) -> Box<dyn Continuation + '_> {
-        Box::new(AnewContinuation {
+    /// tokens so far, and computes them anew where rope's angles change with the length; a model without a form of its own
+    /// computes them anew with every token. An optimizer's step between two calls leaves what is kept as it was.
+    ///
+    /// # Errors
+    /// None that making the model did not meet.
+    fn continuation(&self) -> Result<Box<dyn Continuation + '_>> {
+        Ok(Box::new(AnewContinuation {
             model: self,
             tokens: Vec::new(),
-        })
+        }))
     }
 }
 
 /// A sequence that goes on, see [`CausalLm::continuation`].
 pub trait Continuation {
-    /// Appends tokens, at least one, and returns the logits `(V)` of the token after them. No gradient goes through them.
+    /// Appends tokens, at least one, and returns the logits `(V)` of the token after them, outside of any graph.
     ///
     /// # Errors
-    /// Those of [`CausalLm::hidden_states`].
+    /// Those of [`CausalLm::hidden_states`]. The tokens are not appended then.
     fn next_token_logits(&mut self, tokens: &[u32]) -> Result<Tensor>;
 }
 
@@ -101,9 +105,14 @@ struct AnewContinuation<'a, M: ?Sized> {
 
 impl<M: CausalLm + ?Sized> Continuation for AnewContinuation<'_, M> {
     fn next_token_logits(&mut self, tokens: &[u32]) -> Result<Tensor> {
+        let before = self.tokens.len();
         self.tokens.extend(tokens);
-        let ids = Tensor::new(self.tokens.as_slice(), self.model.device())?.unsqueeze(0)?;
-        self.model.next_token_logits(&ids)?.squeeze(0)
+        let logits = Tensor::new(self.tokens.as_slice(), self.model.device())
+            .and_then(|ids| self.model.next_token_logits(&ids.unsqueeze(0)?)?.squeeze(0));
+        if logits.is_err() {
+            self.tokens.truncate(before);
+        }
+        Ok(logits?.detach())
     }
 }
 
@@ -154,7 +163,7 @@ pub fn generate(
         )
     }
     let mut rng = StdRng::seed_from_u64(sampling.seed);
-    let mut continuation = model.continuation();
+    let mut continuation = model.continuation()?;
     let (mut tokens, mut read) = (prompt.to_vec(), 0);
     for _ in 0..sampling.max_new_tokens {
         let logits = continuation.next_token_logits(&tokens[read..])?;

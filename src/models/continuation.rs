@@ -6,20 +6,33 @@ use super::rope::Rope;
 use candle_core::{bail, Device, Result, Tensor};
 
 /// Goes on where it was, unless the angles of the tokens so far change with the length.
-struct CachedContinuation<'a> {
-    decoder: &'a Decoder,
+struct CachedContinuation {
+    /// Outside of any graph, and without dropout.
+    decoder: Decoder,
     tokens: Vec<u32>,
     remembered: Remembered,
 }
 
-impl Continuation for CachedContinuation<'_> {
+impl Continuation for CachedContinuation {
     fn next_token_logits(&mut self, tokens: &[u32]) -> Result<Tensor> {
-        let decoder = self.decoder;
         let before = self.tokens.len();
         if before + tokens.len() == 0 {
             bail!("no tokens to go on from")
         }
         self.tokens.extend(tokens);
+        let logits = self.logits(before);
+        if logits.is_err() {
+            self.tokens.truncate(before);
+            self.remembered = Remembered::default();
+        }
+        logits
+    }
+}
+
+impl CachedContinuation {
+    /// Of the token after all, of which the first `before` were read already.
+    fn logits(&mut self, before: usize) -> Result<Tensor> {
+        let decoder = &self.decoder;
         let turns_anew = |rope: &Rope| {
             before > 0 && rope.frequencies_at(before) != rope.frequencies_at(self.tokens.len())
         };
@@ -40,12 +53,12 @@ impl Continuation for CachedContinuation<'_> {
 }
 
 impl CausalLm for Decoder {
-    fn continuation(&self) -> Box<dyn Continuation + '_> {
-        Box::new(CachedContinuation {
-            decoder: self,
+    fn continuation(&self) -> Result<Box<dyn Continuation + '_>> {
+        Ok(Box::new(CachedContinuation {
+            decoder: self.frozen()?,
             tokens: Vec::new(),
             remembered: Remembered::default(),
-        })
+        }))
     }
 
     fn hidden_states(&self, ids: &Tensor) -> Result<Tensor> {

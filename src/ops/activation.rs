@@ -30,10 +30,32 @@ impl Activation {
                 let (cubic, half) = (cpu::real::<R>(0.044715), cpu::real::<R>(0.5));
                 let three = cpu::real::<R>(3.);
                 let tanh = (factor * x * (one + cubic * x * x)).tanh();
-                let inner = factor * (one + three * cubic * x * x);
+                // Far beyond where tanh is 1: the square of a larger number may be infinite.
+                let far = cpu::real::<R>(1e4);
+                let near = if x > far {
+                    far
+                } else if x < -far {
+                    -far
+                } else {
+                    x
+                };
+                let inner = factor * (one + three * cubic * near * near);
                 let slope = half * (one + tanh) + half * x * (one - tanh * tanh) * inner;
                 (half * x * (one + tanh), slope)
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Activation;
+
+    #[test]
+    fn slopes_of_huge_numbers_are_numbers() {
+        for x in [1e20f32, 1e38] {
+            assert_eq!(Activation::GeluTanh.at(x), (x, 1.));
+            assert_eq!(Activation::GeluTanh.at(-x), (0., 0.));
         }
     }
 }

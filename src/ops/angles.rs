@@ -29,6 +29,12 @@ impl Angles {
             ),
         }
         let fit = |what: &str, angles: &Tensor| {
+            if !angles.dtype().is_float() {
+                bail!(
+                    "{NAME}: expected {what} in bf16, f16, f32 or f64, got {:?}",
+                    angles.dtype()
+                )
+            }
             if !angles.device().same_device(x.device()) {
                 bail!(
                     "{NAME}: {what} is on {:?}, x on {:?}",

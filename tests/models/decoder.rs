@@ -127,7 +127,7 @@ fn a_continuation_has_the_logits_of_the_whole() -> Result<()> {
         let (decoder, _) = load(case)?;
         let vocab = decoder.config().vocab_size as u32;
         let tokens: Vec<u32> = (0..24).map(|i| (i * i * 7 + 3) % vocab).collect();
-        let mut continuation = decoder.continuation();
+        let mut continuation = decoder.continuation()?;
         // The prompt at once, then one by one, then two.
         let ends: Vec<usize> = [5].into_iter().chain(6..=20).chain([22, 24]).collect();
         let mut start = 0;
@@ -140,10 +140,18 @@ fn a_continuation_has_the_logits_of_the_whole() -> Result<()> {
         }
     }
     let (decoder, _) = load("llama")?;
-    let message = error(decoder.continuation().next_token_logits(&[]));
+    let mut continuation = decoder.continuation()?;
+    let message = error(continuation.next_token_logits(&[]));
     assert!(message.contains("no tokens"), "{message}");
-    let message = error(decoder.continuation().next_token_logits(&[u32::MAX]));
+    let logits = continuation.next_token_logits(&[1, 2])?;
+    assert!(!logits.track_op());
+    let message = error(continuation.next_token_logits(&[u32::MAX]));
     assert!(message.contains("outside the vocabulary"), "{message}");
+    // What failed left nothing behind.
+    let got = continuation.next_token_logits(&[3])?;
+    let ids = Tensor::new(&[[1u32, 2, 3]], &Device::Cpu)?;
+    let want = decoder.next_token_logits(&ids)?.squeeze(0)?;
+    assert_close("after an error", &got, &want, 1e-5);
     Ok(())
 }
 

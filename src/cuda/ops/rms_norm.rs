@@ -75,7 +75,14 @@ pub(crate) fn backward(
             true => Some(gpu.array::<f32>(rows)?),
             false => None,
         };
-        let params = addresses(&gpu, all, |read| {
+        let of_weight = match weight_wanted {
+            true => Some((
+                gpu.array::<f32>(chunks * size)?,
+                gpu.unfinished(kind.dtype, weight.shape(), false)?,
+            )),
+            false => None,
+        };
+        addresses(&gpu, all, |read| {
             let params = RmsNormParams {
                 x: read[0],
                 weight: read[1],
@@ -97,28 +104,25 @@ pub(crate) fn backward(
                 &kernel(RMS_NORM, name, grid, ROW_THREADS as u32, 0),
                 &params,
             )?;
-            Ok(params)
+            let Some((partials, of_weight)) = &of_weight else {
+                return Ok(());
+            };
+            let params = RmsNormParams {
+                partials: partials.address,
+                weight_grad: of_weight.address,
+                ..params
+            };
+            let grid = (size.div_ceil(COLUMN_THREADS), chunks);
+            let name = kind.kernel("rms_norm_weight_partials");
+            gpu.launch(
+                &kernel(RMS_NORM, name, grid, COLUMN_THREADS as u32, 0),
+                &params,
+            )?;
+            let grid = (size.div_ceil(SUM_COLUMNS), 1);
+            let name = kind.kernel("rms_norm_weight_gradient");
+            gpu.launch(&kernel(RMS_NORM, name, grid, 1024, 0), &params)
         })?;
-        let of_x = of_x.finish(&gpu);
-        if !weight_wanted {
-            return Ok((of_x, None));
-        }
-        let partials = gpu.array::<f32>(chunks * size)?;
-        let of_weight = gpu.unfinished(kind.dtype, weight.shape(), false)?;
-        let params = RmsNormParams {
-            partials: partials.address,
-            weight_grad: of_weight.address,
-            ..params
-        };
-        let grid = (size.div_ceil(COLUMN_THREADS), chunks);
-        let name = kind.kernel("rms_norm_weight_partials");
-        gpu.launch(
-            &kernel(RMS_NORM, name, grid, COLUMN_THREADS as u32, 0),
-            &params,
-        )?;
-        let grid = (size.div_ceil(SUM_COLUMNS), 1);
-        let name = kind.kernel("rms_norm_weight_gradient");
-        gpu.launch(&kernel(RMS_NORM, name, grid, 1024, 0), &params)?;
-        Ok((of_x, Some(of_weight.finish(&gpu))))
+        let of_weight = of_weight.map(|(_, of_weight)| of_weight.finish(&gpu));
+        Ok((of_x.finish(&gpu), of_weight))
     })
 }

@@ -20,10 +20,10 @@ pub use sizes::AttentionOptions;
 /// `q` is `(batch, T, heads, head_dim)`, `k` and `v` are `(batch, S, key_value_heads, head_dim)`, and the result has the
 /// shape of `q`. `key_value_heads` divides `heads`: query head `h` goes with head `h / (heads / key_value_heads)` of the
 /// keys. All three may be views of one projection; a copy is made only of one whose last dimension is not contiguous, or on
-/// CUDA not on 16 bytes.
+/// CUDA not on 16 bytes; heads that are no multiple of 16 bytes are padded there.
 ///
-/// bf16, f16, f32 and f64; scores, softmax and sums are f32 (f64 for f64), probabilities are rounded to the inputs' dtype
-/// for their products on CUDA. Heads have at most 256 dimensions on CUDA, any number elsewhere.
+/// bf16, f16, f32 and f64; scores, softmax and sums are f32 (f64 for f64), probabilities and the gradients of the scores are
+/// rounded to the inputs' dtype for their products on CUDA, where f16 loses what is below 6e-8: scale the loss. Heads have at most 256 dimensions on CUDA, any number elsewhere.
 ///
 /// Beside its inputs it keeps its result and a number a row, the log-sum-exp; the backward computes the scores again.
 /// Memory grows with `T + S` on every device. Gradients of `q`, `k` and `v`, each the same bits in every run.

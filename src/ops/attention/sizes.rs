@@ -41,6 +41,9 @@ impl Settings {
             softcap,
             window,
         } = options;
+        if sizes.head_dim == 0 {
+            bail!("{NAME}: heads of 0 dimensions")
+        }
         let scale = scale.unwrap_or(1. / (sizes.head_dim as f64).sqrt());
         if !(scale > 0. && scale.is_finite()) {
             bail!("{NAME}: the scale must be positive and finite, got {scale}")
@@ -136,7 +139,7 @@ impl Sizes {
         }
         let offset = self.keys - self.queries;
         let end = match settings.window {
-            Some(window) => (keys.end + window - 1).saturating_sub(offset),
+            Some(window) => keys.end.saturating_add(window - 1).saturating_sub(offset),
             None => self.queries,
         };
         let end = end.min(self.queries);
@@ -151,7 +154,7 @@ mod tests {
     #[test]
     fn ranges_hold_what_is_seen_and_nothing_more() {
         for (queries, keys) in [(1, 1), (7, 7), (5, 9)] {
-            for window in [None, Some(1), Some(3), Some(100)] {
+            for window in [None, Some(1), Some(3), Some(100), Some(usize::MAX)] {
                 let settings = Settings {
                     causal: true,
                     scale: 1.,
