@@ -78,7 +78,7 @@ fn check_alike(name: &str, x: &Tensor, others: &[(&str, &Tensor)]) -> Result<()>
         }
         if !other.device().same_device(x.device()) {
             bail!(
-                "{name}: {what} is on {:?}, expected {:?} where the others are",
+                "{name}: {what} is on {:?}, expected {:?} where the others are (clones of one device are the same, two calls of `new_cuda` are not)",
                 other.device().location(),
                 x.device().location()
             )

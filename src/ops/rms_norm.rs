@@ -32,10 +32,11 @@ use rayon::prelude::*;
 /// Source: Zhang and Sennrich, *Root Mean Square Layer Normalization*, [arXiv 1910.07467](https://arxiv.org/abs/1910.07467).
 ///
 /// # Errors
-/// A weight whose length is not that of the rows, dtypes or devices that differ, a tensor without numbers.
+/// A weight whose length is not that of the rows, dtypes or devices that differ, an eps below 0 or not finite, an offset that
+/// is not finite, a tensor without numbers.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64, offset: f64) -> Result<Tensor> {
     check(x, weight)?;
-    let settings = Settings { eps, offset };
+    let settings = Settings::new(eps, offset)?;
     match Place::of(NAME, x)? {
         Place::Here => {
             let norm = RmsNorm {
@@ -92,7 +93,7 @@ pub fn add_rms_norm(
     }
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() && Place::of(NAME, x)? == Place::Here {
-        return fused::add_rms_norm([x, residual, weight], Settings { eps, offset });
+        return fused::add_rms_norm([x, residual, weight], Settings::new(eps, offset)?);
     }
     let sum = (x + residual)?;
     let normed = rms_norm(&sum, weight, eps, offset)?;
@@ -117,6 +118,15 @@ fn check(x: &Tensor, weight: &Tensor) -> Result<()> {
 pub(crate) struct Settings {
     pub eps: f64,
     pub offset: f64,
+}
+
+impl Settings {
+    fn new(eps: f64, offset: f64) -> Result<Self> {
+        if !(eps >= 0. && eps.is_finite() && offset.is_finite()) {
+            bail!("{NAME}: eps must be at least 0 and finite, the offset finite, got {eps} and {offset}")
+        }
+        Ok(Self { eps, offset })
+    }
 }
 
 struct RmsNorm {

@@ -160,6 +160,14 @@ fn errors_say_what_was_given_and_what_is_wanted() -> Result<()> {
             "k is F64, expected F32",
         ),
         (
+            rms_norm(&one, &zeros(&[8])?, -1., 0.),
+            "eps must be at least 0 and finite, the offset finite, got -1 and 0",
+        ),
+        (
+            rope(&q, &zeros(&[4, 4])?.to_dtype(DType::U32)?, &zeros(&[4, 4])?),
+            "expected cos in bf16, f16, f32 or f64, got U32",
+        ),
+        (
             attention(
                 &zeros(&[0, 4, 3, 8])?,
                 &zeros(&[0, 3, 1, 8])?,
