@@ -16,7 +16,7 @@ mod kto;
 mod policy;
 mod preferences;
 
-use crate::problem::{pick_positions, to_i64};
+use crate::positions::{pick_positions, to_i64};
 use crate::{Options, Reduction};
 use candle_core::{bail, DType, Result, Tensor, D};
 

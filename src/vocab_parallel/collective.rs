@@ -1,4 +1,5 @@
-//! All that the ranks of a sharded head tell each other: two all-reduces in a forward, one in a backward.
+//! All that the ranks of a sharded head tell each other: two all-reduces in a forward, one in a backward; in a forward one
+//! or two more with label smoothing, and one with the predicted class.
 
 use super::{ReduceOp, VocabParallel};
 use crate::op::contract::accumulator;
@@ -41,6 +42,11 @@ impl VocabParallel {
         let max = self.all_reduce(here, ReduceOp::Max)?;
         let sums = self.all_reduce(sums(&max)?, ReduceOp::Sum)?;
         Ok((max, sums))
+    }
+
+    /// The sum over the ranks.
+    pub(crate) fn sum(&self, here: Tensor) -> Result<Tensor> {
+        self.all_reduce(here, ReduceOp::Sum)
     }
 
     /// The gradient of the embeddings over all ranks' classes, in the dtype of the embeddings.

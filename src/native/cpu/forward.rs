@@ -111,6 +111,7 @@ fn forward_of<T: Element>(
     };
     let left = Left {
         ran,
+        predicted: None,
         backward: Box::new(CpuBackward::<T>::new(known, formed, report.clone())),
         loss: None,
     };
@@ -121,8 +122,8 @@ fn forward_of<T: Element>(
 fn pack(rows: &HostRows, losses: &[RowLoss], settings: &Settings) -> Vec<f32> {
     let mut packed = vec![0f32; 2 * rows.positions + 1];
     let mut sum = 0.;
-    for (position, &RowLoss { nll, lse }) in rows.position.iter().zip(losses) {
-        let loss = settings.loss(nll, lse);
+    for (row, (position, &RowLoss { nll, lse })) in rows.position.iter().zip(losses).enumerate() {
+        let loss = rows.terms(row).loss(nll, lse);
         packed[*position as usize] = loss as f32;
         packed[rows.positions + *position as usize] = lse as f32;
         sum += loss;
@@ -148,16 +149,19 @@ fn fused<T: Element>(
     let mut bias = zeros(wanted.bias, inputs.vocab);
     let mut embeddings = wanted.embeddings.then(|| EmbeddingsGradient::new(inputs));
     let gradients = gradients(wanted.embeddings, wanted.classifier || wanted.bias);
-    let scale = inputs.rows.scale(settings.reduction);
+    let scale = inputs.rows.scale(settings.reduction) * settings.logit_scale;
     let mut scales = Vec::with_capacity(n);
     let mut logits = vec![T::Real::default(); block_rows * tiles.len() * TILE];
     for block in blocks(n, block_rows) {
         let logits = &mut logits[..block.len() * tiles.len() * TILE];
         let values = inputs.block_embeddings(&block);
         losses.extend(inputs.forward(&values, &block, Some(&mut *logits), kept, softmax));
-        scales.extend(losses[block.clone()].iter().map(|loss| Scale {
-            softmax: T::Real::from_f64(scale * settings.softmax_share(loss.lse)),
-            one_hot: T::Real::from_f64(scale),
+        scales.extend(block.clone().map(|row| {
+            let terms = inputs.rows.terms(row);
+            Scale {
+                softmax: T::Real::from_f64(scale * terms.softmax(losses[row].lse)),
+                one_hot: T::Real::from_f64(scale * terms.nll),
+            }
         }));
         if let Some(embeddings) = &mut embeddings {
             embeddings.begin(&block);

@@ -18,6 +18,8 @@ pub(super) struct Inputs<'a, T: Element> {
     pub hidden: usize,
     pub vocab: usize,
     pub rows: &'a HostRows,
+    /// What logits are multiplied by after the bias and before the softcap.
+    pub scale: Option<T::Real>,
     pub softcap: Option<T::Real>,
     /// Threads that may work at once.
     pub lanes: usize,
@@ -87,8 +89,17 @@ impl<T: Element> Inputs<'_, T> {
             Matrix::new(embeddings, rows, hidden, hidden),
             Matrix::new(classifier, classes.len(), hidden, hidden).t(),
         );
-        let bias = self.bias.as_ref().map(|bias| &bias[classes.clone()]);
-        passes::finish(logits, TILE, classes.len(), bias, self.softcap);
+        self.finish_logits(logits, TILE, &classes);
+    }
+
+    /// Makes logits `(rows, stride)` of the products of some classes.
+    pub fn finish_logits(&self, products: &mut [T::Real], stride: usize, classes: &Range<usize>) {
+        let after = passes::After {
+            bias: self.bias.as_ref().map(|bias| &bias[classes.clone()]),
+            scale: self.scale,
+            softcap: self.softcap,
+        };
+        passes::finish(products, stride, classes.len(), after);
     }
 
     /// Tasks that one thread takes in a row, so that no more than `lanes` threads work.

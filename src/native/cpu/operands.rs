@@ -37,6 +37,7 @@ pub(super) fn inputs<'a, T: Element>(
         hidden,
         vocab,
         rows,
+        scale: (settings.logit_scale != 1.).then(|| T::Real::from_f64(settings.logit_scale)),
         softcap: settings.softcap.map(T::Real::from_f64),
         lanes,
     })

@@ -7,15 +7,27 @@ use super::statistics::TileSum;
 
 const LANES: usize = 32;
 
-/// Bias and softcap, where there are any, on rows of logits `stride` apart.
+/// What makes logits of products, in this order.
+#[derive(Clone, Copy)]
+pub(super) struct After<'a, R> {
+    pub bias: Option<&'a [R]>,
+    pub scale: Option<R>,
+    pub softcap: Option<R>,
+}
+
+/// Makes logits of rows of products `stride` apart.
 pub(super) fn finish<R: Real>(
     logits: &mut [R],
     stride: usize,
     classes: usize,
-    bias: Option<&[R]>,
-    softcap: Option<R>,
+    after: After<'_, R>,
 ) {
-    if bias.is_none() && softcap.is_none() {
+    let After {
+        bias,
+        scale,
+        softcap,
+    } = after;
+    if bias.is_none() && scale.is_none() && softcap.is_none() {
         return;
     }
     let inverse = softcap.map(|softcap| R::ONE / softcap);
@@ -27,6 +39,11 @@ pub(super) fn finish<R: Real>(
                 if let Some(bias) = bias {
                     for (z, b) in row.iter_mut().zip(bias) {
                         *z += *b;
+                    }
+                }
+                if let Some(scale) = scale {
+                    for z in row.iter_mut() {
+                        *z *= scale;
                     }
                 }
                 if let (Some(softcap), Some(inverse)) = (softcap, inverse) {

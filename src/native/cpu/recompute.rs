@@ -152,24 +152,27 @@ impl<T: Element> Remembered<T> {
     }
 
     /// With the upstream gradients `g` of a row's loss (through the reduced loss or not) and `h` of
-    /// its lse, the gradient of its logits is `(g + h) softmax(z) - g onehot(y)`, and `g` has a share more
-    /// in the softmax where there is a z-loss.
+    /// its lse, the gradient of its logits is `(g s + h) softmax(z) - g t onehot(y)`, where `s` and `t` are what the
+    /// row's [terms](crate::terms::Terms) have of the two.
     fn scales(&self, upstream: &[f32]) -> Vec<Scale<T::Real>> {
         let positions = self.rows.positions;
         let loss = upstream[2 * positions] as f64 * self.rows.scale(self.settings.reduction);
-        let scale = |(position, softmax): (&u32, &Softmax<T::Real>)| {
+        let on_all = self.settings.logit_scale;
+        let scale = |(row, (position, softmax)): (usize, (&u32, &Softmax<T::Real>))| {
+            let terms = self.rows.terms(row);
             let of_loss = upstream[*position as usize] as f64 + loss;
             let of_lse = upstream[positions + *position as usize] as f64;
             let lse = softmax.max.to_f64() - softmax.inverse_sum.to_f64().ln();
             Scale {
-                softmax: T::Real::from_f64(of_loss * self.settings.softmax_share(lse) + of_lse),
-                one_hot: T::Real::from_f64(of_loss),
+                softmax: T::Real::from_f64(on_all * (of_loss * terms.softmax(lse) + of_lse)),
+                one_hot: T::Real::from_f64(on_all * of_loss * terms.nll),
             }
         };
         self.rows
             .position
             .iter()
             .zip(&self.softmax)
+            .enumerate()
             .map(scale)
             .collect()
     }

@@ -161,7 +161,7 @@ impl TensorBackward {
         classes: &Range<usize>,
     ) -> Result<Tensor> {
         let pick = |t: &Tensor| t.narrow(0, rows.start, rows.len());
-        let z = logits(e, matrices, classes, self.settings.softcap)?;
+        let z = logits(e, matrices, classes, &self.settings)?;
         let mut g = z
             .broadcast_sub(&pick(&self.max)?)?
             .exp()?
@@ -187,10 +187,9 @@ impl TensorBackward {
         }
     }
 
-    /// With the upstream
-    /// gradients `g` of its loss (through the reduced loss or not) and `h` of its lse, the gradient of
-    /// its logits is `(g + h) softmax(z) - g onehot(y)`, and `g` has a share more in the softmax where
-    /// there is a z-loss.
+    /// With the upstream gradients `g` of a row's loss (through the reduced loss or not) and `h` of its lse, the gradient
+    /// of its logits is `(g s + h) softmax(z) - g t onehot(y)`, where `s` and `t` are what the row's
+    /// [terms](crate::terms::Terms) have of the two.
     fn row_scales(&self, upstream: &Tensor) -> Result<RowScales> {
         let n = self.rows.rows.positions;
         let upstream = upstream.to_dtype(self.max.dtype())?;
@@ -202,16 +201,12 @@ impl TensorBackward {
         let loss = (upstream.narrow(0, 2 * n, 1)? * self.rows.rows.scale(self.settings.reduction))?;
         let of_loss = pick(0)?.broadcast_add(&loss)?.unsqueeze(1)?;
         let of_lse = pick(n)?.unsqueeze(1)?;
-        let in_softmax = match self.settings.z_loss {
-            0. => of_loss.clone(),
-            weight => {
-                let lse = (&self.max + self.sum.log()?)?;
-                (&of_loss * lse.affine(2. * weight, 1.)?)?
-            }
-        };
+        let lse = (&self.max + self.sum.log()?)?;
+        let (softmax, one_hot) = self.rows.softmax_and_one_hot(&lse)?;
+        let on_all = self.settings.logit_scale;
         Ok(RowScales {
-            exp: ((in_softmax + of_lse)? / &self.sum)?,
-            one_hot: of_loss,
+            exp: ((((&of_loss * softmax)? + of_lse)? * on_all)? / &self.sum)?,
+            one_hot: ((of_loss * one_hot)? * on_all)?,
         })
     }
 }

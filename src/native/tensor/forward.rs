@@ -41,6 +41,7 @@ pub(in crate::native) fn forward(
             implementation: Implementation::Native,
             strategy: Strategy::Recompute,
         },
+        predicted: None,
         backward: Box::new(backward),
         loss: None,
     };
@@ -80,7 +81,7 @@ impl Statistics {
             let mut sum = Tensor::zeros(shape, dtype, device)?;
             let mut target = Tensor::zeros(shape, dtype, device)?;
             for classes in blocks(vocab, size.classes) {
-                let z = logits(&e, matrices, &classes, settings.softcap)?;
+                let z = logits(&e, matrices, &classes, settings)?;
                 if let Some((index, inside)) = rows.targets(&row_block, &classes)? {
                     target = inside.where_cond(&z.gather(&index, 1)?, &target)?;
                 }
@@ -134,10 +135,7 @@ fn pack(
     let log_sum = all.sum.log()?;
     let lse = (&all.max + &log_sum)?.unsqueeze(1)?;
     let nll = ((&all.max - &all.target)? + log_sum)?.unsqueeze(1)?;
-    let losses = match settings.z_loss {
-        0. => nll,
-        weight => (nll + (lse.sqr()? * weight)?)?,
-    };
+    let losses = rows.losses(&nll, &lse)?;
     let loss = (losses.sum_all()? * rows.rows.scale(settings.reduction))?.reshape(1)?;
     let spread = |values: &Tensor| -> Result<Tensor> {
         let values = values.flatten_all()?.to_dtype(DType::F32)?;
