@@ -5,7 +5,7 @@ use crate::cuda::call::{AverageAddresses, Call, Range};
 use crate::cuda::filter::{filter_blocks, Filter};
 use crate::cuda::hopper;
 use crate::cuda::launch::{Buffer, Kernel, BACKWARD, FILTER, FUSED, ONE_BLOCK};
-use crate::cuda::logits::{logits, Loss};
+use crate::cuda::logits::logits;
 use crate::cuda::operands::Operands;
 use crate::cuda::outputs::Results;
 use crate::cuda::params::backward::{BiasParams, FinishParams};
@@ -14,6 +14,7 @@ use crate::cuda::params::fused::{
     FactorParams, ReferenceParams, SharesParams, SumsParams, TargetsParams,
 };
 use crate::cuda::rows::sort_targets;
+use crate::cuda::terms::Loss;
 use crate::plan::{gradient_stride, Chunks, Path, TILE};
 use candle_core::Result;
 
@@ -66,6 +67,7 @@ impl Chunk<'_> {
             hidden: hidden as i64,
             first_row: first_row as u32,
             softcap: self.call.operands.softcap,
+            logit_scale: self.call.operands.logit_scale,
         };
         let grid = (rows / 4, 1);
         gpu.launch(
@@ -90,7 +92,7 @@ impl Chunk<'_> {
         hopper::tiles(
             gpu,
             self.call.operands,
-            "probabilities_sm90a",
+            hopper::Making::Probabilities,
             &self.gathered,
             &tiles,
         )?;
@@ -115,11 +117,11 @@ impl Chunk<'_> {
             row_log_sum: self.call.statistics.row_log_sum.address,
             packed: self.loss.packed,
             redo,
+            terms: self.loss.terms,
             first_row: first_row as u32,
             chunk_rows: rows as u32,
             class_tiles: self.call.operands.class_tiles() as u32,
             positions: self.call.rows.positions as u32,
-            z_loss: self.loss.z_loss,
         };
         self.call.gpu.launch(
             &Kernel::new(FUSED, "merge_sums", (rows.div_ceil(32), 1), ONE_BLOCK),
@@ -131,24 +133,24 @@ impl Chunk<'_> {
         let span = first_row..first_row + rows;
         logits(self.call, Path::Hopper, self.loss, redo, span, None, None)?;
         let offset = first_row as u64 * 4;
-        // In the place of the factors, which come later.
-        let shares = match self.loss.z_loss {
-            0. => 0,
-            weight => {
+        // In the place of the factors and the target's part, which come later.
+        let (of_softmax, of_one_hot) = match self.loss.terms.nll_only() {
+            true => (0, 0),
+            false => {
                 let params = SharesParams {
                     row_max: self.call.statistics.row_max.address,
                     row_log_sum: self.call.statistics.row_log_sum.address,
+                    row_position: self.call.rows.position.address,
                     count: redo,
-                    shares: self.factor.address,
+                    softmax: self.factor.address,
+                    one_hot: self.target_part.address,
+                    terms: self.loss.terms,
                     first_row: first_row as u32,
-                    z_loss: weight,
+                    positions: self.call.rows.positions as u32,
                 };
-                let grid = (rows / TILE, 1);
-                self.call.gpu.launch(
-                    &Kernel::new(FUSED, "softmax_shares", grid, TILE as u32),
-                    &params,
-                )?;
-                self.factor.address
+                let kernel = Kernel::new(FUSED, "row_shares", (rows / TILE, 1), TILE as u32);
+                self.call.gpu.launch(&kernel, &params)?;
+                (params.softmax, params.one_hot)
             }
         };
         let tiles = hopper::Tiles {
@@ -156,7 +158,8 @@ impl Chunk<'_> {
             row_target: self.call.rows.target.address + offset,
             row_max: self.call.statistics.row_max.address + offset,
             row_log_sum: self.call.statistics.row_log_sum.address + offset,
-            p_scale: shares,
+            p_scale: of_softmax,
+            target_scale: of_one_hot,
             gradient: self.gradient.address,
             first_row,
             rows,
@@ -167,7 +170,7 @@ impl Chunk<'_> {
         hopper::tiles(
             self.call.gpu,
             self.call.operands,
-            "gradient_sm90a",
+            hopper::Making::Gradient,
             &self.gathered,
             &tiles,
         )
@@ -180,6 +183,7 @@ impl Chunk<'_> {
             row_max: self.call.statistics.row_max.address,
             row_log_sum: self.call.statistics.row_log_sum.address,
             target_logit: self.call.statistics.target_logit.address,
+            row_position: self.call.rows.position.address,
             row_target: self.call.rows.target.address,
             count: self.call.rows.count.address,
             redo,
@@ -190,10 +194,12 @@ impl Chunk<'_> {
                 _ => self.gathered.address,
             },
             hidden: self.call.operands.hidden as i64,
+            terms: self.loss.terms,
             first_row: first_row as u32,
+            positions: self.call.rows.positions as u32,
             mean: u32::from(self.mean),
             softcap: self.call.operands.softcap,
-            z_loss: self.loss.z_loss,
+            logit_scale: self.call.operands.logit_scale,
         };
         gpu.launch(
             &Kernel::new(FUSED, kind.kernel("factor_rows"), (rows, 1), 128),

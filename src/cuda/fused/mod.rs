@@ -15,10 +15,10 @@ use super::backward::Saved;
 use super::call::Call;
 use super::filter::{count_kept, Filter};
 use super::launch::{Kernel, FUSED};
-use super::logits::Loss;
 use super::operands::{Kind, Operands};
 use super::outputs::{Outputs, Results};
 use super::params::fused::UpstreamParams;
+use super::terms::Loss;
 use crate::matrices::Matrices;
 use crate::op::contract::{self as op, Gradients, Wanted};
 use crate::plan::{self, gradient_stride, Chunks, Path, Workspace, TILE};
@@ -45,9 +45,9 @@ pub(super) fn filter(
 pub(super) fn plan(
     path: Path,
     call: Call<'_>,
+    loss: Loss,
     settings: &Settings,
-    wanted: Wanted,
-    filter: Option<Filter>,
+    (wanted, filter): (Wanted, Option<Filter>),
     workspace: Workspace,
 ) -> Option<Chunks> {
     let asked = settings.strategy == Strategy::Fused;
@@ -56,6 +56,7 @@ pub(super) fn plan(
     let runs = path == Path::Hopper
         && call.operands.kind.dtype == DType::BF16
         && settings.reduction != Reduction::None
+        && !loss.more()
         && wanted.any();
     if !(pays && runs) {
         return None;
