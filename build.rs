@@ -27,7 +27,7 @@ const KERNELS: [(&str, &str); 22] = [
     ("forward_sm90a", "compute_90a"),
     ("forward_outputs_sm90a", "compute_90a"),
     ("gradient_sm90a", "compute_90a"),
-    ("entropy_gradient_sm90a", "compute_90a"),
+    ("gradient_outputs_sm90a", "compute_90a"),
     ("products_sm90a", "compute_90a"),
 ];
 

@@ -35,12 +35,15 @@ template <typename T> __device__ void reference_logits(const ReferenceParams &p)
 struct SumsParams {
   const float *reference;  // (chunk_rows)
   const float *sums;       // (class tiles, chunk_rows), targets left out
+  const float *outputs;    // (3, class tiles, chunk_rows), as `probabilities` leaves them, or null
   const float *target_logit;
   const uint32_t *row_position;
   const int32_t *row_target;
   const uint32_t *count;
   float *row_max, *row_log_sum;  // out
   float *packed;                 // out: loss, lse
+  float *entropy;                // out: (positions), or null
+  uint32_t *predicted;           // out: (positions), or null
   uint32_t *redo;                // zero; out: the count if a sum left the range, so that all must be done again
   TermsParams terms;
   uint32_t first_row, chunk_rows, class_tiles, positions;
@@ -49,6 +52,49 @@ struct SumsParams {
 // exp(+-FAR) times any softmax that matters is a normal bf16 number, and f32 sums of them are finite.
 constexpr float FAR = 60.f;
 constexpr int SUM_ROWS = 32, SUM_PARTS = ONE_BLOCK / SUM_ROWS;
+
+// The likeliest of some classes: the lowest of several.
+struct Best {
+  float logit;
+  uint32_t at;
+
+  __device__ __forceinline__ void merge(float other_logit, uint32_t other) {
+    if (other_logit > logit || (other_logit == logit && other < at)) logit = other_logit, at = other;
+  }
+};
+
+// Entropy and likeliest class of the rows of a block, from their tiles; `sum` is that of each row, in the first part.
+__device__ void merge_outputs(const SumsParams &p, uint32_t in_chunk, bool exists, float sum) {
+  __shared__ float weighted_parts[SUM_PARTS][SUM_ROWS];
+  __shared__ Best best_parts[SUM_PARTS][SUM_ROWS];
+  const uint32_t x = threadIdx.x % SUM_ROWS, part = threadIdx.x / SUM_ROWS, row = p.first_row + in_chunk;
+  const int64_t plane = (int64_t)p.class_tiles * p.chunk_rows;
+  float weighted = 0.f;
+  Best best = {-INFINITY, 0};
+  if (exists)
+    for (uint32_t tile = part; tile < p.class_tiles; tile += SUM_PARTS) {
+      const float *of_tile = p.outputs + (int64_t)tile * p.chunk_rows + in_chunk;
+      weighted += of_tile[0];
+      best.merge(of_tile[plane], __float_as_uint(of_tile[2 * plane]));
+    }
+  weighted_parts[part][x] = weighted, best_parts[part][x] = best;
+  __syncthreads();
+  if (part > 0 || !exists) return;
+  for (int i = 1; i < SUM_PARTS; i++) {
+    weighted += weighted_parts[i][x];
+    best.merge(best_parts[i][x].logit, best_parts[i][x].at);
+  }
+  weighted /= LOG2E;
+  const int target = p.row_target[row];
+  if (target >= 0) {
+    const float logit = p.target_logit[row], from_reference = logit - p.reference[in_chunk];
+    weighted += expf(from_reference) * fmaxf(from_reference, LEAST_EXPONENT);
+    best.merge(logit, target);
+  }
+  const uint32_t position = p.row_position[row];
+  if (p.entropy) p.entropy[position] = logf(sum) - weighted / sum;
+  if (p.predicted) p.predicted[position] = best.at;
+}
 
 // 32 rows a block, 32 interleaved parts of the class tiles.
 extern "C" __global__ void __launch_bounds__(ONE_BLOCK) merge_sums(const SumsParams p) {
@@ -62,10 +108,14 @@ extern "C" __global__ void __launch_bounds__(ONE_BLOCK) merge_sums(const SumsPar
       sum += p.sums[(int64_t)tile * p.chunk_rows + in_chunk];
   parts[part][x] = sum;
   __syncthreads();
+  float max = 0.f;
+  if (part == 0 && exists) {
+    for (int i = 1; i < SUM_PARTS; i++) sum += parts[i][x];
+    max = p.reference[in_chunk];
+    if (p.row_target[row] >= 0) sum += expf(p.target_logit[row] - max);
+  }
+  if (p.outputs) merge_outputs(p, in_chunk, exists, sum);
   if (part > 0 || !exists) return;
-  for (int i = 1; i < SUM_PARTS; i++) sum += parts[i][x];
-  const float max = p.reference[in_chunk];
-  if (p.row_target[row] >= 0) sum += expf(p.target_logit[row] - max);
   const float log_sum = logf(sum);
   if (!(fabsf(log_sum) < FAR)) atomicMax(p.redo, *p.count);
   const bool in_range = p.row_target[row] >= 0;

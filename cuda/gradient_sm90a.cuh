@@ -25,7 +25,7 @@ constexpr uint32_t IDLE = 1u << 31;  // in a list: computed to keep the other bl
 static_assert(TILE_M == KEEP, "a consumer group works on the rows of one kept tile");
 
 // What a kernel makes of its tiles.
-enum class Tile { Gradient, EntropyGradient, Probabilities };
+enum class Tile { Gradient, EntropyGradient, Probabilities, ProbabilitiesAndOutputs };
 
 // Everything but the two matrices; mirrored on the host. The boxes of both maps are 64 high.
 struct GradientParams {
@@ -42,6 +42,8 @@ struct GradientParams {
   float* sums;                  // of probabilities, out: [class tiles][rows] sum of exp(z - reference), targets left out
   float* maxima;                // of probabilities, out: [class tiles][rows] the largest of them, or null
   float* masses;                // of probabilities, out: [class tiles][rows] sum of them times the slope, or null
+  float* outputs;               // of probabilities and outputs, out: [3][class tiles][rows] the sum of them by log2 of
+                                // each, the largest logit, and its lowest class as bits; targets left out
   float* target_logit;          // of probabilities, out: [rows] where the target is a class
   uint32_t first_row;           // compacted row that row 0 of all these is
   uint32_t rows;                // at most
@@ -224,8 +226,8 @@ __device__ __forceinline__ void write_gradient(float (&z)[2][TILE_N / 2], const 
   }
 }
 
-// From logits to what is known of the gradients before lse is.
-template <typename T>
+// From logits to what is known of the gradients before lse is. OUTPUTS: and to what entropy and the likeliest class need.
+template <typename T, bool OUTPUTS>
 __device__ __forceinline__ void write_probabilities(float (&z)[2][TILE_N / 2], const GradientParams& p, uint32_t rows,
                                                     uint32_t first_row, uint32_t class_tile) {
   const int lane_column = threadIdx.x % 4 * 2;
@@ -237,6 +239,8 @@ __device__ __forceinline__ void write_probabilities(float (&z)[2][TILE_N / 2], c
     const uint32_t row = first_row + s / 2 * 64 + s % 2 * 8;
     const bool counts = row < rows;
     float base = 0.0f, even = 0.0f, odd = 0.0f, largest = 0.0f, mass = 0.0f;
+    float weighted = 0.0f, best_logit = -INFINITY;
+    uint32_t best = 0;
     int target = -1;
     if (counts) {
       base = p.row_max[row];
@@ -253,9 +257,15 @@ __device__ __forceinline__ void write_probabilities(float (&z)[2][TILE_N / 2], c
         for (int e = 0; e < 2; ++e) {
           const int column = 8 * (first + i) + e;  // from the lane's first
           const float logit = z[s / 2][4 * (first + i) + 2 * (s % 2) + e];
-          g[e] = exp2_fast((logit - base) * LOG2E);
+          const float log2_g = (logit - base) * LOG2E;
+          g[e] = exp2_fast(log2_g);
           if (!counts || first_class + column + lane_column >= p.vocab) g[e] = 0.0f;
           if (target == column) p.target_logit[row] = logit, g[e] = 0.0f;
+          if constexpr (OUTPUTS) {
+            weighted = fmaf(g[e], fmaxf(log2_g, LEAST_EXPONENT), weighted);
+            const bool others = first_class + column + lane_column < p.vocab && target != column;
+            if (others && logit > best_logit) best_logit = logit, best = first_class + column + lane_column;
+          }
           (e == 0 ? even : odd) += g[e];
           largest = fmaxf(largest, g[e]);
           if (capped) {
@@ -278,6 +288,18 @@ __device__ __forceinline__ void write_probabilities(float (&z)[2][TILE_N / 2], c
     if (threadIdx.x % 4 == 0 && counts) {
       p.sums[at] = sum;
       if (p.maxima) p.maxima[at] = largest;
+    }
+    if constexpr (OUTPUTS) {
+#pragma unroll
+      for (int lanes = 1; lanes < 4; lanes *= 2) {
+        weighted += __shfl_xor_sync(~0u, weighted, lanes);
+        const float other_logit = __shfl_xor_sync(~0u, best_logit, lanes);
+        const uint32_t other = __shfl_xor_sync(~0u, best, lanes);
+        if (other_logit > best_logit || (other_logit == best_logit && other < best)) best_logit = other_logit, best = other;
+      }
+      const size_t plane = static_cast<size_t>(p.class_tiles) * p.rows;
+      if (threadIdx.x % 4 == 0 && counts)
+        p.outputs[at] = weighted, p.outputs[plane + at] = best_logit, p.outputs[2 * plane + at] = __uint_as_float(best);
     }
     if (p.masses) {
       mass += __shfl_xor_sync(~0u, mass, 1);
@@ -313,8 +335,9 @@ __device__ void consume(GradientPlan& plan, int group, const GradientParams& p) 
     if (!write) continue;
     finish_logits(z, bias ? plan.bias[group] : nullptr, p.logit_scale, p.softcap);
     const uint32_t row = row_tile * TILE_M + thread_row;
-    if constexpr (TILE_OF == Tile::Probabilities)
-      write_probabilities<T>(z, p, share.tiles.rows, row, class_tile);
+    constexpr bool OUTPUTS = TILE_OF == Tile::ProbabilitiesAndOutputs;
+    if constexpr (OUTPUTS || TILE_OF == Tile::Probabilities)
+      write_probabilities<T, OUTPUTS>(z, p, share.tiles.rows, row, class_tile);
     else
       write_gradient<T, TILE_OF == Tile::EntropyGradient>(z, p, share.tiles.rows, row, class_tile * KEEP);
   }

@@ -5,7 +5,7 @@
 
 use super::call::{Call, Group, Range, Scales};
 use super::launch::{
-    Buffer, Gpu, Kernel, ENTROPY_GRADIENT_SM90A, FORWARD_OUTPUTS_SM90A, FORWARD_SM90A,
+    Buffer, Gpu, Kernel, FORWARD_OUTPUTS_SM90A, FORWARD_SM90A, GRADIENT_OUTPUTS_SM90A,
     GRADIENT_SM90A, PRODUCTS_SM90A,
 };
 use super::operands::Operands;
@@ -140,6 +140,7 @@ pub(super) struct Tiles {
     pub sums: u64,
     pub maxima: u64,
     pub masses: u64,
+    pub outputs: u64,
     pub target_logit: u64,
     pub first_row: usize,
     pub rows: usize,
@@ -155,6 +156,7 @@ pub(super) enum Making {
     Gradient,
     EntropyGradient,
     Probabilities,
+    ProbabilitiesAndOutputs,
 }
 
 /// Computes the logits of tiles and makes something of them.
@@ -194,6 +196,7 @@ pub(super) fn tiles(
         sums: tiles.sums,
         maxima: tiles.maxima,
         masses: tiles.masses,
+        outputs: tiles.outputs,
         target_logit: tiles.target_logit,
         first_row: tiles.first_row as u32,
         rows: tiles.rows as u32,
@@ -209,8 +212,9 @@ pub(super) fn tiles(
     };
     let (module, name) = match making {
         Making::Gradient => (GRADIENT_SM90A, "gradient_sm90a"),
-        Making::EntropyGradient => (ENTROPY_GRADIENT_SM90A, "entropy_gradient_sm90a"),
+        Making::EntropyGradient => (GRADIENT_OUTPUTS_SM90A, "entropy_gradient_sm90a"),
         Making::Probabilities => (GRADIENT_SM90A, "probabilities_sm90a"),
+        Making::ProbabilitiesAndOutputs => (GRADIENT_OUTPUTS_SM90A, "probabilities_outputs_sm90a"),
     };
     let kernel = Kernel {
         module,

@@ -58,7 +58,7 @@ modules! {
     FORWARD_SM90A = "forward_sm90a";
     FORWARD_OUTPUTS_SM90A = "forward_outputs_sm90a";
     GRADIENT_SM90A = "gradient_sm90a";
-    ENTROPY_GRADIENT_SM90A = "entropy_gradient_sm90a";
+    GRADIENT_OUTPUTS_SM90A = "gradient_outputs_sm90a";
     PRODUCTS_SM90A = "products_sm90a";
     #[cfg(feature = "models")]
     OPTIMIZER = "optimizer";

@@ -38,6 +38,8 @@ pub(super) struct Chunk<'a> {
     pub maxima: Option<Buffer>,
     /// The sums by the softcap's derivative, where there is one.
     pub capped: Option<Buffer>,
+    /// What entropy and the likeliest class need of each tile, where asked for.
+    pub outputs: Option<Buffer>,
     pub gathered: Buffer,
     /// `(chunk_rows, hidden)` in f32: sums of dE, then the targets' part of dC.
     pub wide: Buffer,
@@ -49,6 +51,10 @@ pub(super) struct Chunk<'a> {
 impl Chunk<'_> {
     pub fn keep_table(&self) -> u64 {
         self.keep.as_ref().map_or(0, |keep| keep.address)
+    }
+
+    fn outputs_address(&self) -> u64 {
+        self.outputs.as_ref().map_or(0, |outputs| outputs.address)
     }
 
     pub fn run(&self, first_row: usize, rows: usize) -> Result<()> {
@@ -82,6 +88,7 @@ impl Chunk<'_> {
             sums: self.sums.address,
             maxima: self.maxima.as_ref().map_or(0, |maxima| maxima.address),
             masses: self.capped.as_ref().map_or(0, |capped| capped.address),
+            outputs: self.outputs_address(),
             target_logit: self.call.statistics.target_logit.address + first_row as u64 * 4,
             first_row,
             rows,
@@ -92,7 +99,10 @@ impl Chunk<'_> {
         hopper::tiles(
             gpu,
             self.call.operands,
-            hopper::Making::Probabilities,
+            match self.outputs {
+                None => hopper::Making::Probabilities,
+                Some(_) => hopper::Making::ProbabilitiesAndOutputs,
+            },
             &self.gathered,
             &tiles,
         )?;
@@ -109,6 +119,7 @@ impl Chunk<'_> {
         let params = SumsParams {
             reference: self.reference.address,
             sums: self.sums.address,
+            outputs: self.outputs_address(),
             target_logit: self.call.statistics.target_logit.address,
             row_position: self.call.rows.position.address,
             row_target: self.call.rows.target.address,
@@ -116,6 +127,8 @@ impl Chunk<'_> {
             row_max: self.call.statistics.row_max.address,
             row_log_sum: self.call.statistics.row_log_sum.address,
             packed: self.loss.packed,
+            entropy: self.loss.entropy,
+            predicted: self.loss.predicted,
             redo,
             terms: self.loss.terms,
             first_row: first_row as u32,
