@@ -50,6 +50,18 @@ impl DeviceRows {
         Ok((((&of_nll + of_lse)? + square)?, of_nll))
     }
 
+    /// The classes of rows, `(n)`, as those of positions: [`u32::MAX`] where one does not count.
+    pub fn spread_classes(&self, classes: &Tensor) -> Result<Tensor> {
+        let none = self.rows.len() as u32;
+        let mut row_of = vec![none; self.rows.positions];
+        for (row, position) in self.rows.position.iter().enumerate() {
+            row_of[*position as usize] = row as u32;
+        }
+        let device = classes.device();
+        let last = Tensor::new(&[u32::MAX], device)?;
+        Tensor::cat(&[classes, &last], 0)?.index_select(&Tensor::new(row_of, device)?, 0)
+    }
+
     fn terms(&self, dtype: DType) -> Result<[Tensor; 3]> {
         let of = |kind: usize| self.terms.get(kind)?.unsqueeze(1)?.to_dtype(dtype);
         Ok([of(0)?, of(1)?, of(2)?])
