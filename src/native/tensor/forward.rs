@@ -25,13 +25,10 @@ pub(in crate::native) fn forward(
     kept: &Arc<KeptTiles>,
 ) -> Result<Forward<Tensor>> {
     let device = matrices.embeddings.device();
-    let rows = Arc::new(DeviceRows::new(rows, device)?);
+    let dtype = accumulator(matrices.embeddings.dtype());
+    let rows = Arc::new(DeviceRows::new(rows, dtype, device)?);
     let all = match rows.rows.len() {
-        0 => Statistics::empty(
-            &problem.settings,
-            accumulator(matrices.embeddings.dtype()),
-            device,
-        )?,
+        0 => Statistics::empty(&problem.settings, dtype, device)?,
         _ => Statistics::new(problem, matrices, &rows)?,
     };
     let packed = pack(&rows, &all, problem, device)?;
