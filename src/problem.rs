@@ -152,7 +152,7 @@ impl Problem {
                 true => targets.flatten_all()?,
                 false => copyable(targets)?.flatten_all()?.contiguous()?,
             },
-            weights: Weights::new(targets, options, positions, &shape, vocab)?,
+            weights: Weights::new(targets, options, positions, &shape, vocab, dtype)?,
             positions,
             shape,
             settings: Settings {

@@ -1,6 +1,7 @@
 //! What the loss of a position is made of: its nll, its lse and the square of its lse, each with a factor.
 
 use crate::objectives::counted;
+use crate::op::contract::accumulator;
 use crate::positions::{to_i64, PositionMap};
 use crate::{Options, Reduction};
 use candle_core::{bail, DType, Result, Tensor, D};
@@ -48,28 +49,31 @@ impl Terms {
     }
 }
 
-/// [`Terms`] that differ from position to position, and what the mean divides by. On the device of the call.
+/// [`Terms`] that differ from position to position, and what the mean divides by. On the device of the
+/// call, in the [accumulator] of its dtype.
 #[derive(Debug, Clone)]
 pub(crate) struct Weights {
-    /// `(3, positions)`, f32, contiguous: the factors of nll, lse and its square.
+    /// `(3, positions)`, contiguous: the factors of nll, lse and its square.
     pub terms: Tensor,
-    /// The sum of the weights of the positions that count, f32, one number.
+    /// The sum of the weights of the positions that count: one number.
     pub total: Tensor,
-    /// `(positions)`, f32: the weights of the tokens.
+    /// `(positions)`: the weights of the tokens, 0 where one does not count.
     pub tokens: Tensor,
-    /// `(V)`, f32, of all classes.
+    /// `(V)`, of all classes.
     pub classes: Option<Tensor>,
 }
 
 impl Weights {
-    /// `None` where every position has the same. `classes` are those of all ranks, as far as is known.
+    /// `None` where every position has the same. `classes` are those here.
     pub fn new(
         targets: &Tensor,
         options: &Options,
         positions: PositionMap,
         shape: &[usize],
         classes: usize,
+        dtype: DType,
     ) -> Result<Option<Self>> {
+        let dtype = accumulator(dtype);
         if options.class_weights.is_none() && options.token_weights.is_none() {
             return Ok(None);
         }
@@ -82,7 +86,7 @@ impl Weights {
                     .flatten_all(),
             }
         };
-        let ones = || Tensor::ones(n, DType::F32, targets.device());
+        let ones = || Tensor::ones(n, dtype, targets.device());
         let tokens = match &options.token_weights {
             None => ones()?,
             Some(weights) => {
@@ -94,26 +98,29 @@ impl Weights {
                         weights.dims()
                     )
                 }
-                of_positions(&weights.detach().to_dtype(DType::F32)?)?
+                of_positions(&weights.detach().to_dtype(dtype)?)?
             }
         };
+        // Whatever stands where a position does not count.
         let counts = counted(targets, options)?.flatten_all()?;
+        let tokens = counts.where_cond(&tokens, &tokens.zeros_like()?)?;
         let (of_class, mean, of_classes) = match &options.class_weights {
             None => (ones()?, None, None),
             Some(weights) => {
                 check("class_weights", weights, targets)?;
-                let fits = match (weights.dims(), &options.vocab_parallel) {
-                    ([len], None) => *len == classes,
-                    ([len], Some(_)) => *len >= classes,
-                    _ => false,
-                };
-                if !fits {
-                    bail!(
-                        "class_weights must have shape [{classes}], one for each class, got {:?}",
-                        weights.dims()
-                    )
+                match (weights.dims(), &options.vocab_parallel) {
+                    ([len], None) if *len == classes => {}
+                    ([len], Some(shard)) if *len >= shard.stop => {}
+                    (dims, None) => bail!(
+                        "class_weights must have shape [{classes}], one for each class, got {dims:?}"
+                    ),
+                    (dims, Some(shard)) => bail!(
+                        "class_weights must be those of all ranks' classes, of a shard {}..{} too, got {dims:?}",
+                        shard.start,
+                        shard.stop
+                    ),
                 }
-                let weights = weights.detach().to_dtype(DType::F32)?.contiguous()?;
+                let weights = weights.detach().to_dtype(dtype)?.contiguous()?;
                 let last = weights.dim(0)? as i64 - 1;
                 let classes = of_positions(&to_i64(targets)?)?;
                 let classes = counts.where_cond(&classes, &classes.zeros_like()?)?;
@@ -135,10 +142,9 @@ impl Weights {
             smoothed,
             (&tokens * options.z_loss_weight)?,
         ];
-        let total = counts.where_cond(&whole, &whole.zeros_like()?)?.sum_all()?;
         Ok(Some(Self {
             terms: Tensor::stack(&terms, 0)?,
-            total: total.reshape(1)?,
+            total: whole.sum_all()?.reshape(1)?,
             tokens,
             classes: of_classes,
         }))
@@ -146,17 +152,20 @@ impl Weights {
 
     /// The part of the loss with the square of the lse, reduced. `lse` is 0 where a position does not count.
     pub fn z_loss(&self, lse: &Tensor, reduction: Reduction) -> Result<Tensor> {
-        let squares = (lse.flatten_all()?.sqr()? * self.terms.get(2)?)?;
-        match reduction {
-            Reduction::None => squares.reshape(lse.shape()),
-            Reduction::Sum => squares.sum_all(),
+        let factors = self.terms.get(2)?;
+        let lse_flat = lse.flatten_all()?.to_dtype(factors.dtype())?;
+        let squares = (lse_flat.sqr()? * factors)?;
+        let reduced = match reduction {
+            Reduction::None => squares.reshape(lse.shape())?,
+            Reduction::Sum => squares.sum_all()?,
             Reduction::Mean => {
                 let total = self.total.get(0)?;
                 let zero = total.zeros_like()?;
                 let total = total.ne(&zero)?.where_cond(&total, &total.ones_like()?)?;
-                squares.sum_all()? / total
+                (squares.sum_all()? / total)?
             }
-        }
+        };
+        reduced.to_dtype(DType::F32)
     }
 }
 

@@ -71,8 +71,8 @@ impl HostRows {
         }
         rows.all = rows.len() == positions.rows();
         if let Some(weights) = &problem.weights {
-            let terms = weights.terms.to_vec2::<f32>()?;
-            let of = |kind: usize, position: &u32| f64::from(terms[kind][*position as usize]);
+            let terms = weights.terms.to_dtype(DType::F64)?.to_vec2::<f64>()?;
+            let of = |kind: usize, position: &u32| terms[kind][*position as usize];
             let of_row = |position| Terms {
                 nll: of(0, position),
                 lse: of(1, position),
@@ -80,7 +80,7 @@ impl HostRows {
             };
             rows.weights = Some(HostWeights {
                 terms: rows.position.iter().map(of_row).collect(),
-                total: f64::from(weights.total.to_vec1::<f32>()?[0]),
+                total: weights.total.to_dtype(DType::F64)?.to_vec1::<f64>()?[0],
             });
         }
         Ok(rows)

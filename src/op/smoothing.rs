@@ -91,21 +91,17 @@ impl Smoothing {
                 (Tensor::ones(here, acc, device)?, all)
             }
         };
-        let weights = weights.to_dtype(acc)?;
         let counts = counted(&problem.shaped_targets()?, &problem.counting())?.flatten_all()?;
         let ones = counts.to_dtype(acc)?;
         let tokens = match &problem.weights {
             None => ones,
-            Some(weights) => {
-                let tokens = weights.tokens.to_dtype(acc)?;
-                counts.where_cond(&tokens, &tokens.zeros_like()?)?
-            }
+            Some(weights) => weights.tokens.clone(),
         };
         let factor = -smoothing / classes * problem.settings.logit_scale;
         let factors = (&tokens * factor)?;
         let share = match (problem.settings.reduction, &problem.weights) {
             (Reduction::Mean, None) => inverse(&counts.to_dtype(acc)?.sum_all()?)?,
-            (Reduction::Mean, Some(weights)) => inverse(&weights.total.to_dtype(acc)?)?,
+            (Reduction::Mean, Some(weights)) => inverse(&weights.total)?,
             _ => Tensor::ones(1, acc, device)?,
         };
         let sum = weighted_sum(classifier, &weights, None)?;

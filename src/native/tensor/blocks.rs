@@ -14,30 +14,32 @@ pub(super) struct DeviceRows {
     pub embedding: Tensor,
     pub position: Tensor,
     target: Tensor,
-    /// `(3, n)`: the factors of nll, lse and its square in a row's loss.
+    /// `(3, n)`, accumulator dtype: the factors of nll, lse and its square in a row's loss.
     terms: Tensor,
 }
 
 impl DeviceRows {
-    pub fn new(rows: HostRows, device: &Device) -> Result<Self> {
+    pub fn new(rows: HostRows, dtype: DType, device: &Device) -> Result<Self> {
         let factors: [fn(Terms) -> f64; 3] = [|t| t.nll, |t| t.lse, |t| t.square];
         let of_rows = |factor: fn(Terms) -> f64| {
-            let factors = (0..rows.len()).map(|row| factor(rows.terms(row)) as f32);
+            let factors = (0..rows.len()).map(|row| factor(rows.terms(row)));
             factors.collect::<Vec<_>>()
         };
-        let terms: Vec<f32> = factors.into_iter().flat_map(of_rows).collect();
+        let terms: Vec<f64> = factors.into_iter().flat_map(of_rows).collect();
         Ok(Self {
             embedding: Tensor::new(rows.embedding.as_slice(), device)?,
             position: Tensor::new(rows.position.as_slice(), device)?,
             target: Tensor::new(rows.target.as_slice(), device)?,
-            terms: Tensor::from_vec(terms, (3, rows.len()), device)?,
+            terms: Tensor::from_vec(terms, (3, rows.len()), &Device::Cpu)?
+                .to_dtype(dtype)?
+                .to_device(device)?,
             rows,
         })
     }
 
     /// The loss of each row, `(n, 1)`, from its nll and lse.
     pub fn losses(&self, nll: &Tensor, lse: &Tensor) -> Result<Tensor> {
-        let [of_nll, of_lse, of_square] = self.terms(nll.dtype())?;
+        let [of_nll, of_lse, of_square] = self.terms()?;
         let loss = (nll * of_nll)?;
         let loss = keep(&of_lse, &(lse * &of_lse)?)? + loss;
         keep(&of_square, &(lse.sqr()? * &of_square)?)? + loss
@@ -45,13 +47,25 @@ impl DeviceRows {
 
     /// What the softmax and the one-hot of each row have in the gradient of its loss, `(n, 1)`.
     pub fn softmax_and_one_hot(&self, lse: &Tensor) -> Result<(Tensor, Tensor)> {
-        let [of_nll, of_lse, of_square] = self.terms(lse.dtype())?;
+        let [of_nll, of_lse, of_square] = self.terms()?;
         let square = keep(&of_square, &((lse * &of_square)? * 2.)?)?;
         Ok((((&of_nll + of_lse)? + square)?, of_nll))
     }
 
-    fn terms(&self, dtype: DType) -> Result<[Tensor; 3]> {
-        let of = |kind: usize| self.terms.get(kind)?.unsqueeze(1)?.to_dtype(dtype);
+    /// The classes of rows, `(n)`, as those of positions: [`u32::MAX`] where one does not count.
+    pub fn spread_classes(&self, classes: &Tensor) -> Result<Tensor> {
+        let none = self.rows.len() as u32;
+        let mut row_of = vec![none; self.rows.positions];
+        for (row, position) in self.rows.position.iter().enumerate() {
+            row_of[*position as usize] = row as u32;
+        }
+        let device = classes.device();
+        let last = Tensor::new(&[u32::MAX], device)?;
+        Tensor::cat(&[classes, &last], 0)?.index_select(&Tensor::new(row_of, device)?, 0)
+    }
+
+    fn terms(&self) -> Result<[Tensor; 3]> {
+        let of = |kind: usize| self.terms.get(kind)?.unsqueeze(1);
         Ok([of(0)?, of(1)?, of(2)?])
     }
 
