@@ -6,13 +6,14 @@ use std::process::Command;
 use std::{env, fs};
 
 /// Sources and the virtual architecture each is compiled for.
-const KERNELS: [(&str, &str); 22] = [
+const KERNELS: [(&str, &str); 23] = [
     ("rows", "compute_80"),
     ("loss", "compute_80"),
     ("fused", "compute_80"),
     ("backward", "compute_80"),
     ("filter", "compute_80"),
     ("averages", "compute_80"),
+    ("smoothing", "compute_80"),
     ("forward_sm80", "compute_80"),
     ("forward_outputs_sm80", "compute_80"),
     ("gradient_sm80", "compute_80"),

@@ -5,7 +5,7 @@
 struct SumRowsParams {
   const void *matrix;      // (rows, columns)
   const float *weights;    // (rows)
-  const uint8_t *counts;   // (rows): rows where it is 0 are left out; or null
+  const uint32_t *counts;  // (rows): rows where it is 0 are left out; or null
   float *partials;         // out: (blocks in y, columns)
   int64_t rows, columns;
 };
@@ -58,9 +58,10 @@ template <typename T> __device__ void dots(const DotsParams &p) {
 }
 
 struct OuterParams {
-  void *matrix;         // (rows, columns), in and out
-  const float *left;    // (rows)
-  const float *right;   // (columns)
+  void *matrix;            // (rows, columns), in and out
+  const float *left;       // (rows)
+  const float *right;      // (columns)
+  const uint32_t *counts;  // (rows): rows where it is 0 stay as they are; or null
   int64_t rows, columns;
 };
 
@@ -71,6 +72,7 @@ template <typename T> __device__ void add_outer(const OuterParams &p) {
   const float right = p.right[column];
 #pragma unroll 8
   for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
+    if (p.counts && !p.counts[row]) continue;
     T &x = ((T *)p.matrix)[row * p.columns + column];
     x = from_float<T>(to_float(x) + p.left[row] * right);
   }

@@ -51,6 +51,7 @@ modules! {
     BACKWARD = "backward";
     FILTER = "filter";
     AVERAGES = "averages";
+    SMOOTHING = "smoothing";
     FORWARD_SM80 = "forward_sm80";
     FORWARD_OUTPUTS_SM80 = "forward_outputs_sm80";
     GRADIENT_SM80 = "gradient_sm80";

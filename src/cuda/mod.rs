@@ -24,6 +24,7 @@ mod portable;
 mod room;
 mod rows;
 mod shards;
+pub(crate) mod smoothing;
 mod tensor_map;
 mod terms;
 

@@ -5,7 +5,9 @@ use super::launch::{Gpu, Kernel, SMOOTHING};
 use super::operands::Kind;
 use super::params::smoothing::{DotsParams, OuterParams, SumPartialsParams, SumRowsParams};
 use candle_core::backend::BackendStorage;
-use candle_core::{bail, CpuStorage, CudaStorage, DType, Device, InplaceOp3, Layout, Result, Tensor};
+use candle_core::{
+    bail, CpuStorage, CudaStorage, DType, Device, InplaceOp3, Layout, Result, Tensor,
+};
 
 const THREADS: usize = 256;
 /// Blocks that have every so-many-th row.
@@ -29,7 +31,7 @@ fn parts(rows: usize) -> usize {
     rows.min(PARTS)
 }
 
-/// `sum_i weights_i matrix_i`, of the rows that count if that is given.
+/// `sum_i weights_i matrix_i`, of the rows that count (u32) if that is given.
 pub(crate) fn weighted_sum(
     matrix: &Tensor,
     weights: &Tensor,
@@ -41,7 +43,6 @@ pub(crate) fn weighted_sum(
     let (rows, columns) = matrix.dims2()?;
     let parts = parts(rows);
     let partials = gpu.buffer(parts * columns * 4)?;
-    let counts = counts.map(|counts| counts.to_dtype(DType::U32)).transpose()?;
     let launch = |matrix, weights, counts| {
         let params = SumRowsParams {
             matrix,
@@ -56,7 +57,7 @@ pub(crate) fn weighted_sum(
         gpu.launch(&Kernel::new(SMOOTHING, name, grid, THREADS as u32), &params)
     };
     gpu.read(matrix, |matrix| {
-        gpu.read(weights, |weights| match &counts {
+        gpu.read(weights, |weights| match counts {
             None => launch(matrix, weights, 0),
             Some(counts) => gpu.read(counts, |counts| launch(matrix, weights, counts)),
         })
@@ -98,16 +99,28 @@ pub(crate) fn dots(matrix: &Tensor, vector: &Tensor) -> Result<Option<Tensor>> {
     Ok(Some(dots.finish(&gpu)))
 }
 
-/// Adds `left right^T` to a matrix in place. Whether the kernels could.
-pub(crate) fn add_outer(matrix: &Tensor, left: &Tensor, right: &Tensor) -> Result<bool> {
-    let runs = kernels(matrix)?.is_some();
-    if runs {
-        matrix.inplace_op3(left, right, &AddOuter)?;
+/// Adds `left right^T` to a matrix in place, to the rows that count if that is given. Whether the kernels could.
+pub(crate) fn add_outer(
+    matrix: &Tensor,
+    left: &Tensor,
+    right: &Tensor,
+    counts: Option<&Tensor>,
+) -> Result<bool> {
+    let Some((gpu, _)) = kernels(matrix)? else {
+        return Ok(false);
+    };
+    let add = |counts| matrix.inplace_op3(left, right, &AddOuter { counts });
+    match counts {
+        None => add(0)?,
+        Some(counts) => gpu.read(counts, add)?,
     }
-    Ok(runs)
+    Ok(true)
 }
 
-struct AddOuter;
+struct AddOuter {
+    /// The address of the rows that count, or 0.
+    counts: u64,
+}
 
 impl InplaceOp3 for AddOuter {
     fn name(&self) -> &'static str {
@@ -145,6 +158,7 @@ impl InplaceOp3 for AddOuter {
             matrix,
             left,
             right,
+            counts: self.counts,
             rows: rows as i64,
             columns: columns as i64,
         };
