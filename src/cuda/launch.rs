@@ -296,7 +296,6 @@ impl Gpu {
     }
 
     /// Like [`Gpu::address`], to be written to.
-    #[cfg(feature = "models")]
     pub fn address_to_write<'a>(
         &'a self,
         storage: &'a mut CudaStorage,
