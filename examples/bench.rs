@@ -12,7 +12,7 @@ use benchmark::data;
 use benchmark::table::{Sample, Table};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_cut_cross_entropy::{backward, linear_cross_entropy, Options, Output, Preset};
+use candle_cut_cross_entropy::{backward, linear_cross_entropy, Entropy, Options, Output, Preset};
 use clap::Parser;
 use common::meter::Meter;
 use std::collections::HashMap;
@@ -276,8 +276,13 @@ impl<'a> Bench<'a> {
         };
         let mut options = Options::preset(preset)
             .softcap(self.args.softcap)
+            .label_smoothing(self.args.label_smoothing)
+            .predicted(self.args.predicted)
             .strategy(self.args.strategy);
         options = options.bias(bias.as_ref());
+        if self.args.entropy {
+            options = options.entropy(Entropy::Value);
+        }
         if let Some(workspace) = workspace {
             options = options.workspace(workspace << 20);
         }

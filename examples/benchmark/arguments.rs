@@ -70,6 +70,14 @@ pub struct Args {
     /// With a bias
     #[arg(long)]
     pub bias: bool,
+    /// Also the entropy of each position, its value alone. Not in the baseline, as are the next two
+    #[arg(long)]
+    pub entropy: bool,
+    /// Also the likeliest class of each position
+    #[arg(long)]
+    pub predicted: bool,
+    #[arg(long, default_value_t = 0.)]
+    pub label_smoothing: f64,
     /// loss.backward() in place of this crate's backward(&loss)
     #[arg(long)]
     pub plain_backward: bool,
