@@ -33,8 +33,25 @@ impl Adapter {
             Some(seed) => self.dropped(&input, seed)?,
             None => input,
         };
-        let inner = input.matmul(&self.a.t()?)?;
-        (inner.matmul(&self.b.t()?)? * self.scale)?.to_dtype(x.dtype())
+        let inner = (input.matmul(&self.a.t()?)? * self.scale)?;
+        inner.matmul(&self.b.t()?)?.to_dtype(x.dtype())
+    }
+
+    /// `x W^T` and what it adds to it. With a seed, numbers of `x` are dropped.
+    pub fn beside(&self, weight: &Tensor, x: &Tensor, seed: Option<u64>) -> Result<Tensor> {
+        let drops = seed.is_some() && self.dropout > 0.;
+        if drops || weight.track_op() || self.a.dtype() != x.dtype() {
+            return product(x, weight)? + self.forward(x, seed)?;
+        }
+        // One node: as Candle's operations, each part of the sum and of its gradient would take passes of its own.
+        let detached = self.detached();
+        let input = x.detach();
+        let y = (input.matmul(&weight.t()?)? + detached.forward(&input, None)?)?;
+        let arguments = [x, &self.a, &self.b];
+        match arguments.iter().any(|argument| argument.track_op()) {
+            true => attach(y, &arguments, Beside(weight.clone(), self.scale)),
+            false => Ok(y),
+        }
     }
 
     /// The matrix with the adapter in it.
@@ -111,6 +128,37 @@ impl Node for Merge {
         let of_a = (b.t()?.matmul(&upstream)? * self.0)?;
         let of_b = (upstream.matmul(&a.t()?)? * self.0)?;
         Ok(vec![Some(of_a), Some(of_b)])
+    }
+}
+
+/// `x W^T + scale x A^T B^T` of `x`, `A` and `B`.
+struct Beside(Tensor, f64);
+
+impl Node for Beside {
+    const NAME: &'static str = "adapted-linear";
+
+    fn backward(&self, arguments: &[&Tensor], upstream: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        let Self(weight, scale) = self;
+        let [x, a, b] = [0, 1, 2].map(|i| arguments[i].detach());
+        let wanted = |i: usize| arguments[i].track_op();
+        let of_inner = (upstream.matmul(&b)? * *scale)?;
+        Ok(vec![
+            match wanted(0) {
+                true => Some((upstream.matmul(weight)? + of_inner.matmul(&a)?)?),
+                false => None,
+            },
+            match wanted(1) {
+                true => Some(of_inner.t()?.matmul(&x)?),
+                false => None,
+            },
+            match wanted(2) {
+                true => {
+                    let inner = (x.matmul(&a.t()?)? * *scale)?;
+                    Some(upstream.t()?.matmul(&inner)?)
+                }
+                false => None,
+            },
+        ])
     }
 }
 

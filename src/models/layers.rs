@@ -65,10 +65,10 @@ impl Linear {
     }
 
     fn forward(&self, x: &Tensor, dropout_seed: Option<u64>) -> Result<Tensor> {
-        let mut y = product(x, &self.weight)?;
-        if let Some(adapter) = &self.adapter {
-            y = (y + adapter.forward(x, dropout_seed)?)?;
-        }
+        let y = match &self.adapter {
+            None => product(x, &self.weight)?,
+            Some(adapter) => adapter.beside(&self.weight, x, dropout_seed)?,
+        };
         match &self.bias {
             Some(bias) => y.broadcast_add(bias),
             None => Ok(y),
