@@ -1,5 +1,6 @@
 //! A head sharded over ranks.
 
+use crate::common::grid::describe;
 use crate::common::reference::{Reduced, Reference, CPU_TILE};
 use crate::common::shards::{errors, sharded, whole, NAMES, TIMEOUT};
 use crate::common::{exact, gradient_tolerance, halving, numbers, Case, Random};
@@ -8,7 +9,9 @@ use candle_cut_cross_entropy::objectives::squared_lse;
 use candle_cut_cross_entropy::vocab_parallel::{
     Communicator, ReduceOp, ThreadCommunicator, VocabParallel,
 };
-use candle_cut_cross_entropy::{linear_cross_entropy, Filter, Implementation, Options, Output};
+use candle_cut_cross_entropy::{
+    linear_cross_entropy, Entropy, Filter, Implementation, Options, Output,
+};
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -68,6 +71,7 @@ fn shards_give_what_the_whole_gives() -> Result<()> {
                     if turn % 6 == 0 {
                         options = options.implementation(Implementation::Native);
                     }
+                    case = case.with_some_options(turn as u64);
                     let upstream = case.upstream(turn as u64, true, turn % 2 == 0);
                     let bounds = bounds(&mut random, vocab, ranks);
                     let cpu = &vec![Device::Cpu; 7];
@@ -75,14 +79,15 @@ fn shards_give_what_the_whole_gives() -> Result<()> {
                     let want = whole(&case, &options, &upstream, &Device::Cpu)?;
                     for (name, error) in NAMES.iter().zip(errors(&got, &want)) {
                         let allowed = match (*name, dtype) {
-                            ("loss" | "lse", _) | (_, DType::F32) => 1e-6,
+                            ("loss" | "lse" | "entropy", _) | (_, DType::F32) => 1e-6,
+                            ("predicted", _) => 0.,
                             (_, DType::F64) => 1e-12,
                             _ => gradient_tolerance(dtype),
                         };
                         assert!(
                             error <= allowed,
-                            "{dtype:?} {ranks} ranks {bounds:?} {reduction:?} bias {bias} softcap {softcap} ignored \
-                             {ignored} turn {turn}: {name} differs by {error:e}"
+                            "{ranks} ranks {bounds:?} turn {turn}: {name} differs by {error:e}, {}",
+                            describe(&case)
                         );
                     }
                 }
@@ -120,6 +125,78 @@ fn a_filter_averages_the_same_tiles_of_shards_and_of_the_whole() -> Result<()> {
             "nothing was filtered: {differences:?}"
         );
     }
+    Ok(())
+}
+
+/// The first class of several with the largest logit, wherever the ranks' shards begin and whatever the others hold.
+#[test]
+fn the_lowest_of_several_likeliest_classes_of_all_ranks_is_predicted() -> Result<()> {
+    let mut case = Case::random(721, DType::F32, &[5], 4, 40);
+    case.predicted = true;
+    case.entropy = Entropy::Value;
+    // Rows of ones, whose logits are a class's first number.
+    case.inputs.embeddings.fill(0.);
+    case.inputs
+        .embeddings
+        .iter_mut()
+        .step_by(4)
+        .for_each(|x| *x = 1.);
+    let upstream = case.upstream(1, true, false);
+    let cpu = &vec![Device::Cpu; 7];
+    for (likeliest, want) in [
+        (vec![0, 39], 0.),
+        (vec![11, 12, 30], 11.),
+        (vec![12], 12.),
+        (vec![39], 39.),
+    ] {
+        case.inputs.classifier.fill(0.);
+        for class in likeliest {
+            case.inputs.classifier[class * 4] = 3.;
+        }
+        for implementation in [Implementation::Auto, Implementation::Native] {
+            let options = exact().implementation(implementation);
+            let [.., predicted] = sharded(&case, &options, &upstream, cpu, &[0, 12, 13, 29, 40])?;
+            assert_eq!(predicted, [want; 5]);
+        }
+    }
+    Ok(())
+}
+
+/// A rank whose every class is masked has no part in anything.
+#[test]
+fn a_rank_without_a_finite_logit_changes_nothing() -> Result<()> {
+    for implementation in [Implementation::Auto, Implementation::Native] {
+        let mut case = Case::random(722, DType::F32, &[5], 4, 40).with_bias(1);
+        case.predicted = true;
+        case.entropy = Entropy::Differentiable;
+        let bias = case.inputs.bias.as_mut().expect("a bias");
+        bias[10..20].fill(f64::NEG_INFINITY);
+        case.inputs.targets.fill(3);
+        let upstream = case.upstream(1, true, true);
+        let cpu = &vec![Device::Cpu; 7];
+        let options = exact().implementation(implementation);
+        let got = sharded(&case, &options, &upstream, cpu, &[0, 10, 20, 40])?;
+        let want = whole(&case, &options, &upstream, &Device::Cpu)?;
+        for (name, error) in NAMES.iter().zip(errors(&got, &want)) {
+            assert!(error <= 1e-6, "{name} differs by {error:e}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn class_weights_of_a_shard_are_those_of_all_classes() -> Result<()> {
+    let e = Tensor::ones((2, 4), DType::F32, &Device::Cpu)?;
+    let c = Tensor::ones((5, 4), DType::F32, &Device::Cpu)?;
+    let y = Tensor::new(&[11i64, 12], &Device::Cpu)?;
+    let weights = Tensor::ones(14, DType::F32, &Device::Cpu)?;
+    let options = Options::default().vocab_parallel(one_rank(10, 15)?);
+    let result = linear_cross_entropy(&e, &c, &y, &options.class_weights(&weights));
+    let error = result.unwrap_err().to_string();
+    assert!(
+        error.contains("10..15") && error.contains("[14]"),
+        "{error}"
+    );
     Ok(())
 }
 
