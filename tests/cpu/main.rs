@@ -21,5 +21,6 @@ mod policies;
 mod preferences;
 mod properties;
 mod reference;
+mod shards;
 mod vocab_parallel;
 mod weights;

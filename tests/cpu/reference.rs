@@ -20,12 +20,11 @@ fn scalar(inputs: &Inputs, upstream: &Upstream) -> f64 {
     pairs.into_iter().map(dot).sum()
 }
 
+/// Picks numbers among the inputs.
+type Pick = fn(&mut Inputs) -> &mut Vec<f64>;
+
 /// Central differences by the numbers that `of` picks.
-fn differences(
-    inputs: &Inputs,
-    upstream: &Upstream,
-    of: fn(&mut Inputs) -> &mut Vec<f64>,
-) -> Vec<f64> {
+fn differences(inputs: &Inputs, upstream: &Upstream, of: Pick) -> Vec<f64> {
     const STEP: f64 = 1e-5;
     let mut moved = inputs.clone();
     let mut at = |i: usize, step: f64| {
@@ -51,7 +50,7 @@ fn gradients_of_the_reference_are_those_of_finite_differences() {
         case.entropy = Entropy::Differentiable;
         let upstream = case.upstream(seed, true, seed % 3 != 0);
         let gradients = Reference::new(case.inputs.clone()).gradients(&upstream, 0.);
-        let checks: [(_, _, fn(&mut Inputs) -> &mut Vec<f64>); 3] = [
+        let checks: [(_, _, Pick); 3] = [
             ("dE", &gradients.embeddings, |i| &mut i.embeddings),
             ("dC", &gradients.classifier, |i| &mut i.classifier),
             ("db", &gradients.bias, |i| i.bias.as_mut().expect("a bias")),
