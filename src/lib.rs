@@ -19,15 +19,15 @@
 //! # }
 //! ```
 //!
-//! - [`Options`]: bias, softcap, `ignore_index`, shift, reduction, gradient filters, workspace, and the
-//!   [`Preset`]s of the [reference implementation](https://github.com/apple/ml-cross-entropy).
+//! - [`Options`]: bias, softcap, temperature, `ignore_index`, shift, reduction, label smoothing, weights, entropy, predicted
+//!   classes, gradient filters, workspace, and the [`Preset`]s of the [reference implementation](https://github.com/apple/ml-cross-entropy).
 //! - [`LinearCrossEntropy`]: the same as a layer that owns or shares the head's weight; [`cut_cross_entropy`] makes one with
 //!   a `VarBuilder`.
 //! - [`backward()`]: `loss.backward()` with a third of the memory for the head's gradient.
 //! - [`vocab_parallel`]: a head whose classes are sharded over threads, processes or GPUs.
 //! - `ops`: attention, norms, rotary embeddings and gated activations with a backward, for any Candle model (feature
 //!   `models`).
-//! - [`objectives`]: perplexity, and losses over preferences (DPO and others) and rewards (PPO, GRPO and others) on
+//! - [`objectives`]: perplexity, accuracy, and losses over preferences (DPO and others) and rewards (PPO, GRPO and others) on
 //!   top of the loss.
 //!
 //! Features: `cuda` for this crate's kernels on NVIDIA GPUs, `nccl` for a head sharded over several of them,

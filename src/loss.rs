@@ -40,7 +40,7 @@ pub struct Output {
     /// does not count: f32, the shape of `lse`. `None` unless [`Options::entropy`] asks for it.
     pub entropy: Option<Tensor>,
     /// The likeliest class of each position, the lowest of several: u32, the shape of `lse`, [`u32::MAX`] where the
-    /// position does not count. `None` unless [`Options::predicted`] asks for it.
+    /// position does not count; where a logit is NaN, any class. `None` unless [`Options::predicted`] asks for it.
     /// [`objectives::accuracy`](crate::objectives::accuracy) compares it with the targets.
     pub predicted: Option<Tensor>,
     /// Which code has computed this: [`Implementation::Native`], [`Implementation::Cuda`], which are here the kernels

@@ -4,7 +4,9 @@
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_cut_cross_entropy::models::{CausalLm, Config, Decoder};
 use candle_cut_cross_entropy::ops::{attention, AttentionOptions};
-use candle_cut_cross_entropy::{backward, linear_cross_entropy, Filter, Options, Strategy};
+use candle_cut_cross_entropy::{
+    backward, linear_cross_entropy, Entropy, Filter, Options, Strategy,
+};
 use candle_nn::{VarBuilder, VarMap};
 use rand::{rngs::StdRng, Rng, SeedableRng};
 use rand_distr::StandardNormal;
@@ -70,18 +72,21 @@ fn forward_and_backward_stay_within_the_workspace() -> Result<()> {
     let device = &Device::Cpu;
     let mut too_much = Vec::new();
     let half = Filter::Threshold(1.3e-4);
-    for (dtype, n, ignored, z_loss, filter) in [
-        (DType::F32, 512, false, false, Filter::Off),
-        (DType::F32, 512, true, false, Filter::Auto),
-        (DType::BF16, 512, false, false, Filter::Auto),
+    for (dtype, n, ignored, z_loss, filter, smoothing) in [
+        (DType::F32, 512, false, false, Filter::Off, 0.),
+        (DType::F32, 512, true, false, Filter::Auto, 0.),
+        (DType::BF16, 512, false, false, Filter::Auto, 0.),
         // About half of the tiles are kept: rows are gathered.
-        (DType::F32, 512, false, false, half),
-        (DType::BF16, 512, true, false, half),
+        (DType::F32, 512, false, false, half, 0.),
+        (DType::BF16, 512, true, false, half, 0.),
         // What the forward has formed does not fit this upstream gradient.
-        (DType::F32, 512, false, true, Filter::Off),
-        (DType::BF16, 512, false, true, Filter::Off),
+        (DType::F32, 512, false, true, Filter::Off, 0.),
+        (DType::BF16, 512, false, true, Filter::Off, 0.),
         // Fewer rows than the filter keeps or skips together.
-        (DType::F32, 1, false, false, Filter::Off),
+        (DType::F32, 1, false, false, Filter::Off, 0.),
+        // With all else that can be asked for.
+        (DType::F32, 512, true, false, Filter::Off, 0.1),
+        (DType::BF16, 512, false, false, Filter::Auto, 0.1),
     ] {
         let mut rng = StdRng::seed_from_u64(1);
         let mut random = |rows: usize, std: f32| -> Result<Var> {
@@ -99,6 +104,12 @@ fn forward_and_backward_stay_within_the_workspace() -> Result<()> {
                 let options = Options::default()
                     .strategy(strategy)
                     .filter(filter)
+                    .label_smoothing(smoothing)
+                    .predicted(smoothing > 0.)
+                    .entropy(match smoothing {
+                        0. => Entropy::Off,
+                        _ => Entropy::Value,
+                    })
                     .workspace(workspace);
                 let before = IN_USE.load(Relaxed);
                 PEAK.store(before, Relaxed);
@@ -114,7 +125,7 @@ fn forward_and_backward_stay_within_the_workspace() -> Result<()> {
                 assert!(peak > gradients);
                 if peak - gradients > workspace + MIB {
                     too_much.push(format!(
-                        "{dtype:?} rows {n} ignored {ignored} z-loss {z_loss} {strategy:?} {filter:?}: {:.1} MiB beyond \
+                        "{dtype:?} rows {n} ignored {ignored} z-loss {z_loss} smoothing {smoothing} {strategy:?} {filter:?}: {:.1} MiB beyond \
                              the gradients, the workspace is {} MiB",
                         (peak - gradients) as f64 / MIB as f64,
                         workspace / MIB

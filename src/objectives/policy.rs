@@ -129,8 +129,9 @@ impl GrpoOptions {
     }
 
     /// Subtracts `weight` times the mean entropy of the tokens that count, whatever the average of the losses is. The
-    /// entropies of the policy, `-sum_j p_j log p_j` at each position, have the shape of `log_probs`; `weight` is at
-    /// least 0. Default: none.
+    /// entropies of the policy, `-sum_j p_j log p_j` at each position, have the shape of `log_probs`:
+    /// [`Output::entropy`](crate::Output::entropy), asked for as [`Entropy::Differentiable`](crate::Entropy::Differentiable).
+    /// `weight` is at least 0. Default: none.
     pub fn entropy(mut self, entropies: &Tensor, weight: f64) -> Self {
         self.entropy = Some((entropies.clone(), weight));
         self

@@ -53,7 +53,8 @@ pub enum Entropy {
     /// Its value, to be reported: no gradient goes through it.
     Value,
     /// Its value, and a gradient through it, as for an entropy bonus. The gradients of this loss are then exact: no filter
-    /// is applied, for entries of little probability may matter to the entropy.
+    /// is applied, for entries of little probability may matter to the entropy. On the CPU [`Strategy::Auto`] is then
+    /// [`Strategy::Recompute`].
     Differentiable,
 }
 
@@ -112,7 +113,7 @@ pub enum Strategy {
     /// kernels other than those for bf16 on compute capability 9.0, on a shard of the classes, and where no gradient is
     /// wanted.
     ///
-    /// For any other upstream gradient (of lse; on the CPU, for f16 a loss scale) or a second backward the
+    /// For any other upstream gradient (of lse or the entropy; on the CPU, for f16 a loss scale) or a second backward the
     /// gradients are computed anew: 6 products, so choose `Recompute` there. A
     /// [`z_loss_weight`](crate::Options::z_loss_weight) is no such case.
     Fused,

@@ -113,7 +113,8 @@ impl Options {
         self
     }
 
-    /// Multiplies the logits, after the bias and the softcap: the inverse of a temperature. Positive. Default: 1.
+    /// Multiplies the logits, after the bias and the softcap: the inverse of a temperature. Loss, lse, entropy and gradients
+    /// are those of the logits so scaled. Positive. Default: 1.
     pub fn logit_scale(mut self, scale: f64) -> Self {
         self.logit_scale = scale;
         self
@@ -124,8 +125,9 @@ impl Options {
     /// `(1 - s) w_y (lse - z_y) + s / V sum_j w_j (lse - z_j)`, as in PyTorch's `cross_entropy`. Not together with a
     /// softcap. Default: 0.
     ///
-    /// The uniform part is a sum over the classes `u = sum_j w_j C_j` and the products `E_i . u`: it costs two passes over
-    /// the classifier's memory and one over its gradient's, and no matrix product.
+    /// The uniform part is a sum over the classes `u = sum_j w_j C_j` and the products `E_i . u`. It costs no matrix product
+    /// but a pass over the memory of classifier and embeddings in the forward, and one over the embeddings and the gradients
+    /// in the backward. In bf16 and f16 the gradients are rounded once more.
     ///
     /// Source: Szegedy et al., *Rethinking the Inception Architecture for Computer Vision*,
     /// [arXiv 1512.00567](https://arxiv.org/abs/1512.00567), section 7.
@@ -134,10 +136,10 @@ impl Options {
         self
     }
 
-    /// A weight for each class, `(V)`, by which the loss of a position is multiplied according to its target: a float
-    /// dtype, not differentiated. Under [`Reduction::Mean`] the sum is divided by the sum of the weights, as in PyTorch's
-    /// `cross_entropy`. On a shard of the classes these are the weights of all classes. Takes a tensor or an `Option`.
-    /// Default: none.
+    /// A weight for each class, `(V)`, by which the loss of a position is multiplied according to its target, though not
+    /// the [z-loss](Self::z_loss_weight): a float dtype, not differentiated. Under [`Reduction::Mean`] the sum is divided by
+    /// the sum of the weights of the positions that count, as in PyTorch's `cross_entropy`, where that is not 0. On a shard
+    /// of the classes these are the weights of all classes. Takes a tensor or an `Option`. Default: none.
     pub fn class_weights<'a>(mut self, weights: impl Into<Option<&'a Tensor>>) -> Self {
         self.class_weights = weights.into().cloned();
         self
@@ -145,7 +147,9 @@ impl Options {
 
     /// A weight for each target, of the shape of the targets, by which its loss is multiplied, z-loss included: a float
     /// dtype, not differentiated. Under [`Reduction::Mean`] the sum is divided by the sum of the weights (each times its
-    /// target's class weight, if there are any). Unlike weights applied to the losses of [`Reduction::None`] these leave
+    /// target's class weight, if there are any) over the positions that count, where that is not 0. With a
+    /// [shift](Self::shift) a weight is that of the target it lies beside. A weight of 0 is no `ignore_index`: the position is
+    /// computed, and a NaN there stays one. Unlike weights applied to the losses of [`Reduction::None`] these leave
     /// [`Strategy::Fused`] possible. Takes a tensor or an `Option`. Default: none.
     pub fn token_weights<'a>(mut self, weights: impl Into<Option<&'a Tensor>>) -> Self {
         self.token_weights = weights.into().cloned();
@@ -163,14 +167,15 @@ impl Options {
         self
     }
 
-    /// Whether [`Output::entropy`](crate::Output::entropy) is computed. Default: it is not.
+    /// Whether [`Output::entropy`](crate::Output::entropy) is computed, and whether it can be differentiated. Default: it is
+    /// not computed.
     pub fn entropy(mut self, entropy: Entropy) -> Self {
         self.entropy = entropy;
         self
     }
 
-    /// Whether [`Output::predicted`](crate::Output::predicted), the likeliest class of each position, is computed.
-    /// Default: false.
+    /// Whether [`Output::predicted`](crate::Output::predicted), the likeliest class of each position, is computed. On a shard
+    /// of the classes it is the likeliest of all ranks, and there may be 2^24 of them, but for f64 inputs. Default: false.
     pub fn predicted(mut self, predicted: bool) -> Self {
         self.predicted = predicted;
         self

@@ -135,6 +135,63 @@ fn a_softcap_must_be_positive_and_finite() {
 }
 
 #[test]
+fn a_logit_scale_must_be_positive_and_finite_with_the_softcap_too() {
+    for scale in [0., -1., f64::INFINITY, f64::NAN, 1e-60, 1e60] {
+        assert_options(
+            Options::default().logit_scale(scale),
+            &["logit_scale", "positive", "finite", &scale.to_string()],
+        );
+    }
+    for (softcap, scale) in [(1e30, 1e30), (1e-30, 1e-30)] {
+        assert_options(
+            Options::default().softcap(softcap).logit_scale(scale),
+            &["softcap times logit_scale", &softcap.to_string()],
+        );
+    }
+}
+
+#[test]
+fn label_smoothing_must_be_a_share_and_without_a_softcap() {
+    for smoothing in [-0.1, 1.1, f64::NAN, f64::INFINITY] {
+        assert_options(
+            Options::default().label_smoothing(smoothing),
+            &["label_smoothing", "[0, 1]", &smoothing.to_string()],
+        );
+    }
+    assert_options(
+        Options::default().label_smoothing(0.1).softcap(30.),
+        &["label_smoothing", "softcap", "0.1", "30"],
+    );
+}
+
+#[test]
+fn weights_that_do_not_fit_are_quoted() {
+    for shape in [&[4][..], &[1, 5], &[]] {
+        let weights = zeros(shape, DType::F32);
+        assert_options(
+            Options::default().class_weights(&weights),
+            &["class_weights", "[5]", &format!("{shape:?}")],
+        );
+    }
+    for shape in [&[6][..], &[3, 2], &[2, 3, 4]] {
+        let weights = zeros(shape, DType::F32);
+        assert_options(
+            Options::default().token_weights(&weights),
+            &["token_weights", "[2, 3]", &format!("{shape:?}")],
+        );
+    }
+    let (of_classes, of_tokens) = (zeros(&[5], DType::U32), zeros(&[2, 3], DType::I64));
+    assert_options(
+        Options::default().class_weights(&of_classes),
+        &["class_weights", "float", "U32"],
+    );
+    assert_options(
+        Options::default().token_weights(&of_tokens),
+        &["token_weights", "float", "I64"],
+    );
+}
+
+#[test]
 fn a_filter_threshold_must_be_below_one() {
     for eps in [1., -0.1, f64::NAN, f64::INFINITY] {
         assert_options(

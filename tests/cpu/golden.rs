@@ -4,7 +4,7 @@ use crate::common::{close, gradient_tolerance, norm, numbers};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_cut_cross_entropy::objectives::squared_lse;
 use candle_cut_cross_entropy::{
-    linear_cross_entropy, Filter, Implementation, Options, Reduction, Strategy,
+    linear_cross_entropy, Entropy, Filter, Implementation, Options, Reduction, Strategy,
 };
 use std::collections::{BTreeSet, HashMap};
 
@@ -71,7 +71,21 @@ fn check_loss(golden: &Golden, case: &str, options: Options, inside: bool) -> Re
             [Reduction::Mean, Reduction::Sum, Reduction::None]
                 [golden.number(case, "reduction") as usize],
         );
-    options = options.bias(bias.as_deref());
+    let number = |name: &str, default: f64| {
+        let found = golden.find(case, name).map(|_| golden.number(case, name));
+        found.unwrap_or(default)
+    };
+    let entropy_weights = golden.find(case, "entropy_weights");
+    options = options
+        .bias(bias.as_deref())
+        .logit_scale(number("logit_scale", 1.))
+        .label_smoothing(number("label_smoothing", 0.))
+        .class_weights(golden.find(case, "class_weights"))
+        .token_weights(golden.find(case, "token_weights"))
+        .predicted(entropy_weights.is_some());
+    if entropy_weights.is_some() {
+        options = options.entropy(Entropy::Differentiable);
+    }
     let z_weight = golden.number(case, "z_weight");
     if inside {
         options = options.z_loss_weight(z_weight);
@@ -95,6 +109,11 @@ fn check_loss(golden: &Golden, case: &str, options: Options, inside: bool) -> Re
         }
     }
     assert_close("lse", &output.lse);
+    if let (Some(entropy), Some(predicted)) = (&output.entropy, &output.predicted) {
+        assert_close("entropy", entropy);
+        let want = golden.get(case, "predicted");
+        assert_eq!(numbers(predicted)?, numbers(want)?, "{case} predicted");
+    }
     assert_close("z", &z);
 
     let exact = gradient_tolerance(embeddings.dtype());
@@ -106,9 +125,11 @@ fn check_loss(golden: &Golden, case: &str, options: Options, inside: bool) -> Re
     } else {
         output.loss
     };
-    let grads = (total * golden.get(case, "weights"))?
-        .sum_all()?
-        .backward()?;
+    let mut total = (total * golden.get(case, "weights"))?.sum_all()?;
+    if let (Some(entropy), Some(weights)) = (&output.entropy, entropy_weights) {
+        total = (total + (entropy * weights)?.sum_all()?)?;
+    }
+    let grads = total.backward()?;
     let of = |what: &str| format!("{case} {what}");
     assert_gradient(
         &of("dE"),

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 use candle_cut_cross_entropy::models::{CausalLm, Decoder};
 use candle_cut_cross_entropy::{
-    backward, linear_cross_entropy, Filter, Options, Preset, Reduction, Strategy as How,
+    backward, linear_cross_entropy, Entropy, Filter, Options, Preset, Reduction, Strategy as How,
 };
 use candle_nn::VarMap;
 use proptest::prelude::*;
@@ -40,7 +40,16 @@ fn filter() -> impl Strategy<Value = Filter> {
 }
 
 fn options() -> impl Strategy<Value = Options> {
-    let numbers = (prop::option::of(number()), prop_oneof![Just(0.), number()]);
+    let numbers = (
+        prop::option::of(number()),
+        prop_oneof![Just(0.), number()],
+        prop_oneof![3 => Just(1.), 1 => number()],
+        prop_oneof![3 => Just(0.), 1 => 0f64..1., 1 => number()],
+    );
+    let asked = (
+        prop::sample::select(vec![Entropy::Off, Entropy::Value, Entropy::Differentiable]),
+        any::<bool>(),
+    );
     let choices = (
         prop::sample::select(vec![Reduction::Mean, Reduction::Sum, Reduction::None]),
         prop::sample::select(vec![How::Auto, How::Recompute, How::Fused]),
@@ -51,10 +60,15 @@ fn options() -> impl Strategy<Value = Options> {
         prop_oneof![0usize..6, Just(usize::MAX)],
         prop_oneof![-2i64..12, any::<i64>()],
     );
-    (numbers, choices, sizes, filter(), filter()).prop_map(
-        |((softcap, z_loss), (reduction, how, preset), (workspace, shift, ignored), e, c)| {
+    (numbers, asked, choices, sizes, filter(), filter()).prop_map(
+        |(numbers, asked, (reduction, how, preset), (workspace, shift, ignored), e, c)| {
+            let (softcap, z_loss, scale, smoothing) = numbers;
             let options = Options::preset(preset)
                 .softcap(softcap)
+                .logit_scale(scale)
+                .label_smoothing(smoothing)
+                .entropy(asked.0)
+                .predicted(asked.1)
                 .z_loss_weight(z_loss)
                 .reduction(reduction)
                 .strategy(how)
@@ -103,6 +117,7 @@ proptest! {
         targets in prop::collection::vec(-1i64..9, 1..8),
         values in prop::collection::vec(number(), 1..6),
         dtype in prop::sample::select(vec![DType::BF16, DType::F16, DType::F32, DType::F64, DType::U8]),
+        weights in (prop::option::of((0usize..9, any::<bool>())), prop::option::of(0usize..9)),
     ) {
         let other = if same { hidden } else { other };
         let run = || -> Result<()> {
@@ -111,8 +126,22 @@ proptest! {
             let len: usize = lead.iter().product();
             let y: Vec<i64> = targets.iter().copied().cycle().take(len).collect();
             let y = Tensor::from_vec(y, lead.clone(), &Device::Cpu)?;
+            let weights = (
+                weights.0.map(|(len, fits)| tensor(vec![if fits { vocab } else { len }], dtype, &values)),
+                weights.1.map(|len| match len {
+                    // Most of them fit.
+                    0 => tensor(vec![len], dtype, &values),
+                    _ => tensor(lead.clone(), dtype, &values),
+                }),
+            );
+            let (of_classes, of_tokens) = (weights.0.transpose()?, weights.1.transpose()?);
+            let options = options.clone().class_weights(&of_classes).token_weights(&of_tokens);
             let output = linear_cross_entropy(&e, &c, &y, &options)?;
-            backward(&output.loss.sum_all()?)?;
+            let loss = output.loss.sum_all()?;
+            backward(&match &output.entropy {
+                Some(entropy) if entropy.track_op() => (loss + entropy.sum_all()?)?,
+                _ => loss,
+            })?;
             output.kept_tiles()?;
             Ok(())
         };

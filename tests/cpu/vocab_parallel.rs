@@ -1,127 +1,16 @@
-//! A head sharded over ranks.
+//! A head sharded over ranks: its shards, its errors and its transports.
 
-use crate::common::reference::{Reduced, Reference, CPU_TILE};
 use crate::common::shards::{errors, sharded, whole, NAMES, TIMEOUT};
-use crate::common::{exact, gradient_tolerance, halving, numbers, Case, Random};
+use crate::common::{exact, numbers, Case};
 use candle_core::{bail, DType, Device, Result, Tensor};
 use candle_cut_cross_entropy::objectives::squared_lse;
 use candle_cut_cross_entropy::vocab_parallel::{
     Communicator, ReduceOp, ThreadCommunicator, VocabParallel,
 };
-use candle_cut_cross_entropy::{linear_cross_entropy, Filter, Implementation, Options, Output};
+use candle_cut_cross_entropy::{linear_cross_entropy, Options, Output};
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-
-/// `ranks` shards of random length, or as `from_vocab` has them.
-fn bounds(random: &mut Random, vocab: usize, ranks: usize) -> Vec<usize> {
-    let mut cuts: Vec<usize> = (1..vocab).collect();
-    for i in 0..ranks - 1 {
-        let j = i + random.below(cuts.len() - i);
-        cuts.swap(i, j);
-    }
-    let mut bounds = cuts[..ranks - 1].to_vec();
-    bounds.extend([0, vocab]);
-    bounds.sort();
-    bounds
-}
-
-#[test]
-fn shards_give_what_the_whole_gives() -> Result<()> {
-    let mut random = Random::new(700);
-    let mut turn = 0;
-    for dtype in [DType::F32, DType::BF16, DType::F64] {
-        for ranks in [1, 2, 3, 4, 7] {
-            for reduction in [Reduced::Mean, Reduced::Sum, Reduced::None] {
-                for bits in 0..8 {
-                    turn += 1;
-                    let (bias, softcap, ignored) = (bits & 1 > 0, bits & 2 > 0, bits & 4 > 0);
-                    let vocab = [9, 40, 700][turn % 3];
-                    let mut case = Case::random(turn as u64, dtype, &[2, 9], 12, vocab);
-                    case.inputs.reduction = reduction;
-                    case.inputs.shift = turn % 2;
-                    case.inputs.softcap = softcap.then_some(3.);
-                    if bias {
-                        case = case.with_bias(turn as u64);
-                    }
-                    if ignored {
-                        case = case.with_ignored(turn as u64);
-                    }
-                    // Targets of one class only: all other ranks have none.
-                    if turn % 5 == 0 {
-                        let ignore_index = case.inputs.ignore_index;
-                        for target in &mut case.inputs.targets {
-                            *target = if *target == ignore_index {
-                                ignore_index
-                            } else {
-                                3
-                            };
-                        }
-                    }
-                    let mut options = match turn % 4 {
-                        0 => Options::default().filter(Filter::Threshold(0.)),
-                        _ => exact(),
-                    };
-                    if turn % 3 == 0 {
-                        options = options.z_loss_weight(0.02);
-                    }
-                    if turn % 6 == 0 {
-                        options = options.implementation(Implementation::Native);
-                    }
-                    let upstream = case.upstream(turn as u64, true, turn % 2 == 0);
-                    let bounds = bounds(&mut random, vocab, ranks);
-                    let cpu = &vec![Device::Cpu; 7];
-                    let got = sharded(&case, &options, &upstream, cpu, &bounds)?;
-                    let want = whole(&case, &options, &upstream, &Device::Cpu)?;
-                    for (name, error) in NAMES.iter().zip(errors(&got, &want)) {
-                        let allowed = match (*name, dtype) {
-                            ("loss" | "lse", _) | (_, DType::F32) => 1e-6,
-                            (_, DType::F64) => 1e-12,
-                            _ => gradient_tolerance(dtype),
-                        };
-                        assert!(
-                            error <= allowed,
-                            "{dtype:?} {ranks} ranks {bounds:?} {reduction:?} bias {bias} softcap {softcap} ignored \
-                             {ignored} turn {turn}: {name} differs by {error:e}"
-                        );
-                    }
-                }
-            }
-        }
-    }
-    Ok(())
-}
-
-/// What a filter averages depends on lse over all classes, and so is the same whoever holds them. (Shards begin where
-/// tiles do.)
-#[test]
-fn a_filter_averages_the_same_tiles_of_shards_and_of_the_whole() -> Result<()> {
-    for filter in [Filter::Threshold, Filter::Drop] {
-        let mut case = Case::random(720, DType::F32, &[300], 32, 1024).with_bias(3);
-        // Some tiles without a target, which a filter that drops can drop.
-        for target in &mut case.inputs.targets {
-            *target %= 256;
-        }
-        case.inputs.softcap = Some(20.);
-        let reference = Reference::new(case.inputs.clone());
-        let eps = halving(&reference, CPU_TILE).unwrap();
-        let upstream = case.upstream(1, true, true);
-        let options = Options::default().filter(filter(eps));
-        let cpu = &vec![Device::Cpu; 7];
-        let got = sharded(&case, &options, &upstream, cpu, &[0, 512, 768, 1024])?;
-        let want = whole(&case, &options, &upstream, &Device::Cpu)?;
-        for (name, error) in NAMES.iter().zip(errors(&got, &want)) {
-            assert!(error <= 3e-6, "{name} differs by {error:e}");
-        }
-        let exact = whole(&case, &exact(), &upstream, &Device::Cpu)?;
-        let differences = errors(&got, &exact);
-        assert!(
-            differences[3] > 1e-3,
-            "nothing was filtered: {differences:?}"
-        );
-    }
-    Ok(())
-}
 
 #[test]
 fn a_vocabulary_is_cut_evenly_and_the_first_ranks_have_the_rest() -> Result<()> {
@@ -167,6 +56,22 @@ fn shards_that_do_not_fit_are_errors() -> Result<()> {
         assert!(error.contains(piece), "{piece:?} is not in {error:?}");
     }
     assert!(loss(&[11, 12], one_rank(10, 15)?).is_ok());
+    Ok(())
+}
+
+#[test]
+fn class_weights_of_a_shard_are_those_of_all_classes() -> Result<()> {
+    let e = Tensor::ones((2, 4), DType::F32, &Device::Cpu)?;
+    let c = Tensor::ones((5, 4), DType::F32, &Device::Cpu)?;
+    let y = Tensor::new(&[11i64, 12], &Device::Cpu)?;
+    let weights = Tensor::ones(14, DType::F32, &Device::Cpu)?;
+    let options = Options::default().vocab_parallel(one_rank(10, 15)?);
+    let result = linear_cross_entropy(&e, &c, &y, &options.class_weights(&weights));
+    let error = result.unwrap_err().to_string();
+    assert!(
+        error.contains("10..15") && error.contains("[14]"),
+        "{error}"
+    );
     Ok(())
 }
 

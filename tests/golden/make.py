@@ -42,10 +42,29 @@ CASES = {
     },
 }
 
+# Made after those above, so that their random numbers stay.
+MORE_DTYPES = {"f64": torch.float64, "bf16": torch.bfloat16}
+MORE_CASES = {
+    "temperature": {"scale": 0.7},
+    "class_weights": {"class_weights": True, "ignored": True},
+    "class_weights_sum": {"class_weights": True, "reduction": "sum"},
+    "class_weights_none": {"class_weights": True, "reduction": "none", "ignored": True},
+    "token_weights": {"token_weights": True, "class_weights": True, "ignored": True, "shift": 1},
+    "smoothing": {"smoothing": 0.1, "ignored": True, "bias": True},
+    "smoothing_sum": {"smoothing": 0.3, "class_weights": True, "reduction": "sum"},
+    "smoothing_none": {"smoothing": 0.3, "class_weights": True, "reduction": "none", "ignored": True},
+    "entropy": {"entropy": True, "softcap": 3.0, "ignored": True},
+    "all_options": {
+        "bias": True, "ignored": True, "shift": 1, "scale": 1.4, "class_weights": True, "smoothing": 0.2,
+        "entropy": True,
+    },
+}
+
 
 def linear_cross_entropy_case(
     dtype, lead=(2, 5), reduction="mean", bias=False, softcap=None, ignored=False,
-    ignore_index=IGNORE_INDEX, shift=0, z_weight=0.0, hidden=6, vocab=13,
+    ignore_index=IGNORE_INDEX, shift=0, z_weight=0.0, hidden=6, vocab=13, scale=1.0, smoothing=0.0,
+    class_weights=False, token_weights=False, entropy=False,
 ):
     e = torch.randn(*lead, hidden, dtype=torch.float64).to(dtype).requires_grad_()
     c = (torch.randn(vocab, hidden, dtype=torch.float64) * 0.6).to(dtype).requires_grad_()
@@ -62,11 +81,26 @@ def linear_cross_entropy_case(
         logits = logits + b.to(wide)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    flat = F.cross_entropy(
-        logits.reshape(-1, vocab), labels.reshape(-1), ignore_index=ignore_index, reduction=reduction
-    )
-    loss = flat.reshape(labels.shape) if reduction == "none" else flat
+    logits = logits * scale
+    of_classes = torch.rand(vocab, dtype=torch.float32) + 0.25 if class_weights else None
+    of_tokens = torch.rand(lead, dtype=torch.float32) if token_weights else None
+
+    def cross_entropy(reduction):
+        flat = F.cross_entropy(
+            logits.reshape(-1, vocab), labels.reshape(-1), ignore_index=ignore_index, reduction=reduction,
+            weight=of_classes.to(wide) if class_weights else None, label_smoothing=smoothing,
+        )
+        return flat.reshape(labels.shape) if reduction == "none" else flat
+
     counted = labels != ignore_index
+    if token_weights:
+        # PyTorch has no such weights: its mean, by hand.
+        assert reduction == "mean"
+        of_positions = of_tokens[..., shift:].to(wide) * counted
+        total = of_positions * of_classes[labels.clamp(min=0)]
+        loss = (cross_entropy("none") * of_positions).sum() / total.sum()
+    else:
+        loss = cross_entropy(reduction)
     lse = torch.where(counted, torch.logsumexp(logits, -1), 0.0)
     squares = lse**2
     z = {
@@ -75,7 +109,13 @@ def linear_cross_entropy_case(
         "mean": squares.sum() / counted.sum(),
     }[reduction]
     weights = torch.rand(loss.shape, dtype=torch.float32)
-    ((loss + z_weight * z) * weights.to(wide)).sum().backward()
+    total = ((loss + z_weight * z) * weights.to(wide)).sum()
+    if entropy:
+        logs = torch.log_softmax(logits, -1)
+        entropies = torch.where(counted, -(logs.exp() * logs).sum(-1), 0.0)
+        entropy_weights = torch.rand(labels.shape, dtype=torch.float32)
+        total = total + (entropies * entropy_weights.to(wide)).sum()
+    total.backward()
 
     tensors = {
         "embeddings": e, "classifier": c, "targets": y,
@@ -89,6 +129,17 @@ def linear_cross_entropy_case(
         tensors |= {"bias": b, "grad_bias": b.grad}
     if softcap is not None:
         tensors["softcap"] = torch.tensor(softcap, dtype=torch.float64)
+    if scale != 1.0:
+        tensors["logit_scale"] = torch.tensor(scale, dtype=torch.float64)
+    if smoothing:
+        tensors["label_smoothing"] = torch.tensor(smoothing, dtype=torch.float64)
+    if class_weights:
+        tensors["class_weights"] = of_classes
+    if token_weights:
+        tensors["token_weights"] = of_tokens
+    if entropy:
+        predicted = torch.where(counted, logits.argmax(-1), 2**32 - 1)
+        tensors |= {"entropy": entropies, "entropy_weights": entropy_weights, "predicted": predicted}
     return tensors
 
 
@@ -97,6 +148,9 @@ def main():
     cases = {}
     for dtype_name, dtype in DTYPES.items():
         for name, settings in CASES.items():
+            cases[f"{dtype_name}_{name}"] = linear_cross_entropy_case(dtype, **settings)
+    for dtype_name, dtype in MORE_DTYPES.items():
+        for name, settings in MORE_CASES.items():
             cases[f"{dtype_name}_{name}"] = linear_cross_entropy_case(dtype, **settings)
     tensors = {
         f"{case}/{name}": tensor.detach().contiguous().clone()

@@ -1,8 +1,8 @@
 //! Whatever the sizes and options, both give the same numbers.
 
-use super::{compare, exact, Case};
-use crate::{Reduction, Strategy};
-use candle_core::DType;
+use super::{compare, exact, noise, Case};
+use crate::{Entropy, Reduction, Strategy};
+use candle_core::{DType, Device, Tensor};
 
 #[test]
 fn dtypes_and_strategies_agree() {
@@ -42,6 +42,45 @@ fn bias_softcap_shift_and_ignored_rows_agree() {
                         let name = format!("{bias} {softcap:?} {shift} {ignore:?} {strategy:?}");
                         compare(&name, &case, &options);
                     }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_else_can_be_asked_for_agrees() {
+    let weights = |len: usize, seed: u64| {
+        let shape = if len == 45 { vec![3, 15] } else { vec![len] };
+        Tensor::from_vec(noise(len, seed), shape, &Device::Cpu).unwrap()
+    };
+    let (of_classes, of_tokens) = (weights(301, 6), weights(45, 7));
+    for dtype in [DType::F64, DType::F32, DType::BF16] {
+        for entropy in [Entropy::Off, Entropy::Value, Entropy::Differentiable] {
+            for bits in 0..16 {
+                for strategy in [Strategy::Fused, Strategy::Recompute] {
+                    let mut options = exact()
+                        .strategy(strategy)
+                        .entropy(entropy)
+                        .predicted(bits & 1 > 0)
+                        .logit_scale(if bits & 2 > 0 { 1.7 } else { 1. })
+                        .shift(bits % 3)
+                        .reduction([Reduction::Mean, Reduction::Sum, Reduction::None][bits % 3]);
+                    if bits & 4 > 0 {
+                        options = options.class_weights(&of_classes).label_smoothing(0.2);
+                    }
+                    if bits & 8 > 0 {
+                        options = options.token_weights(&of_tokens).z_loss_weight(0.01);
+                    }
+                    if bits & 4 == 0 {
+                        options = options.softcap([None, Some(3.)][bits % 2]);
+                    }
+                    let case = Case {
+                        dtype,
+                        ..Case::small()
+                    };
+                    let name = format!("{dtype:?} {entropy:?} {bits} {strategy:?}");
+                    compare(&name, &case, &options);
                 }
             }
         }

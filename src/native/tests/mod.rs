@@ -7,8 +7,9 @@ mod promises;
 use super::{in_tensors, on_cpu};
 use crate::matrices::Matrices;
 use crate::op::contract::{Forward, KeptTiles, Wanted};
+use crate::op::packed::Packed;
 use crate::problem::Problem;
-use crate::{Filter, Options};
+use crate::{Entropy, Filter, Options};
 use candle_core::{DType, Device, Tensor};
 use std::sync::Arc;
 
@@ -186,16 +187,20 @@ fn run_tensor(call: &Call) -> Forward<Tensor> {
 
 /// Upstream gradients of the packed vector: of the loss alone, of another size, of everything.
 fn upstreams(call: &Call) -> Vec<Tensor> {
-    let n = call.problem.positions.len();
+    let layout = Packed::of(&call.problem);
     let loss = |u: f32| {
-        let mut values = vec![0f32; 2 * n + 1];
-        values[2 * n] = u;
+        let mut values = vec![0f32; layout.len()];
+        values[layout.loss()] = u;
         values
     };
-    let all = noise(2 * n + 1, 5).iter().map(|x| *x as f32).collect();
+    let mut all: Vec<f32> = noise(layout.len(), 5).iter().map(|x| *x as f32).collect();
+    if let (Entropy::Value, Some(entropy)) = (call.problem.settings.entropy, layout.entropy()) {
+        // It is not differentiated.
+        all[entropy].fill(0.);
+    }
     [loss(1.), loss(-0.75), all]
         .into_iter()
-        .map(|values: Vec<f32>| Tensor::from_vec(values, 2 * n + 1, &Device::Cpu).unwrap())
+        .map(|values: Vec<f32>| Tensor::from_vec(values, layout.len(), &Device::Cpu).unwrap())
         .collect()
 }
 
@@ -207,6 +212,10 @@ fn compare(name: &str, case: &Case, options: &Options) {
         let first = run_cpu(&call);
         let off = error(&values(&first.packed), &values(&second.packed));
         assert!(off < 2e-6, "{name}: loss off by {off}");
+        let predicted =
+            [&first, &second].map(|forward| forward.left.predicted.as_ref().map(values));
+        assert_eq!(predicted[0], predicted[1], "{name}: predicted");
+        assert_eq!(predicted[0].is_some(), call.problem.settings.predicted);
         let b = backward(&call, &second, &upstream, wanted(&call));
         // Twice: the second time there are no gradients left from the forward.
         for time in 0..2 {
