@@ -65,6 +65,7 @@ mod options;
 #[cfg_attr(not(feature = "cuda"), allow(dead_code, unused_imports))]
 mod plan;
 mod problem;
+pub mod soft_targets;
 pub mod vocab_parallel;
 
 pub use backward::backward;

@@ -97,7 +97,7 @@ pub(crate) fn apply(problem: &Problem, matrices: Matrices<&Tensor>) -> Result<Ap
     })
 }
 
-fn wanted(matrices: Matrices<&Tensor>) -> Wanted {
+pub(crate) fn wanted(matrices: Matrices<&Tensor>) -> Wanted {
     Wanted {
         embeddings: matrices.embeddings.track_op(),
         classifier: matrices.classifier.track_op(),
