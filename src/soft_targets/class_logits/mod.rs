@@ -56,7 +56,10 @@ pub fn class_logits(
         ),
     };
     if k == 0 {
-        bail!("classes must be at least one a position, got {:?}", classes.dims())
+        bail!(
+            "classes must be at least one a position, got {:?}",
+            classes.dims()
+        )
     }
     if !matches!(classes.dtype(), DType::U32 | DType::I64 | DType::I32) {
         bail!("classes must be u32, i64 or i32, got {:?}", classes.dtype())
@@ -122,7 +125,10 @@ fn known(classes: &Tensor, vocab: usize) -> Result<Vec<u32>> {
             })
             .collect();
         index.reverse();
-        bail!("class {} at {index:?} is outside [0, {vocab})", classes[flat])
+        bail!(
+            "class {} at {index:?} is outside [0, {vocab})",
+            classes[flat]
+        )
     }
     Ok(classes.into_iter().map(|class| class as u32).collect())
 }
@@ -233,9 +239,8 @@ mod tests {
     fn tensor_operations_agree_with_the_loops() -> Result<()> {
         let (rows, k, hidden, vocab) = (70, 5, 33, 40);
         for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
-            let normal = |shape: &[usize]| {
-                Tensor::randn(0f64, 1., shape, &Device::Cpu)?.to_dtype(dtype)
-            };
+            let normal =
+                |shape: &[usize]| Tensor::randn(0f64, 1., shape, &Device::Cpu)?.to_dtype(dtype);
             let bias = normal(&[vocab])?;
             let (embeddings, classifier) = (normal(&[rows, hidden])?, normal(&[vocab, hidden])?);
             let matrices = Matrices {

@@ -126,7 +126,9 @@ pub(super) fn gradients(
             // Rows without a gradient add nothing, whatever (NaN, infinity) their embeddings are.
             let used = g.abs()?.sum_keepdim(1)?.ne(0f64)?;
             let e = &block.embeddings;
-            let e = used.broadcast_as(e.shape())?.where_cond(e, &e.zeros_like()?)?;
+            let e = used
+                .broadcast_as(e.shape())?
+                .where_cond(e, &e.zeros_like()?)?;
             let terms = g.unsqueeze(2)?.broadcast_mul(&e.unsqueeze(1)?)?;
             let terms = terms.reshape((rows.len() * k, ()))?;
             let index = block.index.unsqueeze(1)?.broadcast_as(terms.shape())?;

@@ -1,0 +1,260 @@
+//! A teacher that names the likeliest classes of each position.
+
+use super::checks::{ruled_out, temperature};
+use super::class_logits;
+use crate::objectives::counted;
+use crate::problem::to_i64;
+use crate::{linear_cross_entropy, Filter, Options, Reduction};
+use candle_core::{bail, DType, Result, Tensor, D};
+
+/// What a student's probability of all unnamed classes is at least, in the logarithm: f32 numbers do not tell less from
+/// rounding.
+const LEAST_REST: f64 = 1e-6;
+
+/// What becomes of the probability that a [`TopK`] teacher gives to the classes it does not name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Rest {
+    /// The other classes are one more class, of probability `1 - sum_k q_k`, and so they are to the student. The
+    /// divergence of two distributions over `k + 1` classes: at least 0, and 0 only where the student agrees.
+    #[default]
+    OneClass,
+    /// The named probabilities are divided by their sum. The student learns to give the other classes none.
+    Renormalized,
+    /// The probabilities are used as they are, and the others' is left out: the terms of the divergence over all classes
+    /// that are known.
+    LeftOut,
+}
+
+/// The `k` classes that a teacher finds likeliest at each position, and their probabilities.
+///
+/// `classes`, of shape `(.., k)` in u32, i64 or i32, are distinct at a position. `probabilities` have the same shape, in
+/// any floating-point dtype. They belong to the positions of the embeddings: position `t` is what the teacher says where
+/// the student's embedding is that of `t`, whatever the shift; the last `shift` are not read, nor are those of positions
+/// that are ignored.
+///
+/// ```
+/// # use candle_core::{Device, Tensor, D};
+/// use candle_cut_cross_entropy::soft_targets::{Rest, TopK};
+/// # fn main() -> candle_core::Result<()> {
+/// # let logits = Tensor::randn(0f32, 1., (2, 16, 1000), &Device::Cpu)?;
+/// // From logits (.., V) of the teacher, at a temperature of 2.
+/// let probabilities = candle_nn::ops::softmax(&(logits / 2.)?, D::Minus1)?;
+/// let order = probabilities.arg_sort_last_dim(false)?;
+/// let classes = order.narrow(D::Minus1, 0, 8)?.contiguous()?;
+/// let probabilities = probabilities.gather(&classes, D::Minus1)?;
+/// let teacher = TopK::new(&classes, &probabilities).rest(Rest::OneClass).temperature(2.);
+/// # let _ = teacher;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Clone)]
+pub struct TopK {
+    classes: Tensor,
+    probabilities: Tensor,
+    rest: Rest,
+    temperature: f64,
+}
+
+impl TopK {
+    /// These classes and probabilities, the rest as one class, at a temperature of 1. No gradient reaches the
+    /// probabilities.
+    pub fn new(classes: &Tensor, probabilities: &Tensor) -> Self {
+        Self {
+            classes: classes.clone(),
+            probabilities: probabilities.detach(),
+            rest: Rest::default(),
+            temperature: 1.,
+        }
+    }
+
+    /// What becomes of the other classes' probability. Default: [`Rest::OneClass`].
+    pub fn rest(mut self, rest: Rest) -> Self {
+        self.rest = rest;
+        self
+    }
+
+    /// The temperature that the probabilities were made at: the student's logits are divided by it. Default: 1.
+    pub fn temperature(mut self, temperature: f64) -> Self {
+        self.temperature = temperature;
+        self
+    }
+
+    fn check(&self, embeddings: &Tensor, targets: &Tensor) -> Result<()> {
+        let (classes, probabilities) = (&self.classes, &self.probabilities);
+        match classes.dims() {
+            [positions @ .., _] if positions == targets.dims() => {}
+            dims => bail!(
+                "classes of the teacher must have shape (.., k) to match targets {:?}, got {dims:?}",
+                targets.dims()
+            ),
+        }
+        if probabilities.dims() != classes.dims() {
+            bail!(
+                "probabilities of the teacher must have the shape of its classes, {:?}, got {:?}",
+                classes.dims(),
+                probabilities.dims()
+            )
+        }
+        if !probabilities.dtype().is_float() {
+            bail!(
+                "probabilities of the teacher must be of a floating-point dtype, got {:?}",
+                probabilities.dtype()
+            )
+        }
+        if !probabilities.device().same_device(embeddings.device()) {
+            bail!(
+                "probabilities of the teacher must be on the device of embeddings, {:?}, got {:?}",
+                embeddings.device().location(),
+                probabilities.device().location()
+            )
+        }
+        temperature(self.temperature)
+    }
+}
+
+/// The Kullback-Leibler divergence of a student from a teacher that names `k` classes a position, without logits of all
+/// classes: `sum_k q_k (log q_k - log p_k)` with the teacher's probabilities `q` and the student's,
+/// `p = softmax(z / T)`, and what [`Rest`] makes of the other classes.
+///
+/// It is `(sum_k q_k) lse - sum_k q_k z_k / T + sum_k q_k log q_k`: the lse of
+/// [`linear_cross_entropy`](crate::linear_cross_entropy) and [`class_logits`](super::class_logits).
+///
+/// - `embeddings` of shape `(.., D)`, `classifier` of shape `(V, D)`, `targets` of shape `(..)` and the options are those
+///   of `linear_cross_entropy`, and so is the result: f32, a scalar or one number a position, differentiable in the
+///   embeddings, the classifier and the bias. Of the targets only the `ignore_index` counts: which positions are learnt
+///   from. With [`Rest::OneClass`] the filter is off, for the gradient of the others' probability lies in classes that
+///   it would not keep.
+/// - The temperature is that of [`TopK::temperature`]. The loss is not multiplied by its square, as in TRL; who wants
+///   gradients of the same size at every temperature, as Hinton et al. do, multiplies it: `(loss * (t * t))?`.
+///
+/// ```
+/// # use candle_core::{DType, Device, Tensor, Var};
+/// use candle_cut_cross_entropy::soft_targets::{top_k_divergence, TopK};
+/// use candle_cut_cross_entropy::{backward, Options};
+/// # fn main() -> candle_core::Result<()> {
+/// # let hidden = Tensor::randn(0f32, 1., (2, 16, 64), &Device::Cpu)?;
+/// # let head = Var::randn(0f32, 0.02, (1000, 64), &Device::Cpu)?;
+/// # let tokens = Tensor::zeros((2, 16), DType::I64, &Device::Cpu)?;
+/// # let classes = Tensor::new(&[1u32, 2], &Device::Cpu)?.broadcast_as((2, 16, 2))?;
+/// # let probabilities = Tensor::new(&[0.5f32, 0.3], &Device::Cpu)?.broadcast_as((2, 16, 2))?;
+/// let teacher = TopK::new(&classes, &probabilities);
+/// let options = Options::default().shift(1);
+/// let loss = top_k_divergence(&hidden, &head, &tokens, &teacher, &options)?;
+/// assert!(backward(&loss)?.get(&head).is_some());
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// Those of `linear_cross_entropy` and `class_logits`; shapes, dtypes and devices of the teacher that do not match; a
+/// temperature that is not positive and finite; [`Options::z_loss_weight`] and [`Options::vocab_parallel`].
+///
+/// Source: Hinton et al., *Distilling the Knowledge in a Neural Network*,
+/// [arXiv 1503.02531](https://arxiv.org/abs/1503.02531).
+pub fn top_k_divergence(
+    embeddings: &Tensor,
+    classifier: &Tensor,
+    targets: &Tensor,
+    teacher: &TopK,
+    options: &Options,
+) -> Result<Tensor> {
+    ruled_out(options)?;
+    teacher.check(embeddings, targets)?;
+    let counted = counted(targets, options)?;
+    let steps = counted.dims().last().copied().unwrap_or(1);
+    // Of every row of the embeddings, though no row of the last `shift` counts.
+    let each = counted.unsqueeze(D::Minus1)?;
+    let each = each.broadcast_as(known(&teacher.classes, options.shift, steps)?.shape())?;
+    let where_counted = |values: &Tensor| -> Result<Tensor> {
+        let values = known(values, options.shift, steps)?;
+        each.where_cond(&values, &values.zeros_like()?)
+    };
+    let classes = where_counted(&to_i64(&teacher.classes)?)?;
+    let classes = match options.shift {
+        0 => classes,
+        shift => classes.pad_with_zeros(classes.rank() - 2, 0, shift)?,
+    };
+    let named = where_counted(&teacher.probabilities.to_dtype(DType::F32)?)?;
+    let named = match teacher.rest {
+        Rest::Renormalized => {
+            let mass = named
+                .sum_keepdim(D::Minus1)?
+                .maximum(f32::MIN_POSITIVE as f64)?;
+            named.broadcast_div(&mass)?
+        }
+        Rest::OneClass | Rest::LeftOut => named,
+    };
+
+    let (embeddings, options) = at_temperature(embeddings, options, teacher.temperature)?;
+    let logits = class_logits(&embeddings, classifier, &classes, &options)?;
+    let logits = where_counted(&logits)?;
+    let for_lse = match teacher.rest {
+        Rest::OneClass => options.clone().filter(Filter::Off),
+        Rest::Renormalized | Rest::LeftOut => options.clone(),
+    };
+    let for_lse = for_lse.reduction(Reduction::None);
+    let lse = linear_cross_entropy(&embeddings, classifier, targets, &for_lse)?.lse;
+
+    // A class of no probability adds nothing, whatever its logit.
+    let likely = named.gt(0f64)?;
+    let none = named.zeros_like()?;
+    let of_logits = (&named * likely.where_cond(&logits, &none)?)?.sum(D::Minus1)?;
+    let mass = named.sum(D::Minus1)?;
+    let losses = ((&mass * &lse)? - of_logits + p_log_p(&named)?.sum(D::Minus1)?)?;
+    let losses = match teacher.rest {
+        Rest::Renormalized | Rest::LeftOut => losses,
+        Rest::OneClass => {
+            let student = logits.broadcast_sub(&lse.unsqueeze(D::Minus1)?)?.exp()?;
+            let student = student.sum(D::Minus1)?.affine(-1., 1.)?;
+            let teacher = mass.affine(-1., 1.)?.relu()?;
+            let teacher = counted.where_cond(&teacher, &teacher.zeros_like()?)?;
+            (losses + of_rest(&teacher, &student)?)?
+        }
+    };
+    match options.reduction {
+        Reduction::None => Ok(losses),
+        Reduction::Sum => losses.sum_all(),
+        Reduction::Mean => {
+            let number = counted.to_dtype(DType::F32)?.sum_all()?.maximum(1f64)?;
+            losses.sum_all()? / number
+        }
+    }
+}
+
+/// What is said of positions that may count, of `(.., T, k)`: all but the last `shift` steps.
+fn known(values: &Tensor, shift: usize, steps: usize) -> Result<Tensor> {
+    match shift {
+        0 => Ok(values.clone()),
+        _ => values.narrow(values.rank() - 2, 0, steps)?.contiguous(),
+    }
+}
+
+/// `p log p`, 0 for 0.
+fn p_log_p(p: &Tensor) -> Result<Tensor> {
+    p * p.maximum(f32::MIN_POSITIVE as f64)?.log()?
+}
+
+/// The term of the unnamed classes, `q (log q - log p)`. Where `p` is too small to be told from 0 its logarithm stands
+/// still, but has a gradient yet.
+fn of_rest(q: &Tensor, p: &Tensor) -> Result<Tensor> {
+    let raised = p.affine(-1., LEAST_REST)?.relu()?.detach();
+    p_log_p(q)? - (q * (p + raised)?.log()?)?
+}
+
+/// Inputs whose logits are those of these, divided by the temperature.
+fn at_temperature(
+    embeddings: &Tensor,
+    options: &Options,
+    temperature: f64,
+) -> Result<(Tensor, Options)> {
+    if temperature == 1. {
+        return Ok((embeddings.clone(), options.clone()));
+    }
+    let mut options = options.clone();
+    options.bias = match &options.bias {
+        Some(bias) => Some((bias / temperature)?),
+        None => None,
+    };
+    options.softcap = options.softcap.map(|softcap| softcap / temperature);
+    Ok(((embeddings / temperature)?, options))
+}
