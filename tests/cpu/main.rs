@@ -19,4 +19,6 @@ mod paths;
 mod policies;
 mod preferences;
 mod properties;
+mod soft_targets;
+mod soft_targets_edges;
 mod vocab_parallel;
