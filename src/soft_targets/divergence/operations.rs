@@ -131,3 +131,62 @@ fn from_mixture(s: &Tensor, t: &Tensor, beta: f64) -> Result<(Tensor, Tensor)> {
     let base = (larger + 1.)?.log()?.neg()?;
     Ok(((&base - above.neg()?.relu()?)?, (base - above.relu()?)?))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::soft_targets::divergence::loops;
+    use candle_core::{DType, Device};
+
+    fn values(tensor: &Tensor) -> Result<Vec<f64>> {
+        tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
+    }
+
+    #[test]
+    fn they_agree_with_the_loops() -> Result<()> {
+        let (rows, vocab) = (6, 77);
+        let kinds = [
+            Divergence::ForwardKl,
+            Divergence::ReverseKl,
+            Divergence::JensenShannon(0.7),
+        ];
+        for dtype in [DType::F64, DType::F32] {
+            let normal =
+                |shape: &[usize]| Tensor::randn(0f64, 3., shape, &Device::Cpu)?.to_dtype(dtype);
+            let mut bias = vec![0.5f64; vocab];
+            bias[10] = f64::NEG_INFINITY;
+            let bias = Tensor::new(bias, &Device::Cpu)?.to_dtype(dtype)?;
+            let weights = normal(&[rows])?;
+            for (kind, softcap) in kinds.into_iter().flat_map(|k| [(k, None), (k, Some(5.))]) {
+                let logits = || -> Result<Logits<'_>> {
+                    Ok(Logits {
+                        products: normal(&[rows, vocab])?,
+                        bias: Some(&bias),
+                        softcap,
+                        scale: 0.5,
+                        wanted: true,
+                    })
+                };
+                let logits = Pair {
+                    student: logits()?,
+                    teacher: logits()?,
+                };
+                let a = loops::pass(kind, &logits, Some(&weights))?;
+                let b = pass(kind, &logits, Some(&weights))?;
+                let results = [
+                    (Some(a.losses), Some(b.losses)),
+                    (a.gradients.student, b.gradients.student),
+                    (a.gradients.teacher, b.gradients.teacher),
+                ];
+                for (a, b) in results {
+                    let (a, b) = (values(&a.unwrap())?, values(&b.unwrap())?);
+                    let off = a.iter().zip(&b).map(|(a, b)| (a - b).abs());
+                    let off = off.fold(0., f64::max);
+                    assert!(off < 3e-6, "{kind:?} {softcap:?} {dtype:?}: {off}");
+                    assert!(a.iter().all(|x| x.is_finite()));
+                }
+            }
+        }
+        Ok(())
+    }
+}
