@@ -10,6 +10,7 @@ mod errors;
 mod filter;
 mod golden;
 mod golden_objectives;
+mod golden_soft_targets;
 mod grid;
 mod hostile;
 mod layer;
