@@ -1,9 +1,10 @@
 //! The gradients of a head while they are summed up over blocks of rows.
 
+use super::add_product::AddProduct;
 use crate::matrices::Matrices;
 use crate::op::contract::{Gradients, Wanted};
 use crate::soft_targets::blocks::blocks;
-use candle_core::{bail, CpuStorage, DType, InplaceOp3, Layout, Result, Tensor, WithDType};
+use candle_core::{DType, Result, Tensor};
 
 pub(super) struct HeadGradient<'a> {
     classifier: &'a Tensor,
@@ -113,107 +114,4 @@ fn add_product(sums: &Tensor, g: &Tensor, e: &Tensor, classes: usize) -> Result<
         sums.slice_set(&sum, 0, classes.start)?;
     }
     Ok(())
-}
-
-/// `sums += g^T e` in main memory, on all threads.
-struct AddProduct;
-
-impl InplaceOp3 for AddProduct {
-    fn name(&self) -> &'static str {
-        "add-product"
-    }
-
-    fn cpu_fwd(
-        &self,
-        sums: &mut CpuStorage,
-        sums_layout: &Layout,
-        g: &CpuStorage,
-        g_layout: &Layout,
-        e: &CpuStorage,
-        e_layout: &Layout,
-    ) -> Result<()> {
-        let (rows, vocab) = g_layout.shape().dims2()?;
-        let hidden = e_layout.shape().dims2()?.1;
-        let size = Size {
-            rows,
-            vocab,
-            hidden,
-        };
-        match sums {
-            CpuStorage::F32(sums) => add_to(
-                contiguous_mut(sums, sums_layout)?,
-                contiguous(f32::cpu_storage_as_slice(g)?, g_layout)?,
-                contiguous(f32::cpu_storage_as_slice(e)?, e_layout)?,
-                size,
-                1.,
-            ),
-            CpuStorage::F64(sums) => add_to(
-                contiguous_mut(sums, sums_layout)?,
-                contiguous(f64::cpu_storage_as_slice(g)?, g_layout)?,
-                contiguous(f64::cpu_storage_as_slice(e)?, e_layout)?,
-                size,
-                1.,
-            ),
-            _ => bail!("{}: sums must be f32 or f64", self.name()),
-        }
-        Ok(())
-    }
-}
-
-fn contiguous<'a, R>(values: &'a [R], layout: &Layout) -> Result<&'a [R]> {
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(&values[start..end]),
-        None => bail!("expected a contiguous tensor, got {layout:?}"),
-    }
-}
-
-fn contiguous_mut<'a, R>(values: &'a mut [R], layout: &Layout) -> Result<&'a mut [R]> {
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(&mut values[start..end]),
-        None => bail!("expected a contiguous tensor, got {layout:?}"),
-    }
-}
-
-struct Size {
-    rows: usize,
-    vocab: usize,
-    hidden: usize,
-}
-
-fn add_to<R: 'static>(sums: &mut [R], g: &[R], e: &[R], size: Size, one: R)
-where
-    R: Copy,
-{
-    let Size {
-        rows,
-        vocab,
-        hidden,
-    } = size;
-    assert_eq!(sums.len(), vocab * hidden);
-    assert_eq!(g.len(), rows * vocab);
-    assert_eq!(e.len(), rows * hidden);
-    // SAFETY: the slices have the sizes of their matrices, and `sums`, borrowed mutably, overlaps neither of the others.
-    unsafe {
-        gemm::gemm(
-            vocab,
-            hidden,
-            rows,
-            sums.as_mut_ptr(),
-            1,
-            hidden as isize,
-            true,
-            g.as_ptr(),
-            vocab as isize,
-            1,
-            e.as_ptr(),
-            1,
-            hidden as isize,
-            one,
-            one,
-            false,
-            false,
-            false,
-            gemm::Parallelism::Rayon(rayon::current_num_threads()),
-        )
-    }
 }

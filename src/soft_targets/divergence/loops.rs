@@ -1,8 +1,8 @@
 //! A block of logits in main memory: every row while it is in a core's cache, on all threads, in the vector instructions
 //! of the machine at hand.
 
-use super::sweep::{Logits, Pair, Passed};
-use super::Divergence;
+use super::block::{Logits, Pair, Passed};
+use super::kind::Divergence;
 use crate::native::Real;
 use candle_core::{bail, DType, Device, Result, Storage, Tensor, WithDType};
 use rayon::prelude::*;
@@ -35,7 +35,7 @@ impl Number for f32 {
         let p = p * x - 1.666_805_7e-1;
         let p = p * x + 2.000_071_5e-1;
         let p = p * x - 2.499_999_4e-1;
-        let p = p * x + 3.333_333_1e-1;
+        let p = p * x + 3.333_333e-1;
         let square = x * x;
         let small = p * x * square + exponent * LN2_LOW - 0.5 * square;
         small + x + exponent * LN2_HIGH
@@ -182,7 +182,7 @@ impl<R: Number> Side<'_, R> {
         let (sum, _) = sums(out, out, |z, _| (Real::exp(z - max), R::default()));
         let lse = max + real(Real::to_f64(sum).ln());
         for z in out.iter_mut() {
-            *z = *z - lse;
+            *z -= lse;
         }
         lse
     }

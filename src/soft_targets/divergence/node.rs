@@ -4,7 +4,8 @@
 //! student's, and a zero, the teacher's, is added to it where the teacher learns too. Tensor operations compute both, so
 //! they join the graph ready-made.
 
-use super::sweep::{Call, Pair, Swept};
+use super::block::Pair;
+use super::sweep::{Call, Swept};
 use crate::matrices::Matrices;
 use crate::node::{attach, Node};
 use crate::op::contract::{Gradients, Wanted};

@@ -1,7 +1,7 @@
 //! A block of logits in Candle tensor operations.
 
-use super::sweep::{Logits, Pair, Passed};
-use super::Divergence;
+use super::block::{Logits, Pair, Passed};
+use super::kind::Divergence;
 use candle_core::{Result, Tensor};
 
 /// Not above any logit but -inf, and finite: in f32, as Metal has no f64.

@@ -1,7 +1,9 @@
 //! The way through blocks of rows: the logits of both, their divergence and its gradients.
 
+use super::block::{Logits, Pair};
 use super::gradients::HeadGradient;
-use super::{loops, operations, Divergence};
+use super::kind::Divergence;
+use super::{loops, operations};
 use crate::matrices::Matrices;
 use crate::native::HostRows;
 use crate::op::contract::{Gradients, Wanted};
@@ -9,12 +11,6 @@ use crate::soft_targets::blocks::blocks;
 use crate::Reduction;
 use candle_core::{DType, Device, Result, Tensor};
 use std::ops::Range;
-
-#[derive(Debug, Default, Clone, Copy)]
-pub(super) struct Pair<T> {
-    pub student: T,
-    pub teacher: T,
-}
 
 /// What logits are made of.
 pub(super) struct Head {
@@ -40,26 +36,6 @@ pub(super) struct Call {
 pub(super) struct Swept {
     pub losses: Tensor,
     pub gradients: Pair<Gradients>,
-}
-
-/// A block of rows of one head, `(rows, V)`.
-pub(super) struct Logits<'a> {
-    /// The products, before bias, softcap and temperature.
-    pub products: Tensor,
-    /// `(V)`, in the dtype of the products.
-    pub bias: Option<&'a Tensor>,
-    pub softcap: Option<f64>,
-    pub scale: f64,
-    /// Whether the gradient of the products is asked for.
-    pub wanted: bool,
-}
-
-/// What a block comes to.
-pub(super) struct Passed {
-    /// `(rows)`
-    pub losses: Tensor,
-    /// The gradients of the products, `(rows, V)`.
-    pub gradients: Pair<Option<Tensor>>,
 }
 
 /// The sizes of the blocks that keep the temporaries within the workspace.
