@@ -7,6 +7,7 @@ pub mod grid;
 pub mod ops;
 pub mod reference;
 pub mod shards;
+pub mod soft_cases;
 pub mod soft_reference;
 
 pub use comparison::{
