@@ -110,6 +110,34 @@ impl TopK {
         }
         temperature(self.temperature)
     }
+
+    /// What it says of the positions that count.
+    fn said(&self, targets: &Tensor, options: &Options) -> Result<Said> {
+        let shift = options.shift;
+        let counted = counted(targets, options)?;
+        let each = counted.unsqueeze(D::Minus1)?;
+        let each = each.broadcast_as(predicting(&self.classes, shift)?.shape())?;
+        let at = Positions {
+            counted,
+            each,
+            shift,
+        };
+        let classes = at.values(&to_i64(&self.classes)?)?;
+        let mut said = Said {
+            classes: match shift {
+                0 => classes,
+                _ => classes.pad_with_zeros(classes.rank() - 2, 0, shift)?,
+            },
+            probabilities: at.values(&self.probabilities.to_dtype(DType::F32)?)?,
+            at,
+        };
+        if self.rest == Rest::Renormalized {
+            let mass = said.probabilities.sum_keepdim(D::Minus1)?;
+            let mass = mass.maximum(f32::MIN_POSITIVE as f64)?;
+            said.probabilities = said.probabilities.broadcast_div(&mass)?;
+        }
+        Ok(said)
+    }
 }
 
 /// The Kullback-Leibler divergence of a student from a teacher that names `k` classes a position, without logits of all
@@ -160,72 +188,90 @@ pub fn top_k_divergence(
 ) -> Result<Tensor> {
     ruled_out(options)?;
     teacher.check(embeddings, targets)?;
-    let counted = counted(targets, options)?;
-    let steps = counted.dims().last().copied().unwrap_or(1);
-    // Of every row of the embeddings, though no row of the last `shift` counts.
-    let each = counted.unsqueeze(D::Minus1)?;
-    let each = each.broadcast_as(known(&teacher.classes, options.shift, steps)?.shape())?;
-    let where_counted = |values: &Tensor| -> Result<Tensor> {
-        let values = known(values, options.shift, steps)?;
-        each.where_cond(&values, &values.zeros_like()?)
-    };
-    let classes = where_counted(&to_i64(&teacher.classes)?)?;
-    let classes = match options.shift {
-        0 => classes,
-        shift => classes.pad_with_zeros(classes.rank() - 2, 0, shift)?,
-    };
-    let named = where_counted(&teacher.probabilities.to_dtype(DType::F32)?)?;
-    let named = match teacher.rest {
-        Rest::Renormalized => {
-            let mass = named
-                .sum_keepdim(D::Minus1)?
-                .maximum(f32::MIN_POSITIVE as f64)?;
-            named.broadcast_div(&mass)?
-        }
-        Rest::OneClass | Rest::LeftOut => named,
-    };
-
+    let said = teacher.said(targets, options)?;
     let (embeddings, options) = at_temperature(embeddings, options, teacher.temperature)?;
-    let logits = class_logits(&embeddings, classifier, &classes, &options)?;
-    let logits = where_counted(&logits)?;
+    let logits = class_logits(&embeddings, classifier, &said.classes, &options)?;
+    let logits = said.at.values(&logits)?;
     let for_lse = match teacher.rest {
         Rest::OneClass => options.clone().filter(Filter::Off),
         Rest::Renormalized | Rest::LeftOut => options.clone(),
     };
     let for_lse = for_lse.reduction(Reduction::None);
     let lse = linear_cross_entropy(&embeddings, classifier, targets, &for_lse)?.lse;
-
-    // A class of no probability adds nothing, whatever its logit.
-    let likely = named.gt(0f64)?;
-    let none = named.zeros_like()?;
-    let of_logits = (&named * likely.where_cond(&logits, &none)?)?.sum(D::Minus1)?;
-    let mass = named.sum(D::Minus1)?;
-    let losses = ((&mass * &lse)? - of_logits + p_log_p(&named)?.sum(D::Minus1)?)?;
+    let mass = said.probabilities.sum(D::Minus1)?;
+    let losses = ((&mass * &lse)? + said.apart_from_lse(&logits)?)?;
     let losses = match teacher.rest {
         Rest::Renormalized | Rest::LeftOut => losses,
         Rest::OneClass => {
-            let student = logits.broadcast_sub(&lse.unsqueeze(D::Minus1)?)?.exp()?;
-            let student = student.sum(D::Minus1)?.affine(-1., 1.)?;
-            let teacher = mass.affine(-1., 1.)?.relu()?;
-            let teacher = counted.where_cond(&teacher, &teacher.zeros_like()?)?;
-            (losses + of_rest(&teacher, &student)?)?
+            let named = logits.broadcast_sub(&lse.unsqueeze(D::Minus1)?)?.exp()?;
+            let named = named.sum(D::Minus1)?;
+            (losses + said.of_rest(&mass, &named)?)?
         }
     };
     match options.reduction {
         Reduction::None => Ok(losses),
         Reduction::Sum => losses.sum_all(),
         Reduction::Mean => {
-            let number = counted.to_dtype(DType::F32)?.sum_all()?.maximum(1f64)?;
-            losses.sum_all()? / number
+            let number = said.at.counted.to_dtype(DType::F32)?.sum_all()?;
+            losses.sum_all()? / number.maximum(1f64)?
         }
     }
 }
 
-/// What is said of positions that may count, of `(.., T, k)`: all but the last `shift` steps.
-fn known(values: &Tensor, shift: usize, steps: usize) -> Result<Tensor> {
-    match shift {
-        0 => Ok(values.clone()),
-        _ => values.narrow(values.rank() - 2, 0, steps)?.contiguous(),
+/// The positions of a result.
+struct Positions {
+    /// Which of them count, u8.
+    counted: Tensor,
+    /// The same for each of their classes, `(.., k)`.
+    each: Tensor,
+    shift: usize,
+}
+
+impl Positions {
+    /// Their part of the values of all steps, `(.., T, k)`: 0, whatever stands there, where a position does not count.
+    fn values(&self, of_steps: &Tensor) -> Result<Tensor> {
+        let values = predicting(of_steps, self.shift)?;
+        self.each.where_cond(&values, &values.zeros_like()?)
+    }
+}
+
+/// All but the last `shift` steps of `(.., T, k)`.
+fn predicting(values: &Tensor, shift: usize) -> Result<Tensor> {
+    if shift == 0 {
+        return Ok(values.clone());
+    }
+    let time = values.rank() - 2;
+    values
+        .narrow(time, 0, values.dim(time)? - shift)?
+        .contiguous()
+}
+
+/// What a teacher says.
+struct Said {
+    at: Positions,
+    /// Of all steps, i64; 0 where a position does not count.
+    classes: Tensor,
+    /// Of the positions, f32; 0 where one does not count.
+    probabilities: Tensor,
+}
+
+impl Said {
+    /// `sum_k q_k (log q_k - z_k)`
+    fn apart_from_lse(&self, logits: &Tensor) -> Result<Tensor> {
+        let q = &self.probabilities;
+        // A class of no probability adds nothing, whatever its logit.
+        let logits = q.gt(0f64)?.where_cond(logits, &logits.zeros_like()?)?;
+        (p_log_p(q)? - (q * logits)?)?.sum(D::Minus1)
+    }
+
+    /// The term of the unnamed classes, `q (log q - log p)`, the named ones having these probabilities in all. Where `p` is
+    /// too small to be told from 0 its logarithm stands still, but has a gradient yet.
+    fn of_rest(&self, teachers: &Tensor, students: &Tensor) -> Result<Tensor> {
+        let q = teachers.affine(-1., 1.)?.relu()?;
+        let q = self.at.counted.where_cond(&q, &q.zeros_like()?)?;
+        let p = students.affine(-1., 1.)?;
+        let raised = p.affine(-1., LEAST_REST)?.relu()?.detach();
+        p_log_p(&q)? - (q * (p + raised)?.log()?)?
     }
 }
 
@@ -234,14 +280,7 @@ fn p_log_p(p: &Tensor) -> Result<Tensor> {
     p * p.maximum(f32::MIN_POSITIVE as f64)?.log()?
 }
 
-/// The term of the unnamed classes, `q (log q - log p)`. Where `p` is too small to be told from 0 its logarithm stands
-/// still, but has a gradient yet.
-fn of_rest(q: &Tensor, p: &Tensor) -> Result<Tensor> {
-    let raised = p.affine(-1., LEAST_REST)?.relu()?.detach();
-    p_log_p(q)? - (q * (p + raised)?.log()?)?
-}
-
-/// Inputs whose logits are those of these, divided by the temperature.
+/// Inputs and options whose logits are those of these, divided by the temperature.
 fn at_temperature(
     embeddings: &Tensor,
     options: &Options,
