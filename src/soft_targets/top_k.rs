@@ -1,6 +1,6 @@
 //! A teacher that names the likeliest classes of each position.
 
-use super::checks::{ruled_out, temperature};
+use super::checks;
 use super::class_logits;
 use crate::objectives::counted;
 use crate::problem::to_i64;
@@ -101,14 +101,9 @@ impl TopK {
                 probabilities.dtype()
             )
         }
-        if !probabilities.device().same_device(embeddings.device()) {
-            bail!(
-                "probabilities of the teacher must be on the device of embeddings, {:?}, got {:?}",
-                embeddings.device().location(),
-                probabilities.device().location()
-            )
-        }
-        temperature(self.temperature)
+        checks::classes(classes, embeddings)?;
+        checks::same_device("probabilities", probabilities, embeddings)?;
+        checks::temperature(self.temperature)
     }
 
     /// What it says of the positions that count.
@@ -186,7 +181,7 @@ pub fn top_k_divergence(
     teacher: &TopK,
     options: &Options,
 ) -> Result<Tensor> {
-    ruled_out(options)?;
+    checks::ruled_out(options)?;
     teacher.check(embeddings, targets)?;
     let said = teacher.said(targets, options)?;
     let (embeddings, options) = at_temperature(embeddings, options, teacher.temperature)?;

@@ -279,6 +279,31 @@ fn logits_of_classes_are_those_of_all_classes() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn student_and_teacher_may_have_dtypes_of_their_own() -> Result<()> {
+    let (e, c) = (var(1, &[6, 8])?, var(2, &[40, 8])?);
+    let half = |t: Tensor| t.to_dtype(DType::BF16);
+    let (f, d) = (half(normal(3, &[6, 5])?)?, half(normal(4, &[40, 5])?)?);
+    let wide = Teacher::new(&f.to_dtype(DType::F32)?, &d.to_dtype(DType::F32)?);
+    let double = Teacher::new(&f.to_dtype(DType::F64)?, &d.to_dtype(DType::F64)?);
+    for kind in KINDS {
+        let run = |teacher: &Teacher| -> Result<_> {
+            let options = Options::default();
+            let loss = divergence(&e, &c, &targets(6)?, teacher, kind, &options)?;
+            let gradients = backward(&loss)?;
+            Ok((loss, gradients.get(&c).unwrap().clone()))
+        };
+        let (want, want_c) = run(&wide)?;
+        for teacher in [&Teacher::new(&f, &d), &double] {
+            let (loss, of_c) = run(teacher)?;
+            assert_eq!((loss.dtype(), of_c.dtype()), (DType::F32, DType::F32));
+            close("loss", &numbers(&loss)?, &numbers(&want)?, 1e-6, 1.).unwrap();
+            close("gradient", &numbers(&of_c)?, &numbers(&want_c)?, 1e-5, 0.1).unwrap();
+        }
+    }
+    Ok(())
+}
+
 fn error<T>(result: Result<T>) -> String {
     match result {
         Ok(_) => panic!("no error"),
@@ -358,6 +383,11 @@ fn errors_say_what_is_wrong() -> Result<()> {
     says(
         run(TopK::new(&classes, &normal(1, &[5, 2])?).temperature(-1.)),
         &["temperature", "-1"],
+    );
+    let floats = normal(1, &[5, 2])?;
+    says(
+        run(TopK::new(&floats, &floats)),
+        &["u32, i64 or i32", "F32"],
     );
     Ok(())
 }

@@ -3,6 +3,7 @@
 mod cpu;
 mod tensor;
 
+use super::checks;
 use crate::matrices::Matrices;
 use crate::node::{attach, Node};
 use crate::op::contract::{Gradients, Wanted};
@@ -61,16 +62,7 @@ pub fn class_logits(
             classes.dims()
         )
     }
-    if !matches!(classes.dtype(), DType::U32 | DType::I64 | DType::I32) {
-        bail!("classes must be u32, i64 or i32, got {:?}", classes.dtype())
-    }
-    if !classes.device().same_device(embeddings.device()) {
-        bail!(
-            "classes must be on the device of embeddings, {:?}, got {:?}",
-            embeddings.device().location(),
-            classes.device().location()
-        )
-    }
+    checks::classes(classes, embeddings)?;
     if options.vocab_parallel.is_some() {
         bail!("class_logits does not work with vocab_parallel: the classes are those of one rank")
     }

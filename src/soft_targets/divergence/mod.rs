@@ -9,7 +9,7 @@ mod node;
 mod operations;
 mod sweep;
 
-use super::checks::{ruled_out, temperature};
+use super::checks;
 use crate::native::HostRows;
 use crate::op::contract::accumulator;
 use crate::problem::Problem;
@@ -128,8 +128,8 @@ pub fn divergence(
     kind: Divergence,
     options: &Options,
 ) -> Result<Tensor> {
-    ruled_out(options)?;
-    temperature(teacher.temperature)?;
+    checks::ruled_out(options)?;
+    checks::temperature(teacher.temperature)?;
     if let Divergence::JensenShannon(beta) = kind {
         if !(beta > 0. && beta < 1.) {
             bail!("beta must be between 0 and 1, ends excluded, got {beta}: at the ends are ForwardKl and ReverseKl")
