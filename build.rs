@@ -6,14 +6,16 @@ use std::process::Command;
 use std::{env, fs};
 
 /// Sources and the virtual architecture each is compiled for.
-const KERNELS: [(&str, &str); 19] = [
+const KERNELS: [(&str, &str); 23] = [
     ("rows", "compute_80"),
     ("loss", "compute_80"),
     ("fused", "compute_80"),
     ("backward", "compute_80"),
     ("filter", "compute_80"),
     ("averages", "compute_80"),
+    ("smoothing", "compute_80"),
     ("forward_sm80", "compute_80"),
+    ("forward_outputs_sm80", "compute_80"),
     ("gradient_sm80", "compute_80"),
     ("products_sm80", "compute_80"),
     ("rms_norm", "compute_80"),
@@ -24,7 +26,9 @@ const KERNELS: [(&str, &str); 19] = [
     ("attention_f32", "compute_80"),
     ("optimizer", "compute_80"),
     ("forward_sm90a", "compute_90a"),
+    ("forward_outputs_sm90a", "compute_90a"),
     ("gradient_sm90a", "compute_90a"),
+    ("gradient_outputs_sm90a", "compute_90a"),
     ("products_sm90a", "compute_90a"),
 ];
 
@@ -102,13 +106,24 @@ fn write_params() -> Result<(), String> {
         files.push(entry.map_err(io)?.path());
     }
     files.sort();
-    let mut rust = String::new();
+    let mut sources = Vec::new();
     for file in files {
+        let module = file.file_stem().unwrap_or_default().to_string_lossy();
         let source = fs::read_to_string(&file).map_err(io)?;
-        let structs = params(&source)
+        sources.push((module.into_owned(), without_comments(&source), file));
+    }
+    let of_module = |name: &str| {
+        let defines = |source: &str| source.contains(&format!("struct {name} {{"));
+        let mut sources = sources.iter();
+        sources
+            .find(|(_, source, _)| defines(source))
+            .map(|(module, ..)| module.clone())
+    };
+    let mut rust = String::new();
+    for (module, source, file) in &sources {
+        let structs = params(source, of_module)
             .map_err(|e| format!("candle-cut-cross-entropy: {}: {e}", file.display()))?;
         if !structs.is_empty() {
-            let module = file.file_stem().unwrap_or_default().to_string_lossy();
             rust += &format!("pub(in crate::cuda) mod {module} {{\n{structs}}}\n");
         }
     }
@@ -116,13 +131,14 @@ fn write_params() -> Result<(), String> {
     fs::write(out.join("params.rs"), rust).map_err(io)
 }
 
-/// The structs whose names end in `Params`, in Rust: the same fields in the same order. A pointer is an address.
-fn params(source: &str) -> Result<String, String> {
-    let code: String = source
-        .lines()
-        .map(|line| line.split("//").next().unwrap_or_default())
-        .collect::<Vec<_>>()
-        .join("\n");
+fn without_comments(source: &str) -> String {
+    let code = |line: &str| line.split("//").next().unwrap_or_default().to_owned();
+    source.lines().map(code).collect::<Vec<_>>().join("\n")
+}
+
+/// The structs whose names end in `Params`, in Rust: the same fields in the same order. A pointer is an address, a struct
+/// lies in the module that `of_module` says.
+fn params(code: &str, of_module: impl Fn(&str) -> Option<String>) -> Result<String, String> {
     let mut rust = String::new();
     for part in code.split("struct ").skip(1) {
         let Some((name, rest)) = part.split_once('{') else {
@@ -150,13 +166,16 @@ fn params(source: &str) -> Result<String, String> {
                     ));
                 }
                 let kind = match (pointer_type.or(pointer), kind) {
-                    (Some(_), _) => "u64",
-                    (None, "uint32_t") => "u32",
-                    (None, "int32_t") => "i32",
-                    (None, "uint64_t") => "u64",
-                    (None, "int64_t") => "i64",
-                    (None, "float") => "f32",
-                    (None, kind) if kind.ends_with("Params") => kind,
+                    (Some(_), _) => "u64".to_owned(),
+                    (None, "uint32_t") => "u32".to_owned(),
+                    (None, "int32_t") => "i32".to_owned(),
+                    (None, "uint64_t") => "u64".to_owned(),
+                    (None, "int64_t") => "i64".to_owned(),
+                    (None, "float") => "f32".to_owned(),
+                    (None, kind) if kind.ends_with("Params") => {
+                        let module = of_module(kind).ok_or_else(|| format!("{name}: no {kind}"))?;
+                        format!("super::{module}::{kind}")
+                    }
                     _ => return Err(format!("{name}: {field} has a type unknown here, {kind}")),
                 };
                 let field = pointer.unwrap_or(field);

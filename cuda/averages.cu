@@ -72,7 +72,7 @@ struct ShareParams {
   float *shares;           // out: (vocab) w, divided by the scale; 0 in a tile that no row averages
   void *mean_classes;      // out: (class tiles, hidden) C_t
   int64_t hidden, vocab;
-  float softcap;
+  float softcap, logit_scale;
   uint32_t aligned;        // rows of both matrices begin on 16 bytes
   float scale;
 };
@@ -91,7 +91,8 @@ template <typename T> struct Chunk {
 template <typename T> __device__ __forceinline__ float mean_logit(const ShareParams &p, float dot, float mass, int64_t at) {
   // A row of NaN is in the sums of every tile; rows of negative upstream gradients have no mean.
   const float at_mean = mass > 0.f ? dot / mass : 0.f;
-  const float z = (fabsf(at_mean) < INFINITY ? at_mean : 0.f) + (p.bias ? to_float(((const T *)p.bias)[at]) : 0.f);
+  const float bias = p.bias ? to_float(((const T *)p.bias)[at]) : 0.f;
+  const float z = p.logit_scale * ((fabsf(at_mean) < INFINITY ? at_mean : 0.f) + bias);
   return p.softcap > 0.f ? p.softcap * fast_tanh(z / p.softcap) : z;
 }
 

@@ -1,43 +1,61 @@
 // Around the products of the backward: upstream gradients, and writing dE and db.
 #include "common.cuh"
-#include "loss.cuh"
+#include "terms.cuh"
 
 struct ScaleParams {
-  const float *upstream;  // gradient of the packed vector: losses (positions), lse (positions), loss (1)
+  const float *upstream;  // gradient of the packed vector: losses (positions), lse (positions), loss (1), entropy (positions)
   const float *row_max, *row_log_sum;
+  const float *row_entropy;  // or null: the packed vector has no entropy
   const uint32_t *row_position;
   const uint32_t *count;
   float *p_scale, *target_scale;  // out: (rows), of the softmax and of the one-hot
+  float *log_scale;               // out: (rows), of the softmax times its logarithm, where there is an entropy
   float *scale;                   // out: one number, on the finished gradients
+  TermsParams terms;
   uint32_t positions, mean;
-  float z_loss;
+  float logit_scale;
 };
 
-// With the upstream gradients g of a row's loss (through the reduced loss or not) and h of its lse, the gradient of
-// its logits is (g + h) softmax(z) - g onehot(y), and g has a share more in the softmax where there is a z-loss.
-// The largest of these goes into `scale` and out of the rows, so
-// that no product of half-precision numbers underflows for a mean over many.
+// With the upstream gradients g of a row's loss (through the reduced loss or not), h of its lse and k of its entropy H, the
+// gradient of its logits is (g s + h - k H - k log p) p - g t onehot(y), where s and t are what the row's terms have of the
+// softmax and the one-hot. The largest of these factors goes into `scale` and out of the rows, so that no product of
+// half-precision numbers underflows for a mean over many.
+struct RowScales {
+  float p, target, log;
+};
+
+__device__ __forceinline__ RowScales scales_of(const ScaleParams &p, float loss, uint64_t row) {
+  const uint32_t position = p.row_position[row];
+  const int64_t n = p.positions;
+  const Terms terms = terms_of(p.terms, position, p.positions);
+  const float g = p.upstream[position] + loss, h = p.upstream[n + position];
+  RowScales scales = {g * terms.softmax(p.row_max[row] + p.row_log_sum[row]) + h, g * terms.nll, 0.f};
+  if (p.row_entropy) {
+    const float k = p.upstream[2 * n + 1 + position];
+    scales.p -= k * p.row_entropy[row], scales.log = -k;
+  }
+  return scales;
+}
+
 extern "C" __global__ void __launch_bounds__(ONE_BLOCK) upstream_scales(const ScaleParams p) {
   const uint32_t count = *p.count;
-  const float loss = p.upstream[2 * (int64_t)p.positions] * (p.mean && count ? 1.f / count : 1.f);
-  const auto share = [&](uint64_t row) { return softmax_share(p.z_loss, p.row_max[row] + p.row_log_sum[row]); };
+  const float loss = p.upstream[2 * (int64_t)p.positions] * (p.mean ? 1.f / mean_divisor(p.terms, count) : 1.f);
   float largest = 0.f;
   for (uint64_t row = threadIdx.x; row < count; row += ONE_BLOCK) {
-    const uint32_t position = p.row_position[row];
-    const float g = p.upstream[position] + loss, h = p.upstream[(int64_t)p.positions + position];
-    largest = fmaxf(largest, fmaxf(fabsf(g), fabsf(g * share(row) + h)));
+    const RowScales scales = scales_of(p, loss, row);
+    largest = fmaxf(largest, fmaxf(fmaxf(fabsf(scales.p), fabsf(scales.target)), fabsf(scales.log)));
   }
   largest = block_reduce<ONE_BLOCK>(largest, [](float a, float b) { return fmaxf(a, b); });
   // A power of two, so that dividing by it and multiplying again rounds nothing.
   const float scale = largest > 0.f && largest < INFINITY ? exp2f(ceilf(log2f(fmaxf(largest, 1e-30f)))) : 1.f;
   const float inverse = 1.f / scale;
   for (uint64_t row = threadIdx.x; row < count; row += ONE_BLOCK) {
-    const uint32_t position = p.row_position[row];
-    const float g = p.upstream[position] + loss, h = p.upstream[(int64_t)p.positions + position];
-    p.p_scale[row] = (g * share(row) + h) * inverse;
-    p.target_scale[row] = g * inverse;
+    const RowScales scales = scales_of(p, loss, row);
+    p.p_scale[row] = scales.p * inverse;
+    p.target_scale[row] = scales.target * inverse;
+    if (p.log_scale) p.log_scale[row] = scales.log * inverse;
   }
-  if (threadIdx.x == 0) *p.scale = scale;
+  if (threadIdx.x == 0) *p.scale = scale * p.logit_scale;
 }
 
 struct FinishParams {

@@ -54,6 +54,29 @@ struct MaxSum {
   }
 };
 
+// The lowest exponent that an exponential is multiplied by: exp of it is 0, and it is finite.
+constexpr float LEAST_EXPONENT = -200.f;
+
+// The same with what entropy and the likeliest class need: the sum of exp(z - max) (z - max), and the lowest class that
+// has the maximum.
+struct RowSum : MaxSum {
+  float weighted = 0.f;
+  uint32_t best = 0;
+
+  __device__ __forceinline__ void merge(float other_max, float other_sum, float other_weighted, uint32_t other_best) {
+    const float larger = fmaxf(max, other_max);
+    // Finite, so that a part of no logits adds 0.
+    const float less = fmaxf(max - larger, LEAST_EXPONENT);
+    const float other_less = fmaxf(other_max - larger, LEAST_EXPONENT);
+    weighted = (weighted + less * sum) * fast_exp(less) + (other_weighted + other_less * other_sum) * fast_exp(other_less);
+    if (other_max > max)
+      best = other_best;
+    else if (other_max == max)
+      best = min(best, other_best);
+    MaxSum::merge(other_max, other_sum);
+  }
+};
+
 // What the filter wants to know of a row's logits in a tile of classes, its target's left out: the largest logit, and
 // the sum of exp(z - largest), each term by the softcap's derivative. Two bf16 numbers for half-precision inputs; there
 // the largest is rounded towards +inf, for the filter may only err on the side of keeping a tile.

@@ -1,6 +1,6 @@
 // Around the products of gradients formed in the forward.
 #include "common.cuh"
-#include "loss.cuh"
+#include "terms.cuh"
 
 // A chunk of rows: what is theirs alone begins at the chunk's first row, the rest at row 0.
 struct ReferenceParams {
@@ -11,7 +11,7 @@ struct ReferenceParams {
   float *reference;  // out: (chunk_rows)
   int64_t hidden;
   uint32_t first_row;
-  float softcap;
+  float softcap, logit_scale;
 };
 
 // The logit of a row's target: what its probabilities are measured from, for lse is never below it and seldom far
@@ -26,6 +26,7 @@ template <typename T> __device__ void reference_logits(const ReferenceParams &p)
     for (int64_t i = threadIdx.x % 32; i < p.hidden; i += 32) sum += to_float(e[i]) * to_float(c[i]);
     for (int i = 16; i; i >>= 1) sum += __shfl_xor_sync(0xffffffff, sum, i);
     if (p.bias) sum += to_float(((const T *)p.bias)[target]);
+    sum *= p.logit_scale;
     if (p.softcap > 0.f) sum = p.softcap * fast_tanh(sum / p.softcap);
   }
   if (threadIdx.x % 32 == 0) p.reference[in_chunk] = target < 0 ? NAN : fabsf(sum) < INFINITY ? sum : 0.f;
@@ -34,20 +35,66 @@ template <typename T> __device__ void reference_logits(const ReferenceParams &p)
 struct SumsParams {
   const float *reference;  // (chunk_rows)
   const float *sums;       // (class tiles, chunk_rows), targets left out
+  const float *outputs;    // (3, class tiles, chunk_rows), as `probabilities` leaves them, or null
   const float *target_logit;
   const uint32_t *row_position;
   const int32_t *row_target;
   const uint32_t *count;
   float *row_max, *row_log_sum;  // out
   float *packed;                 // out: loss, lse
+  float *entropy;                // out: (positions), or null
+  uint32_t *predicted;           // out: (positions), or null
   uint32_t *redo;                // zero; out: the count if a sum left the range, so that all must be done again
+  TermsParams terms;
   uint32_t first_row, chunk_rows, class_tiles, positions;
-  float z_loss;
 };
 
 // exp(+-FAR) times any softmax that matters is a normal bf16 number, and f32 sums of them are finite.
 constexpr float FAR = 60.f;
 constexpr int SUM_ROWS = 32, SUM_PARTS = ONE_BLOCK / SUM_ROWS;
+
+// The likeliest of some classes: the lowest of several.
+struct Best {
+  float logit;
+  uint32_t at;
+
+  __device__ __forceinline__ void merge(float other_logit, uint32_t other) {
+    if (other_logit > logit || (other_logit == logit && other < at)) logit = other_logit, at = other;
+  }
+};
+
+// Entropy and likeliest class of the rows of a block, from their tiles; `sum` is that of each row, in the first part.
+__device__ void merge_outputs(const SumsParams &p, uint32_t in_chunk, bool exists, float sum) {
+  __shared__ float weighted_parts[SUM_PARTS][SUM_ROWS];
+  __shared__ Best best_parts[SUM_PARTS][SUM_ROWS];
+  const uint32_t x = threadIdx.x % SUM_ROWS, part = threadIdx.x / SUM_ROWS, row = p.first_row + in_chunk;
+  const int64_t plane = (int64_t)p.class_tiles * p.chunk_rows;
+  float weighted = 0.f;
+  Best best = {-INFINITY, 0};
+  if (exists)
+    for (uint32_t tile = part; tile < p.class_tiles; tile += SUM_PARTS) {
+      const float *of_tile = p.outputs + (int64_t)tile * p.chunk_rows + in_chunk;
+      weighted += of_tile[0];
+      best.merge(of_tile[plane], __float_as_uint(of_tile[2 * plane]));
+    }
+  weighted_parts[part][x] = weighted, best_parts[part][x] = best;
+  __syncthreads();
+  if (part > 0 || !exists) return;
+  for (int i = 1; i < SUM_PARTS; i++) {
+    weighted += weighted_parts[i][x];
+    best.merge(best_parts[i][x].logit, best_parts[i][x].at);
+  }
+  weighted /= LOG2E;
+  const int target = p.row_target[row];
+  if (target >= 0) {
+    const float logit = p.target_logit[row], from_reference = logit - p.reference[in_chunk];
+    weighted += expf(from_reference) * fmaxf(from_reference, LEAST_EXPONENT);
+    best.merge(logit, target);
+  }
+  const uint32_t position = p.row_position[row];
+  if (p.entropy) p.entropy[position] = logf(sum) - weighted / sum;
+  if (p.predicted) p.predicted[position] = best.at;
+}
 
 // 32 rows a block, 32 interleaved parts of the class tiles.
 extern "C" __global__ void __launch_bounds__(ONE_BLOCK) merge_sums(const SumsParams p) {
@@ -61,10 +108,14 @@ extern "C" __global__ void __launch_bounds__(ONE_BLOCK) merge_sums(const SumsPar
       sum += p.sums[(int64_t)tile * p.chunk_rows + in_chunk];
   parts[part][x] = sum;
   __syncthreads();
+  float max = 0.f;
+  if (part == 0 && exists) {
+    for (int i = 1; i < SUM_PARTS; i++) sum += parts[i][x];
+    max = p.reference[in_chunk];
+    if (p.row_target[row] >= 0) sum += expf(p.target_logit[row] - max);
+  }
+  if (p.outputs) merge_outputs(p, in_chunk, exists, sum);
   if (part > 0 || !exists) return;
-  for (int i = 1; i < SUM_PARTS; i++) sum += parts[i][x];
-  const float max = p.reference[in_chunk];
-  if (p.row_target[row] >= 0) sum += expf(p.target_logit[row] - max);
   const float log_sum = logf(sum);
   if (!(fabsf(log_sum) < FAR)) atomicMax(p.redo, *p.count);
   const bool in_range = p.row_target[row] >= 0;
@@ -73,27 +124,33 @@ extern "C" __global__ void __launch_bounds__(ONE_BLOCK) merge_sums(const SumsPar
 
 struct SharesParams {
   const float *row_max, *row_log_sum;
+  const uint32_t *row_position;
   const uint32_t *count;
-  float *shares;  // out: (chunk_rows)
-  uint32_t first_row;
-  float z_loss;
+  float *softmax, *one_hot;  // out: (chunk_rows)
+  TermsParams terms;
+  uint32_t first_row, positions;
 };
 
 struct FactorParams {
   const float *row_max, *row_log_sum, *target_logit;
+  const uint32_t *row_position;
   const int32_t *row_target;
   const uint32_t *count, *redo;
   float *factor, *target_part;  // out: (chunk_rows)
   void *gathered;               // (chunk_rows, hidden), in and out, or null
   int64_t hidden;
-  uint32_t first_row, mean;
-  float softcap, z_loss;
+  TermsParams terms;
+  uint32_t first_row, positions, mean;
+  float softcap, logit_scale;
 };
 
-// What the gradient kernel multiplies the softmax of a row by where a chunk is done again.
-extern "C" __global__ void softmax_shares(const SharesParams p) {
+// What the gradient kernel multiplies the softmax and the one-hot of a row by where a chunk is done again.
+extern "C" __global__ void row_shares(const SharesParams p) {
   const uint32_t in_chunk = blockIdx.x * blockDim.x + threadIdx.x, row = p.first_row + in_chunk;
-  if (row < *p.count) p.shares[in_chunk] = softmax_share(p.z_loss, p.row_max[row] + p.row_log_sum[row]);
+  if (row >= *p.count) return;
+  const Terms terms = terms_of(p.terms, p.row_position[row], p.positions);
+  p.softmax[in_chunk] = terms.softmax(p.row_max[row] + p.row_log_sum[row]);
+  p.one_hot[in_chunk] = terms.nll;
 }
 
 // One block a row. What turns probabilities into the gradient of the loss: the factor of the row, by which its row of E
@@ -104,10 +161,11 @@ template <typename T> __device__ void factor_rows(const FactorParams &p) {
   if (row >= count) return;
   const bool redone = *p.redo;
   const float log_sum = p.row_log_sum[row];
-  // NaN for a bad target; of what was done again, all but the mean is in place.
-  const float max = p.row_max[row], share = softmax_share(p.z_loss, max + log_sum);
-  const float to_softmax = redone ? 1.f : share * expf(-log_sum) + (max - max), mean = p.mean ? 1.f / count : 1.f;
-  const float factor = mean * to_softmax;
+  // NaN for a bad target; of what was done again, all but the factors of all rows is in place.
+  const Terms terms = terms_of(p.terms, p.row_position[row], p.positions);
+  const float max = p.row_max[row], share = terms.softmax(max + log_sum);
+  const float to_softmax = redone ? 1.f : share * expf(-log_sum) + (max - max);
+  const float of_all = p.logit_scale * (p.mean ? 1.f / mean_divisor(p.terms, count) : 1.f), factor = of_all * to_softmax;
   if (p.gathered) {
     T *e = (T *)p.gathered + blockIdx.x * p.hidden;
     for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x) e[i] = from_float<T>(factor * to_float(e[i]));
@@ -118,8 +176,8 @@ template <typename T> __device__ void factor_rows(const FactorParams &p) {
   if (!redone && p.row_target[row] >= 0) {
     const float logit = p.target_logit[row], log_p = (logit - max) - log_sum;
     const float part = p.softcap > 0.f ? logit / p.softcap : 0.f;
-    // share p - 1, with p - 1 of a confident target without cancellation.
-    entry = mean * ((share - 1.f) * expf(log_p) + expm1f(log_p)) * (1.f - part * part);
+    // share p - nll, with p - 1 of a confident target without cancellation.
+    entry = of_all * ((share - terms.nll) * expf(log_p) + terms.nll * expm1f(log_p)) * (1.f - part * part);
   }
   p.target_part[blockIdx.x] = entry;
 }

@@ -12,13 +12,14 @@ struct GradientParams {
   const uint32_t *count;
   const float *row_max, *row_log_sum;     // (rows): lse = row_max + row_log_sum
   const float *p_scale, *target_scale;    // (rows)
+  const float *log_scale;                 // (rows): of p log p, or null
   const uint8_t *keep;                    // (row tiles, class tiles), or null: every tile
   void *gradient;                         // (rows of this launch, range), in the inputs' dtype
   int64_t hidden, vocab;
   int64_t first_class, range;             // multiples of 128; range is the leading dimension of `gradient` too
   uint32_t first_row;                     // multiple of 128
   uint32_t class_tiles;
-  float softcap;
+  float softcap, logit_scale;
   uint32_t aligned;
 };
 
@@ -87,6 +88,7 @@ template <typename T, int BN, bool ALIGNED> __device__ __forceinline__ void grad
     const bool counts = row < count;
     const float max = counts ? p.row_max[row] : 0.f, log_sum = counts ? p.row_log_sum[row] : 0.f;
     const float p_scale = counts ? p.p_scale[row] : 0.f, target_scale = counts ? p.target_scale[row] : 0.f;
+    const float log_scale = counts && p.log_scale ? p.log_scale[row] : 0.f;
     const int64_t target = (counts ? p.row_target[row] : -1) - column0;
 #pragma unroll
     for (int n = 0; n < NB; n++) {
@@ -97,13 +99,16 @@ template <typename T, int BN, bool ALIGNED> __device__ __forceinline__ void grad
         if (counts && column0 + column < p.vocab) {
           float value = z.acc[m][n][half * 2 + j];
           if (bias) value += to_float(bias[column0 + column]);
+          value *= p.logit_scale;
           float derivative = 1.f;
           if (capped) {
             const float t = fast_tanh(value * inverse_softcap);
             value = p.softcap * t;
             derivative = 1.f - t * t;
           }
-          g = p_scale * fast_exp((value - max) - log_sum);
+          const float log_p = (value - max) - log_sum;
+          g = p_scale * fast_exp(log_p);
+          if (log_scale != 0.f) g += log_scale * fast_exp(log_p) * fmaxf(log_p, LEAST_EXPONENT);
           if (target == column) g -= target_scale;
           g *= derivative;
         }

@@ -17,9 +17,12 @@ __device__ __forceinline__ void stage_bias(float (&to)[N], const T* bias, int gr
 
 constexpr float LARGE_CAP = 64.0f;
 
-// Adds the bias (null: none) and applies the softcap (<= 0: none).
+// The lowest exponent that an exponential is multiplied by: 2^ of it is 0, and it is finite.
+constexpr float LEAST_EXPONENT = -200.0f;
+
+// Adds the bias (null: none), multiplies by the scale and applies the softcap (<= 0: none).
 template <int R>
-__device__ __forceinline__ void finish_logits(float (&z)[2][R], const float* bias, float softcap) {
+__device__ __forceinline__ void finish_logits(float (&z)[2][R], const float* bias, float scale, float softcap) {
   const int lane_column = threadIdx.x % 4 * 2;
   if (bias) {
 #pragma unroll
@@ -28,6 +31,12 @@ __device__ __forceinline__ void finish_logits(float (&z)[2][R], const float* bia
 #pragma unroll
       for (int s = 0; s < 4; ++s) z[s / 2][4 * j + 2 * (s % 2)] += b.x, z[s / 2][4 * j + 2 * (s % 2) + 1] += b.y;
     }
+  }
+  if (scale != 1.0f) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < R; ++i) z[half][i] *= scale;
   }
   if (softcap > 0.0f) {
     // cap tanh(z / cap) = cap - 2 cap / (1 + exp(2 z / cap)): one ex2, one rcp, to 1e-7 of the cap; exact at

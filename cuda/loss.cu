@@ -1,6 +1,6 @@
 // lse and nll of the rows from the partial results of the forward, or of all ranks; the loss.
 #include "common.cuh"
-#include "loss.cuh"
+#include "terms.cuh"
 
 struct MergeParams {
   const float2 *partials;  // (splits, group_rows)
@@ -10,21 +10,33 @@ struct MergeParams {
   const uint32_t *count;
   float *row_max, *row_log_sum;  // out
   float *packed;                 // out: loss, lse
+  const float2 *extra;           // (splits, group_rows): RowSum's weighted sum, and its class as bits; or null
+  float *row_entropy;            // out, where there is `extra`
+  float *entropy;                // out: (positions), or null
+  uint32_t *predicted;           // out: (positions), or null
+  TermsParams terms;
   uint32_t first_row, group_rows, splits, positions;
-  float z_loss;
   uint32_t sharded;  // the target may be another rank's: `merge_shards` has the last word
 };
 
 extern "C" __global__ void merge_partials(const MergeParams p) {
   const uint32_t in_group = blockIdx.x * blockDim.x + threadIdx.x, row = p.first_row + in_group;
   if (in_group >= p.group_rows || row >= *p.count) return;
-  MaxSum all;
+  RowSum all;
   for (uint32_t split = 0; split < p.splits; split++) {
-    const float2 part = p.partials[(int64_t)split * p.group_rows + in_group];
-    all.merge(part.x, part.y);
+    const int64_t at = (int64_t)split * p.group_rows + in_group;
+    const float2 part = p.partials[at], more = p.extra ? p.extra[at] : make_float2(0.f, 0.f);
+    all.merge(part.x, part.y, more.x, __float_as_uint(more.y));
   }
   const bool in_range = p.row_target[row] >= 0;
-  write_row(p, row, all.max, logf(all.sum), p.target_logit + row, in_range, in_range || p.sharded);
+  const float log_sum = logf(all.sum);
+  write_row(p, row, all.max, log_sum, p.target_logit + row, in_range, in_range || p.sharded);
+  if (!p.extra) return;
+  const uint32_t position = p.row_position[row];
+  const float entropy = log_sum - all.weighted / all.sum;
+  p.row_entropy[row] = entropy;
+  if (p.entropy) p.entropy[position] = entropy;
+  if (p.predicted) p.predicted[position] = all.best;
 }
 
 struct ShardParams {
@@ -37,8 +49,8 @@ struct ShardParams {
   const uint32_t *count;
   float *here;    // out: the maxima (positions); or (3, positions): sum of exp(z - max), target's logit, whether it is here
   float *packed;  // out: loss, lse
+  TermsParams terms;
   uint32_t positions;
-  float z_loss;
 };
 
 // The maxima of a shard, for the other ranks.
@@ -70,6 +82,7 @@ extern "C" __global__ void merge_shards(const ShardParams p) {
 struct LossParams {
   float *packed;  // losses (positions), lse (positions), loss (1): out
   const uint32_t *count;
+  TermsParams terms;
   uint32_t positions, mean;
 };
 
@@ -78,5 +91,5 @@ extern "C" __global__ void __launch_bounds__(ONE_BLOCK) reduce_loss(const LossPa
   double sum = 0.;
   for (uint64_t i = threadIdx.x; i < p.positions; i += ONE_BLOCK) sum += p.packed[i];
   sum = block_reduce<ONE_BLOCK>(sum, [](double a, double b) { return a + b; });
-  if (threadIdx.x == 0) p.packed[2 * (int64_t)p.positions] = (float)(p.mean && *p.count ? sum / *p.count : sum);
+  if (threadIdx.x == 0) p.packed[2 * (int64_t)p.positions] = (float)(p.mean ? sum / mean_divisor(p.terms, *p.count) : sum);
 }

@@ -10,6 +10,8 @@ struct PickParams {
   int32_t *row_target;      // row of the classifier, -1 where out of range or in the shard of another rank
   uint32_t *count;          // out: rows that count, first target out of range (its index, or NONE)
   float *packed;            // loss (positions), lse (positions): zeroed where a position does not count
+  float *entropy;           // (positions), likewise, or null
+  uint32_t *predicted;      // (positions): there NONE, or null
   int64_t ignore_index, first_class;  // vocab classes from this one on
   uint32_t positions, time, shift, vocab;
 };
@@ -42,6 +44,8 @@ template <typename Target> __device__ void pick_rows(const PickParams &p) {
     } else if (exists) {
       p.packed[position] = 0.f;
       p.packed[(int64_t)p.positions + position] = 0.f;
+      if (p.entropy) p.entropy[position] = 0.f;
+      if (p.predicted) p.predicted[position] = NONE;
     }
     __syncthreads();
     if (start + ONE_BLOCK < start) break;  // the last block of 2^32 positions

@@ -12,7 +12,7 @@ use benchmark::data;
 use benchmark::table::{Sample, Table};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_cut_cross_entropy::{backward, linear_cross_entropy, Options, Output, Preset};
+use candle_cut_cross_entropy::{backward, linear_cross_entropy, Entropy, Options, Output, Preset};
 use clap::Parser;
 use common::meter::Meter;
 use std::collections::HashMap;
@@ -276,6 +276,10 @@ impl<'a> Bench<'a> {
         };
         let mut options = Options::preset(preset)
             .softcap(self.args.softcap)
+            .logit_scale(self.args.logit_scale)
+            .label_smoothing(self.args.label_smoothing)
+            .entropy(self.args.entropy)
+            .predicted(self.args.predicted)
             .strategy(self.args.strategy);
         options = options.bias(bias.as_ref());
         if let Some(workspace) = workspace {
@@ -289,8 +293,14 @@ impl<'a> Bench<'a> {
             options = options.implementation(self.args.implementation);
         }
         let output = linear_cross_entropy(&embeddings, &classifier, &self.targets, &options)?;
+        let loss = match (self.args.entropy, &output.entropy) {
+            (Entropy::Differentiable, Some(entropy)) => {
+                (&output.loss + (entropy.mean_all()? * 0.01)?)?
+            }
+            _ => output.loss.clone(),
+        };
         Ok(Loss {
-            loss: output.loss.clone(),
+            loss,
             output: Some(output),
         })
     }
@@ -307,6 +317,9 @@ impl<'a> Bench<'a> {
         }
         if let Some(softcap) = self.args.softcap {
             logits = ((logits / softcap)?.tanh()? * softcap)?;
+        }
+        if self.args.logit_scale != 1. {
+            logits = (logits * self.args.logit_scale)?;
         }
         candle_nn::loss::cross_entropy(&logits.to_dtype(DType::F32)?, &self.targets)
     }

@@ -69,7 +69,7 @@ impl LinearCrossEntropy {
         linear_cross_entropy(embeddings, &self.weight, targets, &self.options)
     }
 
-    /// The logits `(.., V)` themselves, bias and softcap included, for sampling: this stores them, so
+    /// The logits `(.., V)` themselves, bias, softcap and scale included, for sampling: this stores them, so
     /// hand it the last position only.
     ///
     /// # Errors
@@ -84,8 +84,10 @@ impl LinearCrossEntropy {
             Some(bias) => logits.broadcast_add(bias)?,
             None => logits,
         };
+        let scale = self.options.logit_scale;
         let logits = match self.options.softcap {
-            Some(softcap) => ((logits / softcap)?.tanh()? * softcap)?,
+            Some(softcap) => ((logits / softcap)?.tanh()? * (softcap * scale))?,
+            None if scale != 1. => (logits * scale)?,
             None => logits,
         };
         if let Some(last) = dims.last_mut() {

@@ -66,12 +66,14 @@ mod options;
 #[cfg(any(feature = "cuda", test))]
 #[cfg_attr(not(feature = "cuda"), allow(dead_code, unused_imports))]
 mod plan;
+mod positions;
 mod problem;
 pub mod soft_targets;
+mod terms;
 pub mod vocab_parallel;
 
 pub use backward::backward;
 pub use layer::{cut_cross_entropy, cut_cross_entropy_no_bias, LinearCrossEntropy};
 pub use loss::{linear_cross_entropy, Output};
-pub use options::{Filter, Implementation, Options, Preset, Reduction, Strategy};
+pub use options::{Entropy, Filter, Implementation, Options, Preset, Reduction, Strategy};
 pub use vocab_parallel::VocabParallel;

@@ -4,7 +4,7 @@ use crate::objectives::squared_lse;
 use crate::op::contract::KeptTiles;
 use crate::op::graph::apply;
 use crate::problem::Problem;
-use crate::{Implementation, Options, Reduction, Strategy};
+use crate::{Entropy, Implementation, Options, Reduction, Strategy};
 use candle_core::{Result, Tensor};
 use std::sync::Arc;
 
@@ -36,6 +36,13 @@ pub struct Output {
     /// The part of the loss that [`Options::z_loss_weight`] has added, reduced as the loss is, to be reported: no
     /// gradient goes through it. `None` where the weight is 0.
     pub z_loss: Option<Tensor>,
+    /// The entropy of each position's distribution over the classes, `-sum_j p_ij log p_ij` in nats, 0 where the position
+    /// does not count: f32, the shape of `lse`. `None` unless [`Options::entropy`] asks for it.
+    pub entropy: Option<Tensor>,
+    /// The likeliest class of each position, the lowest of several: u32, the shape of `lse`, [`u32::MAX`] where the
+    /// position does not count. `None` unless [`Options::predicted`] asks for it.
+    /// [`objectives::accuracy`](crate::objectives::accuracy) compares it with the targets.
+    pub predicted: Option<Tensor>,
     /// Which code has computed this: [`Implementation::Native`], [`Implementation::Cuda`], which are here the kernels
     /// for compute capability 9.0, or [`Implementation::CudaPortable`].
     pub implementation: Implementation,
@@ -60,9 +67,9 @@ impl Output {
 /// The cross-entropy of a linear classifier, `-log softmax(softcap(E C^T + b))[y]`, without storing
 /// the logits.
 ///
-/// With `z_ij = E_i . C_j + b_j`, capped to `softcap * tanh(z / softcap)` if a softcap is set:
-/// `lse_i = log sum_j exp z_ij` and `loss_i = lse_i - z_{i, y_i}`, plus `w lse_i^2` if a z-loss of
-/// weight `w` is set.
+/// With `z_ij = E_i . C_j + b_j`, capped to `softcap * tanh(z / softcap)` if a softcap is set, and times the
+/// `logit_scale`: `lse_i = log sum_j exp z_ij` and `loss_i = lse_i - z_{i, y_i}`, plus `w lse_i^2` if a z-loss of
+/// weight `w` is set. Label smoothing and weights of classes and tokens change a position's loss as [`Options`] says.
 ///
 /// | argument | shape | dtype |
 /// |---|---|---|
@@ -106,20 +113,27 @@ pub fn linear_cross_entropy(
     options: &Options,
 ) -> Result<Output> {
     let (problem, matrices) = Problem::new(embeddings, classifier, targets, options)?;
-    let applied = apply(&problem, matrices.as_ref())?;
+    let applied = apply(&problem, matrices.as_ref(), options.label_smoothing)?;
     let loss = match options.reduction {
         Reduction::None => applied.losses.reshape(problem.shape.as_slice())?,
         Reduction::Mean | Reduction::Sum => applied.loss.reshape(())?,
     };
     let lse = applied.lse.reshape(problem.shape.as_slice())?;
-    let z_loss = match options.z_loss_weight {
-        0. => None,
-        weight => Some((squared_lse(&lse.detach(), targets, options)? * weight)?),
+    let z_loss = match (options.z_loss_weight, &problem.weights) {
+        (0., _) => None,
+        (weight, None) => Some((squared_lse(&lse.detach(), targets, options)? * weight)?),
+        (_, Some(weights)) => Some(weights.z_loss(&lse.detach(), options.reduction)?),
     };
+    let shaped = |values: Tensor| values.reshape(problem.shape.as_slice());
     Ok(Output {
         loss,
         lse,
         z_loss,
+        entropy: match (options.entropy, applied.entropy) {
+            (Entropy::Differentiable, entropy) => entropy.map(shaped).transpose()?,
+            (_, entropy) => entropy.map(|h| shaped(h.detach())).transpose()?,
+        },
+        predicted: applied.predicted.map(shaped).transpose()?,
         implementation: applied.ran.implementation,
         strategy: applied.ran.strategy,
         kept: applied.kept,

@@ -1,7 +1,9 @@
 //! A validated call: what every implementation is given.
 
 use crate::matrices::Matrices;
-use crate::{Filter, Implementation, Options, Reduction, Strategy, VocabParallel};
+use crate::positions::{copyable, pick_positions, PositionMap};
+use crate::terms::{Terms, Weights};
+use crate::{Entropy, Filter, Implementation, Options, Reduction, Strategy, VocabParallel};
 use candle_core::{bail, DType, Device, Error, Result, Tensor};
 
 /// The settings of a call that the implementations read, thresholds resolved for the dtype.
@@ -10,8 +12,12 @@ pub(crate) struct Settings {
     pub softcap: Option<f64>,
     pub ignore_index: i64,
     pub reduction: Reduction,
-    /// The weight of the squared lse in the loss, 0 for none.
-    pub z_loss: f64,
+    /// What every logit is multiplied by after the bias. `softcap` is that of logits so scaled.
+    pub logit_scale: f64,
+    /// Of every position, where the problem has no weights.
+    pub terms: Terms,
+    pub entropy: Entropy,
+    pub predicted: bool,
     pub filter_embeddings: Option<f64>,
     pub filter_classifier: Option<f64>,
     /// What the filter does not keep is dropped, not averaged.
@@ -29,52 +35,6 @@ pub(crate) struct Settings {
     pub vocab_parallel: Option<VocabParallel>,
 }
 
-impl Settings {
-    /// The loss of a position.
-    pub fn loss(&self, nll: f64, lse: f64) -> f64 {
-        match self.z_loss {
-            0. => nll,
-            weight => nll + weight * lse * lse,
-        }
-    }
-
-    /// What the softmax has in the gradient of a position's loss: 1, and what z-loss adds.
-    pub fn softmax_share(&self, lse: f64) -> f64 {
-        match self.z_loss {
-            0. => 1.,
-            weight => 1. + 2. * weight * lse,
-        }
-    }
-}
-
-/// Which row of the embeddings and which target belong to a position of the result.
-///
-/// The `batch` sequences hold `time` steps each; the last `shift` steps of one predict nothing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct PositionMap {
-    pub batch: usize,
-    pub time: usize,
-    pub shift: usize,
-}
-
-impl PositionMap {
-    /// PositionMap in the result.
-    pub fn len(&self) -> usize {
-        self.batch * (self.time - self.shift)
-    }
-
-    /// Rows of the embeddings, and number of targets.
-    pub fn rows(&self) -> usize {
-        self.batch * self.time
-    }
-
-    /// The row of the embeddings that makes this prediction; its target is `shift` further on.
-    pub fn row(&self, position: usize) -> usize {
-        let steps = self.time - self.shift;
-        position / steps * self.time + position % steps
-    }
-}
-
 /// A validated call, without its matrices.
 #[derive(Debug, Clone)]
 pub(crate) struct Problem {
@@ -87,6 +47,8 @@ pub(crate) struct Problem {
     pub positions: PositionMap,
     /// The shape of the result under [`Reduction::None`].
     pub shape: Vec<usize>,
+    /// Where positions differ in what their losses are made of.
+    pub weights: Option<Weights>,
     pub settings: Settings,
 }
 
@@ -154,18 +116,7 @@ impl Problem {
         if let Some(shard) = &options.vocab_parallel {
             shard.validate(vocab)?;
         }
-        if !(options.z_loss_weight as f32).is_finite() {
-            bail!(
-                "z_loss_weight must be finite, as an f32 too, got {}",
-                options.z_loss_weight
-            )
-        }
-        if let Some(softcap) = options.softcap {
-            // Its inverse is used too: what f32 rounds to 0 or infinity would make NaN gradients.
-            if !(softcap > 0. && (softcap as f32).is_normal()) {
-                bail!("softcap must be positive and finite, as an f32 too, got {softcap}")
-            }
-        }
+        check_numbers(options)?;
         let (positions, shape) = pick_positions(lead, options.shift)?;
         if embeddings.elem_count() / hidden > u32::MAX as usize || vocab > u32::MAX as usize {
             bail!(
@@ -175,7 +126,10 @@ impl Problem {
                 classifier.dims()
             )
         }
-        let threshold = |filter: Filter| filter.threshold(dtype);
+        let threshold = |filter: Filter| {
+            let threshold = filter.threshold(dtype)?;
+            Ok::<_, Error>(threshold.filter(|_| options.entropy != Entropy::Differentiable))
+        };
         let matrices = Matrices {
             // A matrix stays what it is: a `Var` that is reshaped is none to `backward`.
             embeddings: match embeddings.rank() {
@@ -198,13 +152,18 @@ impl Problem {
                 true => targets.flatten_all()?,
                 false => copyable(targets)?.flatten_all()?.contiguous()?,
             },
+            weights: Weights::new(targets, options, positions, &shape, vocab, dtype)?,
             positions,
             shape,
             settings: Settings {
-                softcap: options.softcap,
+                // scale * cap * tanh(z / cap) is the cap `scale * cap` of `scale * z`.
+                softcap: options.softcap.map(|softcap| softcap * options.logit_scale),
+                logit_scale: options.logit_scale,
                 ignore_index: options.ignore_index,
                 reduction: options.reduction,
-                z_loss: options.z_loss_weight,
+                terms: Terms::new(options),
+                entropy: options.entropy,
+                predicted: options.predicted,
                 filter_embeddings: threshold(options.filter_embeddings)?,
                 filter_classifier: threshold(options.filter_classifier)?,
                 drop_filtered: drops(options)?,
@@ -229,10 +188,23 @@ impl Problem {
         self.vocab
     }
 
+    /// The targets in their shape, with a shift that [`counting`](Self::counting) has too.
+    pub fn shaped_targets(&self) -> Result<Tensor> {
+        let PositionMap { batch, time, .. } = self.positions;
+        self.targets.reshape((batch, time))
+    }
+
+    /// Options that say which of these targets count.
+    pub fn counting(&self) -> Options {
+        Options::default()
+            .ignore_index(self.settings.ignore_index)
+            .shift(self.positions.shift)
+    }
+
     /// A target by its index among all targets. On a GPU this waits for the device.
     #[cfg(feature = "cuda")]
     pub fn target(&self, flat: usize) -> Result<i64> {
-        to_i64(&self.targets.get(flat)?)?.to_scalar()
+        crate::positions::to_i64(&self.targets.get(flat)?)?.to_scalar()
     }
 
     /// The error that names a target, given by its index among all targets.
@@ -305,49 +277,6 @@ fn same_device(name: &str, tensor: &Tensor, embeddings: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// Targets as i64.
-pub(crate) fn to_i64(targets: &Tensor) -> Result<Tensor> {
-    copyable(targets)?.to_dtype(DType::I64)
-}
-
-/// Targets in a dtype that Candle can cast, copy and compare where they are: it has no kernels for i32 on
-/// a GPU, so these go through the host, which waits for the device.
-fn copyable(targets: &Tensor) -> Result<Tensor> {
-    if targets.dtype() != DType::I32 || targets.device().is_cpu() {
-        return Ok(targets.clone());
-    }
-    let on_host = targets.to_device(&Device::Cpu)?.to_dtype(DType::I64)?;
-    on_host.to_device(targets.device())
-}
-
-/// The positions of the result and its shape under [`Reduction::None`].
-pub(crate) fn pick_positions(lead: &[usize], shift: usize) -> Result<(PositionMap, Vec<usize>)> {
-    let mut shape = lead.to_vec();
-    let rows = lead.iter().product();
-    if shift == 0 {
-        let positions = PositionMap {
-            batch: 1,
-            time: rows,
-            shift,
-        };
-        return Ok((positions, shape));
-    }
-    match shape.last_mut() {
-        Some(time) if shift < *time => {
-            let positions = PositionMap {
-                batch: rows / *time,
-                time: *time,
-                shift,
-            };
-            *time -= shift;
-            Ok((positions, shape))
-        }
-        _ => bail!(
-            "shift must be less than the last dimension of targets, got shift {shift} for {lead:?}"
-        ),
-    }
-}
-
 /// Whether the filters drop what they do not keep.
 fn drops(options: &Options) -> Result<bool> {
     match [options.filter_embeddings, options.filter_classifier] {
@@ -359,4 +288,39 @@ fn drops(options: &Options) -> Result<bool> {
         ),
         _ => Ok(false),
     }
+}
+
+/// Whether the options' numbers are in their ranges.
+fn check_numbers(options: &Options) -> Result<()> {
+    let Options {
+        z_loss_weight,
+        label_smoothing,
+        logit_scale,
+        ..
+    } = *options;
+    if !(z_loss_weight as f32).is_finite() {
+        bail!("z_loss_weight must be finite, as an f32 too, got {z_loss_weight}")
+    }
+    // Inverses are used too: what f32 rounds to 0 or infinity would make NaN gradients.
+    let normal = |x: f64| x > 0. && (x as f32).is_normal();
+    if !normal(logit_scale) {
+        bail!("logit_scale must be positive and finite, as an f32 too, got {logit_scale}")
+    }
+    if let Some(softcap) = options.softcap {
+        if !normal(softcap) {
+            bail!("softcap must be positive and finite, as an f32 too, got {softcap}")
+        }
+        if !normal(softcap * logit_scale) {
+            bail!(
+                "softcap times logit_scale must be positive and finite, as an f32 too, got {softcap} times {logit_scale}"
+            )
+        }
+        if label_smoothing != 0. {
+            bail!("label_smoothing does not go together with a softcap, got {label_smoothing} and {softcap}")
+        }
+    }
+    if !(0. ..=1.).contains(&label_smoothing) {
+        bail!("label_smoothing must be in [0, 1], got {label_smoothing}")
+    }
+    Ok(())
 }

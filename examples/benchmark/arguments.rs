@@ -2,7 +2,7 @@
 
 use super::data;
 use candle_core::DType;
-use candle_cut_cross_entropy::{Filter, Implementation, Preset, Strategy};
+use candle_cut_cross_entropy::{Entropy, Filter, Implementation, Preset, Strategy};
 use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -70,6 +70,17 @@ pub struct Args {
     /// With a bias
     #[arg(long)]
     pub bias: bool,
+    /// What logits are multiplied by
+    #[arg(long, default_value_t = 1.)]
+    pub logit_scale: f64,
+    #[arg(long, default_value_t = 0.)]
+    pub label_smoothing: f64,
+    /// The entropy of each position: off, value, or differentiable, which adds a hundredth of its mean to the loss
+    #[arg(long, default_value = "off", value_parser = parse_entropy)]
+    pub entropy: Entropy,
+    /// The likeliest class of each position
+    #[arg(long)]
+    pub predicted: bool,
     /// loss.backward() in place of this crate's backward(&loss)
     #[arg(long)]
     pub plain_backward: bool,
@@ -144,6 +155,15 @@ fn parse_device(name: &str) -> Result<DeviceName, String> {
             Err(_) => Err(format!("expected cuda:N, got {name}")),
         },
         _ => Err(format!("expected cpu, cuda or cuda:N, got {name}")),
+    }
+}
+
+fn parse_entropy(name: &str) -> Result<Entropy, String> {
+    match name {
+        "off" => Ok(Entropy::Off),
+        "value" => Ok(Entropy::Value),
+        "differentiable" => Ok(Entropy::Differentiable),
+        _ => Err(format!("expected off, value or differentiable, got {name}")),
     }
 }
 

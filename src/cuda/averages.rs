@@ -101,6 +101,7 @@ impl Averages {
             hidden: hidden as i64,
             vocab: vocab as i64,
             softcap: operands.softcap,
+            logit_scale: operands.logit_scale,
             aligned: operands.aligned.into(),
             scale,
         };

@@ -9,12 +9,13 @@ use super::outputs::{Outputs, Results};
 use super::params::backward::{BiasParams, FinishParams, ScaleParams};
 use super::room::with_room;
 use super::rows::Rows;
+use super::terms::Terms;
 use super::{hopper, portable};
 use crate::matrices::{Matrices, View};
 use crate::op::contract::{self as op, Gradients, KeptTiles, Wanted};
 use crate::plan::{sweeps, Path, Sweep};
 use crate::problem::Settings;
-use crate::Reduction;
+use crate::{Entropy, Reduction};
 use candle_core::{CudaStorage, DType, Result, Tensor};
 use std::sync::Arc;
 
@@ -25,6 +26,7 @@ pub(super) struct Saved {
     pub statistics: Statistics,
     /// Where something is filtered.
     pub filtered: Option<Filtered>,
+    pub terms: Terms,
     pub settings: Settings,
     pub kept: Arc<KeptTiles>,
 }
@@ -59,6 +61,10 @@ impl Saved {
         let scales = Scales {
             p: gpu.buffer(n * 4)?,
             target: gpu.buffer(n * 4)?,
+            log: match self.settings.entropy {
+                Entropy::Differentiable => Some(gpu.buffer(n * 4)?),
+                _ => None,
+            },
             result: gpu.buffer(4)?,
         };
         gpu.read(upstream, |upstream| {
@@ -66,14 +72,21 @@ impl Saved {
                 upstream,
                 row_max: self.statistics.row_max.address,
                 row_log_sum: self.statistics.row_log_sum.address,
+                // Of an entropy that is not differentiated there is no upstream gradient.
+                row_entropy: match (&scales.log, &self.statistics.row_entropy) {
+                    (Some(_), Some(entropy)) => entropy.address,
+                    _ => 0,
+                },
                 row_position: self.rows.position.address,
                 count: self.rows.count.address,
                 p_scale: scales.p.address,
                 target_scale: scales.target.address,
+                log_scale: scales.log.as_ref().map_or(0, |log| log.address),
                 scale: scales.result.address,
                 positions: n as u32,
                 mean: u32::from(self.settings.reduction == Reduction::Mean),
-                z_loss: self.settings.z_loss as f32,
+                terms: self.terms.params,
+                logit_scale: self.settings.logit_scale as f32,
             };
             gpu.launch(&Kernel::one_block(BACKWARD, "upstream_scales"), &params)
         })?;

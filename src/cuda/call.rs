@@ -19,12 +19,16 @@ pub(super) struct Statistics {
     pub target_logit: Buffer,
     pub row_max: Buffer,
     pub row_log_sum: Buffer,
+    /// Where entropy or the likeliest class is asked for.
+    pub row_entropy: Option<Buffer>,
 }
 
 /// Upstream gradients, per row and on the results.
 pub(super) struct Scales {
     pub p: Buffer,
     pub target: Buffer,
+    /// Of the softmax times its logarithm, where the entropy is differentiated.
+    pub log: Option<Buffer>,
     pub result: Buffer,
 }
 
@@ -33,6 +37,8 @@ pub(super) struct Scales {
 pub(super) struct Group {
     pub first_row: usize,
     pub partials: u64,
+    /// What entropy and the likeliest class need, 0 where neither is asked for.
+    pub extra: u64,
     pub target_logit: u64,
     /// What the filter wants to know, 0 where nothing is filtered.
     pub statistics: u64,

@@ -6,14 +6,16 @@ use super::filter::Filter;
 use super::fused::{self, Fused};
 use super::hopper;
 use super::launch::{Gpu, Kernel, LOSS};
-use super::logits::{logits, Loss};
+use super::logits::logits;
 use super::operands::Operands;
 use super::outputs::Outputs;
 use super::params::loss::LossParams;
 use super::room::with_room;
 use super::rows::Rows;
+use super::terms::{Loss, Terms};
 use crate::matrices::{Matrices, View};
 use crate::op::contract::{self as op, KeptTiles, Wanted};
+use crate::op::packed::Packed;
 use crate::plan::{Path, TILE};
 use crate::problem::Problem;
 use crate::{Implementation, Reduction, Strategy};
@@ -29,12 +31,31 @@ pub(crate) fn forward(
     let gpu = Gpu::new(&matrices.embeddings.storage.device);
     let settings = &problem.settings;
     let n = problem.positions.len();
-    let packed = gpu.unfinished(DType::F32, 2 * n + 1, false)?;
-    let rows = Rows::pick(&gpu, problem, packed.address)?;
+    let layout = Packed::of(problem);
+    let packed = gpu.unfinished(DType::F32, layout.len(), false)?;
+    let predicted = match settings.predicted {
+        true => Some(gpu.unfinished(DType::U32, n, false)?),
+        false => None,
+    };
+    let terms = Terms::of(&gpu, problem)?;
+    let loss = Loss {
+        packed: packed.address,
+        entropy: match layout.entropy() {
+            None => 0,
+            Some(range) => packed.address + 4 * range.start as u64,
+        },
+        predicted: predicted.as_ref().map_or(0, |predicted| predicted.address),
+        terms: terms.params,
+    };
+    let rows = Rows::pick(&gpu, problem, loss)?;
     let statistics = Statistics {
         target_logit: gpu.buffer(n * 4)?,
         row_max: gpu.buffer(n * 4)?,
         row_log_sum: gpu.buffer(n * 4)?,
+        row_entropy: match loss.more() {
+            true => Some(gpu.buffer(n * 4)?),
+            false => None,
+        },
     };
     let (filtered, formed, path) = Operands::read(&gpu, matrices, settings, |operands| {
         let path = hopper::path(&gpu, operands, n, settings)?;
@@ -45,13 +66,10 @@ pub(crate) fn forward(
             rows: &rows,
             statistics: &statistics,
         };
-        let loss = Loss {
-            packed: packed.address,
-            z_loss: settings.z_loss as f32,
-        };
         let formed = with_room(settings.workspace, |workspace| {
             let filter = fused::filter(settings, operands, filter);
-            let Some(plan) = fused::plan(path, call, settings, wanted, filter, workspace) else {
+            let Some(plan) = fused::plan(path, call, loss, settings, (wanted, filter), workspace)
+            else {
                 return Ok(None);
             };
             let dtype = matrices.classifier.dtype();
@@ -71,16 +89,19 @@ pub(crate) fn forward(
     let params = LossParams {
         packed: packed.address,
         count: rows.count.address,
+        terms: terms.params,
         positions: n as u32,
         mean: u32::from(settings.reduction == Reduction::Mean),
     };
     gpu.launch(&Kernel::one_block(LOSS, "reduce_loss"), &params)?;
     let packed = packed.finish_storage(&gpu);
+    let predicted = predicted.map(|predicted| predicted.finish(&gpu));
     let saved = Arc::new(Saved {
         gpu,
         rows,
         statistics,
         filtered,
+        terms,
         settings: settings.clone(),
         kept: kept.clone(),
     });
@@ -96,6 +117,7 @@ pub(crate) fn forward(
     };
     let left = op::Left {
         ran,
+        predicted,
         loss: formed.map(|(formed, kept)| {
             let fused = Fused::new(saved.clone(), formed, kept);
             let fused: Box<dyn op::Backward> = Box::new(fused);

@@ -4,7 +4,10 @@
 //! all of them in the backward.
 
 use super::call::{Call, Group, Range, Scales};
-use super::launch::{Buffer, Gpu, Kernel, FORWARD_SM90A, GRADIENT_SM90A, PRODUCTS_SM90A};
+use super::launch::{
+    Buffer, Gpu, Kernel, FORWARD_OUTPUTS_SM90A, FORWARD_SM90A, GRADIENT_OUTPUTS_SM90A,
+    GRADIENT_SM90A, PRODUCTS_SM90A,
+};
 use super::operands::Operands;
 use super::params::forward_sm90a::ForwardParams;
 use super::params::gradient_sm90a::GradientParams;
@@ -76,6 +79,7 @@ pub(super) fn forward(
         row_target: rows.target.address + offset,
         bias: operands.bias,
         partials: group.partials,
+        extra: group.extra,
         target_logit: group.target_logit + offset,
         pace: pace.address,
         statistics: group.statistics,
@@ -87,6 +91,7 @@ pub(super) fn forward(
         tiles_per_split: plan.tiles_per_split as u32,
         raster: RASTER as u32,
         softcap: operands.softcap,
+        logit_scale: operands.logit_scale,
     };
     let embeddings = TensorMap::new(
         gathered.address,
@@ -103,13 +108,16 @@ pub(super) fn forward(
         hidden,
         FORWARD_CLASSES / 2,
     )?;
+    let (module, name) = match (group.statistics, group.extra) {
+        (0, 0) => (FORWARD_SM90A, "forward_sm90a"),
+        (_, 0) => (FORWARD_SM90A, "forward_statistics_sm90a"),
+        (0, _) => (FORWARD_OUTPUTS_SM90A, "forward_outputs_sm90a"),
+        _ => (FORWARD_OUTPUTS_SM90A, "forward_statistics_outputs_sm90a"),
+    };
     let items = plan.rows.div_ceil(PANEL) * plan.splits.div_ceil(2);
     let kernel = Kernel {
-        module: FORWARD_SM90A,
-        name: kind.kernel(match group.statistics {
-            0 => "forward_sm90a",
-            _ => "forward_statistics_sm90a",
-        }),
+        module,
+        name: kind.kernel(name),
         grid: (clusters(gpu)?.min(items) * 2, 1),
         threads: THREADS,
         shared_bytes: FORWARD_BYTES,
@@ -126,11 +134,13 @@ pub(super) struct Tiles {
     pub row_log_sum: u64,
     pub p_scale: u64,
     pub target_scale: u64,
+    pub log_scale: u64,
     pub keep: u64,
     pub gradient: u64,
     pub sums: u64,
     pub maxima: u64,
     pub masses: u64,
+    pub outputs: u64,
     pub target_logit: u64,
     pub first_row: usize,
     pub rows: usize,
@@ -140,11 +150,20 @@ pub(super) struct Tiles {
     pub stride: usize,
 }
 
-/// Launches `gradient_sm90a` or `probabilities_sm90a`.
+/// What is made of the logits of tiles: `Tile` in `cuda/gradient_sm90a.cuh`.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Making {
+    Gradient,
+    EntropyGradient,
+    Probabilities,
+    ProbabilitiesAndOutputs,
+}
+
+/// Computes the logits of tiles and makes something of them.
 pub(super) fn tiles(
     gpu: &Gpu,
     operands: Operands,
-    name: &str,
+    making: Making,
     gathered: &Buffer,
     tiles: &Tiles,
 ) -> Result<()> {
@@ -171,11 +190,13 @@ pub(super) fn tiles(
         row_log_sum: tiles.row_log_sum,
         p_scale: tiles.p_scale,
         target_scale: tiles.target_scale,
+        log_scale: tiles.log_scale,
         keep: keep_from(operands, tiles.keep, tiles.first_row),
         gradient: tiles.gradient,
         sums: tiles.sums,
         maxima: tiles.maxima,
         masses: tiles.masses,
+        outputs: tiles.outputs,
         target_logit: tiles.target_logit,
         first_row: tiles.first_row as u32,
         rows: tiles.rows as u32,
@@ -187,9 +208,16 @@ pub(super) fn tiles(
         class_tiles: operands.class_tiles() as u32,
         raster: raster as u32,
         softcap: operands.softcap,
+        logit_scale: operands.logit_scale,
+    };
+    let (module, name) = match making {
+        Making::Gradient => (GRADIENT_SM90A, "gradient_sm90a"),
+        Making::EntropyGradient => (GRADIENT_OUTPUTS_SM90A, "entropy_gradient_sm90a"),
+        Making::Probabilities => (GRADIENT_SM90A, "probabilities_sm90a"),
+        Making::ProbabilitiesAndOutputs => (GRADIENT_OUTPUTS_SM90A, "probabilities_outputs_sm90a"),
     };
     let kernel = Kernel {
-        module: GRADIENT_SM90A,
+        module,
         name: kind.kernel(name),
         grid: (clusters(gpu)? * 2, 1),
         threads: THREADS,
@@ -219,6 +247,7 @@ pub(super) fn backward(
         row_log_sum: statistics.row_log_sum.address + offset,
         p_scale: scales.p.address + offset,
         target_scale: scales.target.address + offset,
+        log_scale: scales.log.as_ref().map_or(0, |log| log.address + offset),
         keep: part.keep,
         gradient: part.gradient,
         first_row: part.first_row,
@@ -228,7 +257,11 @@ pub(super) fn backward(
         stride: part.stride,
         ..Default::default()
     };
-    tiles(gpu, operands, "gradient_sm90a", gathered, &of_part)?;
+    let making = match scales.log {
+        None => Making::Gradient,
+        Some(_) => Making::EntropyGradient,
+    };
+    tiles(gpu, operands, making, gathered, &of_part)?;
     let (count, scale) = (rows.count.address, scales.result.address);
     products(gpu, operands, count, scale, part, gathered)
 }

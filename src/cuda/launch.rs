@@ -51,11 +51,15 @@ modules! {
     BACKWARD = "backward";
     FILTER = "filter";
     AVERAGES = "averages";
+    SMOOTHING = "smoothing";
     FORWARD_SM80 = "forward_sm80";
+    FORWARD_OUTPUTS_SM80 = "forward_outputs_sm80";
     GRADIENT_SM80 = "gradient_sm80";
     PRODUCTS_SM80 = "products_sm80";
     FORWARD_SM90A = "forward_sm90a";
+    FORWARD_OUTPUTS_SM90A = "forward_outputs_sm90a";
     GRADIENT_SM90A = "gradient_sm90a";
+    GRADIENT_OUTPUTS_SM90A = "gradient_outputs_sm90a";
     PRODUCTS_SM90A = "products_sm90a";
     #[cfg(feature = "models")]
     OPTIMIZER = "optimizer";
@@ -235,6 +239,7 @@ impl Gpu {
             DType::BF16 => allocate!(BF16, half::bf16),
             DType::F16 => allocate!(F16, half::f16),
             DType::F32 => allocate!(F32, f32),
+            DType::U32 => allocate!(U32, u32),
             dtype => bail!("no CUDA kernels for {dtype:?}"),
         };
         Ok(Unfinished {
@@ -291,7 +296,6 @@ impl Gpu {
     }
 
     /// Like [`Gpu::address`], to be written to.
-    #[cfg(feature = "models")]
     pub fn address_to_write<'a>(
         &'a self,
         storage: &'a mut CudaStorage,
@@ -371,6 +375,7 @@ impl Unfinished {
             CudaStorageSlice::BF16(s) => written!(s),
             CudaStorageSlice::F16(s) => written!(s),
             CudaStorageSlice::F32(s) => written!(s),
+            CudaStorageSlice::U32(s) => written!(s),
             _ => {}
         }
         CudaStorage {

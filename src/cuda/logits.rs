@@ -4,19 +4,11 @@ use super::call::{Call, Group};
 use super::filter::{Filter, Filtered};
 use super::launch::{Kernel, LOSS};
 use super::params::loss::MergeParams;
+use super::terms::Loss;
 use super::{hopper, portable, shards};
 use crate::plan::{forward, Path, TILE};
 use crate::problem::Problem;
 use candle_core::Result;
-
-/// The loss, where it goes and what is in it.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Loss {
-    /// The address of `[losses, lse, loss]`.
-    pub packed: u64,
-    /// The weight of the squared lse.
-    pub z_loss: f32,
-}
 
 /// Of these rows, group by group. `count` is the address of how many rows there are, from row 0 on. Of a `sharded` problem,
 /// over the classes of all ranks.
@@ -40,6 +32,11 @@ pub(super) fn logits(
     let plan = forward(path, operands.sizes(), all_rows, filter.is_some());
     let (group_rows, splits) = (plan.rows, plan.splits);
     let partials = gpu.buffer(splits * group_rows * 8)?;
+    let extra = match loss.more() {
+        true => Some(gpu.buffer(splits * group_rows * 8)?),
+        false => None,
+    };
+    let extra = extra.as_ref().map_or(0, |extra| extra.address);
     let groups = span.clone().step_by(group_rows);
     // A shard knows what to keep only after the last group: each has statistics of its own.
     let group_bytes = class_tiles * group_rows * operands.sizes().statistics_bytes();
@@ -78,6 +75,7 @@ pub(super) fn logits(
         let group = Group {
             first_row,
             partials: partials.address,
+            extra,
             target_logit: statistics.target_logit.address,
             statistics: of_tiles(first_row),
         };
@@ -97,11 +95,18 @@ pub(super) fn logits(
             row_max: statistics.row_max.address,
             row_log_sum: statistics.row_log_sum.address,
             packed: loss.packed,
+            extra,
+            row_entropy: statistics
+                .row_entropy
+                .as_ref()
+                .map_or(0, |entropy| entropy.address),
+            entropy: loss.entropy,
+            predicted: loss.predicted,
+            terms: loss.terms,
             first_row: first_row as u32,
             group_rows: group_rows as u32,
             splits: splits as u32,
             positions: rows.positions as u32,
-            z_loss: loss.z_loss,
             sharded: u32::from(sharded.is_some()),
         };
         gpu.launch(
@@ -118,7 +123,7 @@ pub(super) fn logits(
         }
     }
     if let Some(problem) = sharded {
-        shards::merge(gpu, problem, rows, statistics, loss.packed)?;
+        shards::merge(gpu, problem, rows, statistics, loss)?;
         groups.clone().try_for_each(decide)?;
     }
     Ok(filtering.map(|(_, filtered)| filtered))

@@ -18,16 +18,20 @@ mod operands;
 #[cfg(feature = "models")]
 pub(crate) mod ops;
 mod outputs;
+#[cfg_attr(not(feature = "models"), allow(dead_code))]
 mod params;
 mod portable;
 mod room;
 mod rows;
 mod shards;
+pub(crate) mod smoothing;
 mod tensor_map;
+mod terms;
 
 pub(crate) use forward::forward;
 
 use crate::problem::Problem;
+use crate::Entropy;
 use candle_core::{DType, Device, Result};
 use launch::Gpu;
 
@@ -46,6 +50,14 @@ pub(crate) fn unsupported(problem: &Problem) -> Result<Option<String>> {
         return Ok(Some(format!(
             "they need compute capability 8.0, this GPU has {major}.{minor}"
         )));
+    }
+    let settings = &problem.settings;
+    let more = settings.predicted || settings.entropy != Entropy::Off;
+    if more && settings.vocab_parallel.is_some() {
+        return Ok(Some(
+            "they compute no entropy and no predicted classes over shards of the classes"
+                .to_owned(),
+        ));
     }
     Ok(None)
 }

@@ -42,8 +42,9 @@ pub(super) struct Operands {
     pub bias: u64,
     pub hidden: usize,
     pub vocab: usize,
-    /// 0 for none.
+    /// 0 for none. That of logits times their scale.
     pub softcap: f32,
+    pub logit_scale: f32,
     pub kind: Kind,
     /// Whether every row of both matrices begins on 16 bytes.
     pub aligned: bool,
@@ -70,6 +71,7 @@ impl Operands {
                     hidden,
                     vocab,
                     softcap: settings.softcap.unwrap_or(0.) as f32,
+                    logit_scale: settings.logit_scale as f32,
                     kind,
                     aligned: hidden * kind.size % 16 == 0
                         && embeddings % 16 == 0

@@ -1,7 +1,9 @@
 //! The products for compute capability 8.0 and later: `cuda/*_sm80.cu`.
 
 use super::call::{Call, Group, Range, Scales};
-use super::launch::{Gpu, Kernel, FORWARD_SM80, GRADIENT_SM80, PRODUCTS_SM80};
+use super::launch::{
+    Gpu, Kernel, FORWARD_OUTPUTS_SM80, FORWARD_SM80, GRADIENT_SM80, PRODUCTS_SM80,
+};
 use super::operands::{Kind, Operands};
 use super::params::forward_sm80::ForwardParams;
 use super::params::gradient_sm80::GradientParams;
@@ -42,17 +44,23 @@ pub(super) fn forward(
         partials: group.partials,
         target_logit: group.target_logit,
         statistics: group.statistics,
+        extra: group.extra,
         hidden: operands.hidden as i64,
         vocab: operands.vocab as i64,
         first_row: group.first_row as u32,
         group_rows: plan.rows as u32,
         splits: plan.splits as u32,
         softcap: operands.softcap,
+        logit_scale: operands.logit_scale,
         aligned: operands.aligned.into(),
     };
+    let (module, name) = match group.extra {
+        0 => (FORWARD_SM80, "forward_sm80"),
+        _ => (FORWARD_OUTPUTS_SM80, "forward_outputs_sm80"),
+    };
     let kernel = Kernel {
-        module: FORWARD_SM80,
-        name: kind.kernel("forward_sm80"),
+        module,
+        name: kind.kernel(name),
         grid: (plan.rows / TILE * plan.splits, 1),
         threads: THREADS,
         // What 4 warps have for the filter, and targets.
@@ -83,6 +91,7 @@ pub(super) fn backward(call: Call<'_>, scales: &Scales, part: Range) -> Result<(
         row_log_sum: statistics.row_log_sum.address,
         p_scale: scales.p.address,
         target_scale: scales.target.address,
+        log_scale: scales.log.as_ref().map_or(0, |log| log.address),
         keep: part.keep,
         gradient: part.gradient,
         hidden: operands.hidden as i64,
@@ -92,6 +101,7 @@ pub(super) fn backward(call: Call<'_>, scales: &Scales, part: Range) -> Result<(
         first_row: part.first_row as u32,
         class_tiles,
         softcap: operands.softcap,
+        logit_scale: operands.logit_scale,
         aligned: operands.aligned.into(),
     };
     let (name, wide) = match part.keep {

@@ -3,6 +3,7 @@
 use super::launch::{Array, Buffer, Gpu, Kernel, ROWS};
 use super::operands::Operands;
 use super::params::rows::{GatherParams, PickParams, SortParams};
+use super::terms::Loss;
 use crate::problem::Problem;
 use candle_core::{bail, DType, Result};
 
@@ -18,7 +19,7 @@ pub(super) struct Rows {
 }
 
 impl Rows {
-    pub fn pick(gpu: &Gpu, problem: &Problem, packed: u64) -> Result<Self> {
+    pub fn pick(gpu: &Gpu, problem: &Problem, loss: Loss) -> Result<Self> {
         let positions = problem.positions;
         let n = positions.len();
         let rows = Self {
@@ -42,7 +43,9 @@ impl Rows {
                 row_position: rows.position.address,
                 row_target: rows.target.address,
                 count: rows.count.address,
-                packed,
+                packed: loss.packed,
+                entropy: loss.entropy,
+                predicted: loss.predicted,
                 ignore_index: problem.settings.ignore_index,
                 first_class: shard.map_or(0, |shard| shard.start) as i64,
                 positions: n as u32,

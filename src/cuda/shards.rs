@@ -4,6 +4,7 @@ use super::call::Statistics;
 use super::launch::{Gpu, Kernel, LOSS};
 use super::params::loss::ShardParams;
 use super::rows::Rows;
+use super::terms::Loss;
 use crate::problem::Problem;
 use candle_core::{DType, Result};
 
@@ -15,7 +16,7 @@ pub(super) fn merge(
     problem: &Problem,
     rows: &Rows,
     statistics: &Statistics,
-    packed: u64,
+    loss: Loss,
 ) -> Result<()> {
     let Some(shard) = &problem.settings.vocab_parallel else {
         return Ok(());
@@ -28,9 +29,9 @@ pub(super) fn merge(
         row_position: rows.position.address,
         row_target: rows.target.address,
         count: rows.count.address,
-        packed,
+        packed: loss.packed,
+        terms: loss.terms,
         positions: n as u32,
-        z_loss: problem.settings.z_loss as f32,
         ..Default::default()
     };
     let launch = |name: &str, params: ShardParams| {

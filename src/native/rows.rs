@@ -1,6 +1,7 @@
 //! The positions that count, picked on the host.
 
 use crate::problem::Problem;
+use crate::terms::Terms;
 use crate::Reduction;
 use candle_core::{DType, Device, Result};
 
@@ -20,6 +21,16 @@ pub(crate) struct HostRows {
     pub positions: usize,
     /// Whether these are all rows of the embeddings, in order.
     pub all: bool,
+    /// Of every row.
+    terms: Terms,
+    weights: Option<HostWeights>,
+}
+
+/// [`Weights`](crate::terms::Weights) of the rows.
+#[derive(Debug, Clone)]
+struct HostWeights {
+    terms: Vec<Terms>,
+    total: f64,
 }
 
 impl HostRows {
@@ -40,6 +51,8 @@ impl HostRows {
             target: Vec::with_capacity(positions.len()),
             positions: positions.len(),
             all: false,
+            terms: problem.settings.terms,
+            weights: None,
         };
         for position in 0..positions.len() {
             let row = positions.row(position);
@@ -57,11 +70,32 @@ impl HostRows {
             rows.target.push(class);
         }
         rows.all = rows.len() == positions.rows();
+        if let Some(weights) = &problem.weights {
+            let terms = weights.terms.to_dtype(DType::F64)?.to_vec2::<f64>()?;
+            let of = |kind: usize, position: &u32| terms[kind][*position as usize];
+            let of_row = |position| Terms {
+                nll: of(0, position),
+                lse: of(1, position),
+                square: of(2, position),
+            };
+            rows.weights = Some(HostWeights {
+                terms: rows.position.iter().map(of_row).collect(),
+                total: weights.total.to_dtype(DType::F64)?.to_vec1::<f64>()?[0],
+            });
+        }
         Ok(rows)
     }
 
     pub fn len(&self) -> usize {
         self.target.len()
+    }
+
+    /// What the loss of a row is made of.
+    pub fn terms(&self, row: usize) -> Terms {
+        match &self.weights {
+            None => self.terms,
+            Some(weights) => weights.terms[row],
+        }
     }
 
     /// For each row, the number of ranks among this one that have its target: 1 or 0.
@@ -72,8 +106,12 @@ impl HostRows {
 
     /// What the reduced loss multiplies the sum of the losses by.
     pub fn scale(&self, reduction: Reduction) -> f64 {
+        let total = match &self.weights {
+            None => self.len() as f64,
+            Some(weights) => weights.total,
+        };
         match reduction {
-            Reduction::Mean if self.len() > 0 => 1. / self.len() as f64,
+            Reduction::Mean if total != 0. => 1. / total,
             _ => 1.,
         }
     }

@@ -1,5 +1,5 @@
-//! What is made of a loss's outputs: the squared log-sum-exp of the z-loss, perplexity, log-probabilities of sequences, and the objectives of
-//! learning from preferences and from rewards.
+//! What is made of a loss's outputs: the squared log-sum-exp of the z-loss, perplexity, accuracy, log-probabilities of
+//! sequences, and the objectives of learning from preferences and from rewards.
 //!
 //! | learns from | objectives |
 //! |---|---|
@@ -16,7 +16,7 @@ mod kto;
 mod policy;
 mod preferences;
 
-use crate::problem::{pick_positions, to_i64};
+use crate::positions::{pick_positions, to_i64};
 use crate::{Options, Reduction};
 use candle_core::{bail, DType, Result, Tensor, D};
 
@@ -44,12 +44,18 @@ pub use preferences::{cpo_loss, dpo_loss, ipo_loss, orpo_loss, simpo_loss, Prefe
 /// # Errors
 /// `shift >= T`.
 pub fn counted(targets: &Tensor, options: &Options) -> Result<Tensor> {
-    let (_, shape) = pick_positions(targets.dims(), options.shift)?;
-    let targets = match options.shift {
-        0 => targets.clone(),
-        shift => targets.narrow(D::Minus1, shift, shape[shape.len() - 1])?,
-    };
-    to_i64(&targets)?.contiguous()?.ne(options.ignore_index)
+    to_i64(&shifted(targets, options.shift)?)?
+        .contiguous()?
+        .ne(options.ignore_index)
+}
+
+/// The targets of the positions.
+fn shifted(targets: &Tensor, shift: usize) -> Result<Tensor> {
+    let (_, shape) = pick_positions(targets.dims(), shift)?;
+    match shift {
+        0 => Ok(targets.clone()),
+        shift => targets.narrow(D::Minus1, shift, shape[shape.len() - 1]),
+    }
 }
 
 /// The square of the log-sum-exp, `lse_i^2`, of the positions that count, reduced as the options say.
@@ -94,7 +100,8 @@ pub fn squared_lse(lse: &Tensor, targets: &Tensor, options: &Options) -> Result<
 /// The perplexity, `exp(mean nll)` over the positions that count: a scalar, 1 when none does.
 ///
 /// `loss` is [`Output::loss`](crate::Output::loss) under any reduction, `targets` and `options` those
-/// of the loss, which must be without [`Options::z_loss_weight`]: that part is no log-probability.
+/// of the loss, which must be without [`Options::z_loss_weight`], label smoothing and weights: the loss is to be the
+/// negative log-probability.
 ///
 /// ```
 /// # use candle_core::{DType, Device, Tensor};
@@ -133,11 +140,49 @@ pub fn perplexity(loss: &Tensor, targets: &Tensor, options: &Options) -> Result<
     }
 }
 
+/// The share of the positions that count whose predicted class is the target: a scalar f32, 0 when none counts.
+///
+/// `predicted` is [`Output::predicted`](crate::Output::predicted), `targets` and `options` those of the loss. Weights do not
+/// matter to it, nor does the reduction.
+///
+/// ```
+/// # use candle_core::{Device, Tensor};
+/// use candle_cut_cross_entropy::{linear_cross_entropy, objectives::accuracy, Options};
+/// # fn main() -> candle_core::Result<()> {
+/// // Each row of the head is the embedding of its class.
+/// let head = Tensor::new(&[[1f32, 0.], [0., 1.]], &Device::Cpu)?;
+/// let hidden = Tensor::new(&[[2f32, 0.], [0., 3.], [1., 0.], [0., 0.]], &Device::Cpu)?;
+/// let targets = Tensor::new(&[0i64, 1, 1, -100], &Device::Cpu)?;
+/// let options = Options::default().predicted(true);
+/// let predicted = linear_cross_entropy(&hidden, &head, &targets, &options)?.predicted.unwrap();
+/// assert_eq!(predicted.to_vec1::<u32>()?, [0, 1, 0, u32::MAX]);
+/// let accuracy = accuracy(&predicted, &targets, &options)?.to_scalar::<f32>()?;
+/// assert!((accuracy - 2. / 3.).abs() < 1e-6);
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// `shift >= T`; a `predicted` that is not u32 or whose shape is not that of the positions.
+pub fn accuracy(predicted: &Tensor, targets: &Tensor, options: &Options) -> Result<Tensor> {
+    if predicted.dtype() != DType::U32 {
+        bail!("predicted must be u32, got {:?}", predicted.dtype())
+    }
+    let counted = counted(targets, options)?;
+    same_shape("predicted", predicted, "the positions", counted.dims())?;
+    let targets = shifted(targets, options.shift)?;
+    let right = to_i64(&targets)?
+        .contiguous()?
+        .eq(&predicted.to_dtype(DType::I64)?.contiguous()?)?
+        .to_dtype(DType::F32)?;
+    mean_over(&keep("predicted", &right, &counted)?, &counted)
+}
+
 /// The log-probability of each sequence, `-sum_t nll_t`: from `nll` of shape `(.., T)` one of shape
 /// `(..)`.
 ///
 /// `nll` is [`Output::loss`](crate::Output::loss) under [`Reduction::None`], without
-/// [`Options::z_loss_weight`], so positions whose target
+/// [`Options::z_loss_weight`], label smoothing and weights, so positions whose target
 /// is the `ignore_index` (a prompt, padding) add nothing. `mask`, u8 of the same shape, keeps only
 /// positions where it is not 0.
 ///

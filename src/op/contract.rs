@@ -49,7 +49,7 @@ pub(crate) trait Backward: Send + Sync {
 
 /// What a forward returns.
 pub(crate) struct Forward<P> {
-    /// `[losses (n), lse (n), loss (1)]`, f32.
+    /// f32, see [`Packed`](super::packed::Packed).
     pub packed: P,
     pub left: Left,
 }
@@ -57,6 +57,8 @@ pub(crate) struct Forward<P> {
 /// What a forward leaves beside its results.
 pub(crate) struct Left {
     pub ran: Ran,
+    /// The likeliest class of each position, u32, [`u32::MAX`] where it does not count; where that is asked for.
+    pub predicted: Option<Tensor>,
     pub backward: Box<dyn Backward>,
     /// Where the gradients of the reduced loss are formed already: their source. It takes one number as upstream
     /// gradient, and `backward` is then for the other numbers only.

@@ -1,7 +1,7 @@
 //! The loss as a node of Candle's graph.
 //!
-//! An implementation computes a packed f32 vector `[losses (n), lse (n), loss (1)]` over the `n` positions
-//! of the result, where `loss` is the reduced loss. [`CutCrossEntropy`] is the op that computes this vector from the
+//! An implementation computes a [packed](Packed) f32 vector of the losses, the lse, the reduced loss and what else is
+//! asked for. [`CutCrossEntropy`] is the op that computes this vector from the
 //! storages of its arguments, so that one backward sees every upstream gradient at once.
 //!
 //! Two values cannot be computed by an op of their own, and join the graph ready-made ([`attach`]):
@@ -16,6 +16,8 @@
 
 use super::contract::{Backward, Forward, KeptTiles, Left, Ran, Wanted};
 use super::dispatch::Choice;
+use super::packed::Packed;
+use super::smoothing::Smoothing;
 use crate::backward::deliver;
 use crate::matrices::{Matrices, OfStorage, View};
 use crate::native;
@@ -27,6 +29,7 @@ use candle_core::{
     bail, CpuStorage, CudaStorage, CustomOp2, CustomOp3, Layout, MetalStorage, Result, Shape,
     Storage, Tensor,
 };
+use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 const NAME: &str = "cut-cross-entropy";
@@ -38,33 +41,48 @@ pub(crate) struct Applied {
     pub lse: Tensor,
     /// One number.
     pub loss: Tensor,
+    /// One number a position, where it is asked for.
+    pub entropy: Option<Tensor>,
+    pub predicted: Option<Tensor>,
     pub ran: Ran,
     pub kept: Arc<KeptTiles>,
 }
 
 /// Makes the loss part of the graph.
-pub(crate) fn apply(problem: &Problem, matrices: Matrices<&Tensor>) -> Result<Applied> {
+pub(crate) fn apply(
+    problem: &Problem,
+    matrices: Matrices<&Tensor>,
+    label_smoothing: f64,
+) -> Result<Applied> {
     let kept = Arc::new(KeptTiles::default());
-    let shard = &problem.settings.vocab_parallel;
+    let layout = Packed::of(problem);
+    let detached = matrices.detach();
+    let smoothing = Smoothing::new(problem, detached.as_ref(), label_smoothing)?.map(Arc::new);
+    let added = Added {
+        shard: problem.settings.vocab_parallel.clone(),
+        smoothing: smoothing.clone(),
+        layout,
+    };
     let ready = |value: Tensor, backward: Box<dyn Backward>| -> Result<Tensor> {
         if !wanted(matrices).any() {
             return Ok(value);
         }
         let mut arguments = vec![matrices.embeddings, matrices.classifier];
         arguments.extend(matrices.bias);
-        let shard = shard.clone();
-        attach(value, &arguments, Computed { backward, shard })
+        let added = added.clone();
+        attach(value, &arguments, Computed { backward, added })
     };
-    let (packed, ran, formed) = match Choice::new(problem)? {
+    let (packed, rest) = match Choice::new(problem)? {
         Choice::TensorOperations if problem.device.is_cuda() => {
-            let detached = matrices.detach();
             let Forward { packed, left } = native::in_tensors(problem, detached.as_ref(), &kept)?;
-            (ready(packed, left.backward)?, left.ran, left.loss)
+            let (backward, rest) = Rest::of(left);
+            (ready(packed, backward)?, rest)
         }
         _ => {
             let op = CutCrossEntropy {
                 problem: problem.clone(),
                 wanted: wanted(matrices),
+                added: added.clone(),
                 kept: kept.clone(),
                 backward: OnceLock::new(),
                 rest: Arc::default(),
@@ -76,23 +94,30 @@ pub(crate) fn apply(problem: &Problem, matrices: Matrices<&Tensor>) -> Result<Ap
                 Some(bias) => embeddings.apply_op3(classifier, bias, op)?,
             };
             let rest = rest.lock().unwrap_or_else(PoisonError::into_inner).take();
-            let Some(Rest { ran, formed }) = rest else {
+            let Some(rest) = rest else {
                 bail!("{NAME}: not computed")
             };
-            (packed, ran, formed)
+            (packed, rest)
         }
     };
-    let n = problem.positions.len();
-    let loss = packed.narrow(0, 2 * n, 1)?;
-    let loss = match formed {
+    let part = |range: Range<usize>| packed.narrow(0, range.start, range.len());
+    let loss = packed.narrow(0, layout.loss(), 1)?;
+    let loss = match rest.formed {
         None => loss,
         Some(formed) => ready(loss.detach().force_contiguous()?, formed)?,
     };
+    let losses = part(layout.losses())?;
+    let (losses, loss) = match &smoothing {
+        None => (losses, loss),
+        Some(smoothing) => ((losses + &smoothing.losses)?, (loss + &smoothing.loss)?),
+    };
     Ok(Applied {
-        losses: packed.narrow(0, 0, n)?,
-        lse: packed.narrow(0, n, n)?,
+        losses,
+        lse: part(layout.lse())?,
         loss,
-        ran,
+        entropy: layout.entropy().map(part).transpose()?,
+        predicted: rest.predicted,
+        ran: rest.ran,
         kept,
     })
 }
@@ -108,7 +133,7 @@ pub(crate) fn wanted(matrices: Matrices<&Tensor>) -> Wanted {
 /// The gradients of the arguments, in their order.
 fn gradients(
     backward: &dyn Backward,
-    shard: Option<&VocabParallel>,
+    added: &Added,
     arguments: &[&Tensor],
     upstream: &Tensor,
 ) -> Result<Vec<Option<Tensor>>> {
@@ -121,7 +146,10 @@ fn gradients(
     let detached = matrices.detach();
     let upstream = upstream.detach().contiguous()?;
     let gradients = backward.backward(detached.as_ref(), &upstream, wanted)?;
-    let of_embeddings = match (shard, gradients.embeddings) {
+    if let Some(smoothing) = &added.smoothing {
+        smoothing.add_to(&gradients, &detached.embeddings, &upstream, added.layout)?;
+    }
+    let of_embeddings = match (&added.shard, gradients.embeddings) {
         (Some(shard), Some(here)) => {
             Some(shard.embeddings_gradient(here, matrices.embeddings.dtype())?)
         }
@@ -130,22 +158,25 @@ fn gradients(
     Ok(vec![of_embeddings, gradients.classifier, gradients.bias])
 }
 
+/// What the op does around an implementation's backward.
+#[derive(Clone)]
+struct Added {
+    shard: Option<VocabParallel>,
+    smoothing: Option<Arc<Smoothing>>,
+    layout: Packed,
+}
+
 /// A value that a forward has computed beside what an op returned.
 struct Computed {
     backward: Box<dyn Backward>,
-    shard: Option<VocabParallel>,
+    added: Added,
 }
 
 impl Node for Computed {
     const NAME: &'static str = NAME;
 
     fn backward(&self, arguments: &[&Tensor], upstream: &Tensor) -> Result<Vec<Option<Tensor>>> {
-        gradients(
-            self.backward.as_ref(),
-            self.shard.as_ref(),
-            arguments,
-            upstream,
-        )
+        gradients(self.backward.as_ref(), &self.added, arguments, upstream)
     }
 }
 
@@ -153,6 +184,7 @@ impl Node for Computed {
 struct CutCrossEntropy {
     problem: Problem,
     wanted: Wanted,
+    added: Added,
     kept: Arc<KeptTiles>,
     /// Once computed.
     backward: OnceLock<Box<dyn Backward>>,
@@ -163,24 +195,30 @@ struct CutCrossEntropy {
 /// What a forward leaves beside the packed vector and its backward.
 struct Rest {
     ran: Ran,
+    predicted: Option<Tensor>,
     /// The source of the reduced loss's gradients, where they are formed.
     formed: Option<Box<dyn Backward>>,
 }
 
+impl Rest {
+    fn of(left: Left) -> (Box<dyn Backward>, Self) {
+        let rest = Self {
+            ran: left.ran,
+            predicted: left.predicted,
+            formed: left.loss,
+        };
+        (left.backward, rest)
+    }
+}
+
 impl CutCrossEntropy {
     fn computed<P>(&self, forward: Forward<P>) -> Result<(P, Shape)> {
-        let Left {
-            ran,
-            backward,
-            loss,
-        } = forward.left;
+        let (backward, rest) = Rest::of(forward.left);
         if self.backward.set(backward).is_err() {
             bail!("{NAME}: computed twice")
         }
-        *self.rest.lock().unwrap_or_else(PoisonError::into_inner) =
-            Some(Rest { ran, formed: loss });
-        let numbers = 2 * self.problem.positions.len() + 1;
-        Ok((forward.packed, numbers.into()))
+        *self.rest.lock().unwrap_or_else(PoisonError::into_inner) = Some(rest);
+        Ok((forward.packed, self.added.layout.len().into()))
     }
 
     fn cpu(&self, matrices: Matrices<View<'_, CpuStorage>>) -> Result<(CpuStorage, Shape)> {
@@ -221,8 +259,7 @@ impl CutCrossEntropy {
         let Some(backward) = self.backward.get() else {
             bail!("{NAME}: differentiated before it is computed")
         };
-        let shard = self.problem.settings.vocab_parallel.as_ref();
-        let gradients = gradients(backward.as_ref(), shard, &arguments, upstream)?;
+        let gradients = gradients(backward.as_ref(), &self.added, &arguments, upstream)?;
         deliver(result, arguments, gradients)
     }
 }

@@ -27,6 +27,36 @@ pub enum Reduction {
     None,
 }
 
+/// Whether the entropy of each position's distribution is computed.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_cut_cross_entropy::{linear_cross_entropy, Entropy, Options};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let e = Tensor::randn(0f32, 1., (4, 8), &Device::Cpu)?;
+/// let c = Tensor::zeros((10, 8), DType::F32, &Device::Cpu)?;
+/// let y = Tensor::zeros(4, DType::U32, &Device::Cpu)?;
+/// let output = linear_cross_entropy(&e, &c, &y, &Options::default().entropy(Entropy::Value))?;
+/// // A head of zeros finds every one of 10 classes as likely.
+/// let entropy = output.entropy.unwrap().to_vec1::<f32>()?;
+/// assert!(entropy.iter().all(|h| (h - 10f32.ln()).abs() < 1e-5));
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Entropy {
+    /// It is not.
+    #[default]
+    Off,
+    /// Its value, to be reported: no gradient goes through it.
+    Value,
+    /// Its value, and a gradient through it, as for an entropy bonus. The gradients of this loss are then exact: no filter
+    /// is applied, for entries of little probability may matter to the entropy.
+    Differentiable,
+}
+
 /// Which code computes the loss.
 ///
 /// ```

@@ -7,7 +7,7 @@ mod preset;
 use crate::VocabParallel;
 use candle_core::Tensor;
 
-pub use choices::{Implementation, Reduction, Strategy};
+pub use choices::{Entropy, Implementation, Reduction, Strategy};
 pub use filter::Filter;
 pub use preset::Preset;
 
@@ -29,8 +29,14 @@ pub struct Options {
     pub(crate) bias: Option<Tensor>,
     pub(crate) ignore_index: i64,
     pub(crate) softcap: Option<f64>,
+    pub(crate) logit_scale: f64,
     pub(crate) reduction: Reduction,
+    pub(crate) label_smoothing: f64,
+    pub(crate) class_weights: Option<Tensor>,
+    pub(crate) token_weights: Option<Tensor>,
     pub(crate) z_loss_weight: f64,
+    pub(crate) entropy: Entropy,
+    pub(crate) predicted: bool,
     pub(crate) shift: usize,
     pub(crate) filter_embeddings: Filter,
     pub(crate) filter_classifier: Filter,
@@ -47,8 +53,14 @@ impl Default for Options {
             bias: None,
             ignore_index: -100,
             softcap: None,
+            logit_scale: 1.,
             reduction: Reduction::default(),
+            label_smoothing: 0.,
+            class_weights: None,
+            token_weights: None,
             z_loss_weight: 0.,
+            entropy: Entropy::default(),
+            predicted: false,
             shift: 0,
             filter_embeddings: Filter::default(),
             filter_classifier: Filter::default(),
@@ -101,6 +113,45 @@ impl Options {
         self
     }
 
+    /// Multiplies the logits, after the bias and the softcap: the inverse of a temperature. Positive. Default: 1.
+    pub fn logit_scale(mut self, scale: f64) -> Self {
+        self.logit_scale = scale;
+        self
+    }
+
+    /// Mixes the target with the uniform distribution over the classes: with `s` the smoothing, in `[0, 1]`, and `w` the
+    /// [class weights](Self::class_weights) or ones, a position's loss is
+    /// `(1 - s) w_y (lse - z_y) + s / V sum_j w_j (lse - z_j)`, as in PyTorch's `cross_entropy`. Not together with a
+    /// softcap. Default: 0.
+    ///
+    /// The uniform part is a sum over the classes `u = sum_j w_j C_j` and the products `E_i . u`: it costs two passes over
+    /// the classifier's memory and one over its gradient's, and no matrix product.
+    ///
+    /// Source: Szegedy et al., *Rethinking the Inception Architecture for Computer Vision*,
+    /// [arXiv 1512.00567](https://arxiv.org/abs/1512.00567), section 7.
+    pub fn label_smoothing(mut self, smoothing: f64) -> Self {
+        self.label_smoothing = smoothing;
+        self
+    }
+
+    /// A weight for each class, `(V)`, by which the loss of a position is multiplied according to its target: a float
+    /// dtype, not differentiated. Under [`Reduction::Mean`] the sum is divided by the sum of the weights, as in PyTorch's
+    /// `cross_entropy`. On a shard of the classes these are the weights of all classes. Takes a tensor or an `Option`.
+    /// Default: none.
+    pub fn class_weights<'a>(mut self, weights: impl Into<Option<&'a Tensor>>) -> Self {
+        self.class_weights = weights.into().cloned();
+        self
+    }
+
+    /// A weight for each target, of the shape of the targets, by which its loss is multiplied, z-loss included: a float
+    /// dtype, not differentiated. Under [`Reduction::Mean`] the sum is divided by the sum of the weights (each times its
+    /// target's class weight, if there are any). Unlike weights applied to the losses of [`Reduction::None`] these leave
+    /// [`Strategy::Fused`] possible. Takes a tensor or an `Option`. Default: none.
+    pub fn token_weights<'a>(mut self, weights: impl Into<Option<&'a Tensor>>) -> Self {
+        self.token_weights = weights.into().cloned();
+        self
+    }
+
     /// Adds `weight * lse_i^2` to the loss of every position that counts (z-loss, with `weight` around 1e-4):
     /// it keeps logits from drifting. [`Output::z_loss`](crate::Output::z_loss) is this part by itself. Unlike
     /// [`objectives::squared_lse`](crate::objectives::squared_lse), which is made of the outputs, it costs nothing, for
@@ -109,6 +160,19 @@ impl Options {
     /// Source: Chowdhery et al., *PaLM*, [arXiv 2204.02311](https://arxiv.org/abs/2204.02311), section 5.
     pub fn z_loss_weight(mut self, weight: f64) -> Self {
         self.z_loss_weight = weight;
+        self
+    }
+
+    /// Whether [`Output::entropy`](crate::Output::entropy) is computed. Default: it is not.
+    pub fn entropy(mut self, entropy: Entropy) -> Self {
+        self.entropy = entropy;
+        self
+    }
+
+    /// Whether [`Output::predicted`](crate::Output::predicted), the likeliest class of each position, is computed.
+    /// Default: false.
+    pub fn predicted(mut self, predicted: bool) -> Self {
+        self.predicted = predicted;
         self
     }
 

@@ -8,6 +8,8 @@ use super::{Sizes, Workspace, TILE};
 const WORKSPACE: usize = 3 << 29;
 /// Rows of a chunk below which the logits are computed twice instead, unless the user asks for fused gradients.
 const LEAST_ROWS: usize = 1024;
+/// Bytes of what entropy and the likeliest class need of a row in a tile.
+pub(crate) const OUTPUTS_BYTES: usize = 12;
 /// The most chunks: dC is rounded once in each. More rows than one piece of a sum in f32 are one chunk.
 const MOST_CHUNKS: usize = 4;
 
@@ -18,21 +20,37 @@ pub(crate) struct Chunks {
     pub range: usize,
 }
 
+/// How the forward is to form gradients.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Forming {
+    pub averaging: bool,
+    /// The user wants them formed in the forward.
+    pub asked: bool,
+    /// Entropy or the likeliest classes are wanted too.
+    pub outputs: bool,
+}
+
 /// Classes from one row of the workspace to the next.
 pub(crate) fn gradient_stride(sizes: Sizes) -> usize {
     sizes.vocab.next_multiple_of(2 * TILE)
 }
 
-/// `None` where the gradients are better computed in the backward. `asked`: the user wants them formed in the forward.
+/// `None` where the gradients are better computed in the backward.
 pub(crate) fn fused(
     sizes: Sizes,
     rows: usize,
-    averaging: bool,
-    asked: bool,
+    forming: Forming,
     workspace: Workspace,
 ) -> Option<Chunks> {
+    let Forming {
+        averaging,
+        asked,
+        outputs,
+    } = forming;
     let all_rows = rows.next_multiple_of(TILE);
-    let of_tiles = sizes.class_tiles() * (4 + 4 + if sizes.softcap { 4 } else { 0 });
+    let of_capped = if sizes.softcap { 4 } else { 0 };
+    let of_outputs = if outputs { OUTPUTS_BYTES } else { 0 };
+    let of_tiles = sizes.class_tiles() * (4 + 4 + of_capped + of_outputs);
     let of_masses = if averaging {
         sizes.mass_stride() * 2
     } else {

@@ -8,7 +8,7 @@ mod sweep;
 mod tests;
 
 pub(crate) use forward::{forward, Groups};
-pub(crate) use fused::{fused, gradient_stride, Chunks};
+pub(crate) use fused::{fused, gradient_stride, Chunks, Forming, OUTPUTS_BYTES};
 pub(crate) use hopper::{PANEL, PARTIALS_BYTES, PIECE_ROWS, STRIP};
 pub(crate) use sweep::{sweeps, Sweep};
 

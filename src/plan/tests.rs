@@ -112,7 +112,11 @@ fn halved_workspaces_are_smaller() {
 fn fused_gradients_go_through_few_chunks_that_fit() {
     for (sizes, rows) in heads() {
         for workspace in [128 << 20, 512 << 20, 3 << 29, 8 << 30] {
-            let Some(chunks) = fused(sizes, rows, false, true, given(workspace)) else {
+            let asked = Forming {
+                asked: true,
+                ..Forming::default()
+            };
+            let Some(chunks) = fused(sizes, rows, asked, given(workspace)) else {
                 continue;
             };
             let all_rows = rows.next_multiple_of(TILE);
@@ -125,9 +129,9 @@ fn fused_gradients_go_through_few_chunks_that_fit() {
         }
     }
     // The logits of 8192 rows take 3.9 GiB: at least three chunks of the default.
-    let chunks = fused(half(2304, 256_000), 8192, false, false, DEFAULT);
+    let chunks = fused(half(2304, 256_000), 8192, Forming::default(), DEFAULT);
     assert!(chunks.is_some_and(|chunks| (2048..4096).contains(&chunks.rows)));
-    assert!(fused(half(4096, 128_256), 65_536, false, false, DEFAULT).is_none());
+    assert!(fused(half(4096, 128_256), 65_536, Forming::default(), DEFAULT).is_none());
 }
 
 #[test]

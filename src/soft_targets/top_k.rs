@@ -3,7 +3,7 @@
 use super::checks;
 use super::class_logits;
 use crate::objectives::counted;
-use crate::problem::to_i64;
+use crate::positions::to_i64;
 use crate::{linear_cross_entropy, Filter, Options, Reduction};
 use candle_core::{bail, DType, Result, Tensor, D};
 

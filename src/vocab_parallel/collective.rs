@@ -1,8 +1,15 @@
-//! All that the ranks of a sharded head tell each other: two all-reduces in a forward, one in a backward.
+//! All that the ranks of a sharded head tell each other: two all-reduces in a forward, one in a backward; in a forward one
+//! or two more with label smoothing, and one with the predicted class.
 
 use super::{ReduceOp, VocabParallel};
 use crate::op::contract::accumulator;
 use candle_core::{bail, DType, Result, Tensor};
+
+/// `exp` of less is 0 in f64 too: a factor beside it may be this, where an infinity would make NaN.
+pub(crate) const LEAST_LOGARITHM: f64 = -1e4;
+
+/// Integers up to this are f32 numbers.
+const CLASSES_IN_F32: usize = 1 << 24;
 
 /// What is known of each row that counts over some classes: tensors `(n)`.
 #[derive(Debug)]
@@ -15,20 +22,30 @@ pub(crate) struct ShardRows {
     pub target: Tensor,
     /// On how many ranks the target is.
     pub ranks: Tensor,
+    /// `sum_j exp(z_j - max) (z_j - max)`, where the entropy is asked for: it is `ln sum - weighted / sum`.
+    pub weighted: Option<Tensor>,
 }
 
 impl VocabParallel {
     /// Rows over all ranks' classes, from what they are over the classes here.
     pub(crate) fn rows(&self, here: ShardRows) -> Result<ShardRows> {
         let (max, sums) = self.maxima_and_sums(here.max.copy()?, |max| {
-            let sum = (here.sum * (here.max - max)?.exp()?)?;
-            Tensor::stack(&[sum, here.target, here.ranks], 0)
+            let down = (here.max - max)?;
+            let share = down.exp()?;
+            let mut sums = vec![(&here.sum * &share)?, here.target, here.ranks];
+            if let Some(weighted) = here.weighted {
+                let down = down.maximum(LEAST_LOGARITHM)?;
+                sums.push(((weighted + (down * here.sum)?)? * share)?);
+            }
+            Tensor::stack(&sums, 0)
         })?;
+        let weighted = (sums.dim(0)? > 3).then(|| sums.get(3)).transpose()?;
         Ok(ShardRows {
             max,
             sum: sums.get(0)?,
             target: sums.get(1)?,
             ranks: sums.get(2)?,
+            weighted,
         })
     }
 
@@ -41,6 +58,41 @@ impl VocabParallel {
         let max = self.all_reduce(here, ReduceOp::Max)?;
         let sums = self.all_reduce(sums(&max)?, ReduceOp::Sum)?;
         Ok((max, sums))
+    }
+
+    /// The lowest class, as one of all ranks' classes, that has the largest logit: tensors `(n)`, of u32. `classes` are
+    /// the lowest of this rank, counted from its first, that have the largest logits here, `max_here`; `max` are those over
+    /// all ranks. Every rank with the maximum offers its class, and the lowest is minus the largest of minus the offers.
+    ///
+    /// # Errors
+    /// In f32, more classes than f32 has integers.
+    pub(crate) fn predicted(
+        &self,
+        classes: &Tensor,
+        max_here: &Tensor,
+        max: &Tensor,
+    ) -> Result<Tensor> {
+        if max.dtype() == DType::F32 && self.stop > CLASSES_IN_F32 {
+            bail!(
+                "on shards the predicted class is found among the first {CLASSES_IN_F32} classes, got a shard {}..{}",
+                self.start,
+                self.stop
+            )
+        }
+        let classes = classes.to_dtype(max.dtype())?;
+        let offers = classes.affine(-1., -(self.start as f64))?;
+        let none = Tensor::full(f32::NEG_INFINITY, max.shape(), max.device())?;
+        let offers = max_here
+            .eq(max)?
+            .where_cond(&offers, &none.to_dtype(max.dtype())?)?;
+        self.all_reduce(offers, ReduceOp::Max)?
+            .neg()?
+            .to_dtype(DType::U32)
+    }
+
+    /// The sum over the ranks.
+    pub(crate) fn sum(&self, here: Tensor) -> Result<Tensor> {
+        self.all_reduce(here, ReduceOp::Sum)
     }
 
     /// The gradient of the embeddings over all ranks' classes, in the dtype of the embeddings.

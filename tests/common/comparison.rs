@@ -3,7 +3,7 @@
 use super::reference::{Gradient, Gradients, Reduced, Reference, Upstream};
 use super::{norm, numbers, tile, weighted, Case, Tensors};
 use candle_core::{DType, Device, Tensor};
-use candle_cut_cross_entropy::{Options, Output};
+use candle_cut_cross_entropy::{Entropy, Options, Output};
 
 /// How far gradients may be from f64, relative to their Frobenius norm.
 pub fn gradient_tolerance(dtype: DType) -> f64 {
@@ -126,7 +126,7 @@ fn gradient_within(
     ))
 }
 
-/// Whether loss and lse are f32-accurate and have the right shapes.
+/// Whether the outputs are f32-accurate and have the right shapes.
 pub fn output_close(
     output: &Output,
     case: &Case,
@@ -134,11 +134,10 @@ pub fn output_close(
 ) -> std::result::Result<(), String> {
     let numbers = |tensor: &Tensor| numbers(tensor).map_err(|e| e.to_string());
     let tolerance = if case.dtype == DType::F64 { 2e-7 } else { 2e-6 };
-    let scale = reference.logit_scale;
-    let (of_loss, loss_shape) = match case.inputs.reduction {
-        Reduced::None => (scale, case.positions()),
-        Reduced::Mean => (scale, vec![]),
-        Reduced::Sum => (scale * reference.nll.len() as f64, vec![]),
+    let scale = reference.largest_logit;
+    let loss_shape = match case.inputs.reduction {
+        Reduced::None => case.positions(),
+        Reduced::Mean | Reduced::Sum => vec![],
     };
     if output.loss.dims() != loss_shape || output.lse.dims() != case.positions() {
         return Err(format!(
@@ -153,7 +152,7 @@ pub fn output_close(
         &numbers(&output.loss)?,
         &reference.loss,
         tolerance,
-        of_loss,
+        reference.loss_size,
     )?;
     close(
         "lse",
@@ -161,7 +160,44 @@ pub fn output_close(
         &reference.lse,
         tolerance,
         scale,
-    )
+    )?;
+    let asked = case.entropy != Entropy::Off;
+    if asked != output.entropy.is_some() || case.predicted != output.predicted.is_some() {
+        return Err("not what is asked for beside the loss".to_owned());
+    }
+    if let Some(entropy) = &output.entropy {
+        let got = numbers(entropy)?;
+        close("entropy", &got, &reference.entropy, tolerance, scale)?;
+    }
+    match &output.predicted {
+        Some(predicted) => predicted_close(predicted, case, reference, tolerance * scale),
+        None => Ok(()),
+    }
+}
+
+/// Whether the predicted classes have the largest logits, up to their rounding.
+fn predicted_close(
+    predicted: &Tensor,
+    case: &Case,
+    reference: &Reference,
+    rounding: f64,
+) -> std::result::Result<(), String> {
+    if predicted.dtype() != DType::U32 || predicted.dims() != case.positions() {
+        let (dtype, dims) = (predicted.dtype(), predicted.dims());
+        return Err(format!("predicted is {dtype:?} {dims:?}"));
+    }
+    let got = predicted.flatten_all().and_then(|p| p.to_vec1::<u32>());
+    for (position, got) in got.map_err(|e| e.to_string())?.into_iter().enumerate() {
+        let want = reference.predicted[position];
+        let right = match reference.below_largest(position, got as usize) {
+            Some(below) => below >= -rounding,
+            None => got == u32::MAX,
+        };
+        if !right {
+            return Err(format!("predicted[{position}] = {got}, want {want:?}"));
+        }
+    }
+    Ok(())
 }
 
 /// The gradients of the tensors of a case, in the order of [`Gradients`].
@@ -239,5 +275,5 @@ pub fn check_against(
     let grads = weighted(&output, upstream)
         .and_then(|loss| loss.backward())
         .map_err(text)?;
-    gradients_close(&grads, &tensors, want, case.dtype, reference.logit_scale)
+    gradients_close(&grads, &tensors, want, case.dtype, reference.largest_logit)
 }

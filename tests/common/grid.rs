@@ -7,7 +7,7 @@ use super::{
 };
 use candle_core::{DType, Device};
 use candle_cut_cross_entropy::{
-    backward, linear_cross_entropy, Filter, Implementation, Options, Preset, Strategy,
+    backward, linear_cross_entropy, Entropy, Filter, Implementation, Options, Preset, Strategy,
 };
 
 /// Where and how the grid is computed.
@@ -76,7 +76,7 @@ const LEADS: [&[usize]; 4] = [&[], &[7], &[3, 5], &[2, 2, 4]];
 const STRATEGIES: [Strategy; 3] = [Strategy::Auto, Strategy::Recompute, Strategy::Fused];
 
 /// The problems of the grid: everything but filters, strategies and upstream gradients. The target
-/// dtypes and the sizes of the matrices take turns.
+/// dtypes, the sizes of the matrices and the options of the loss beyond the first few take turns.
 fn problems(dtypes: &[DType]) -> Vec<Case> {
     let mut problems = Vec::new();
     for &dtype in dtypes {
@@ -104,7 +104,7 @@ fn problems(dtypes: &[DType]) -> Vec<Case> {
                         if ignored {
                             case = case.with_ignored(turn as u64 + 2);
                         }
-                        problems.push(case);
+                        problems.push(case.with_some_options(turn as u64 + 3));
                     }
                 }
             }
@@ -133,7 +133,7 @@ fn large_problems(dtypes: &[DType]) -> Vec<Case> {
             if ignored {
                 case = case.with_ignored(seed);
             }
-            problems.push(case);
+            problems.push(case.with_some_options(seed));
         }
     }
     problems
@@ -172,8 +172,9 @@ fn run_problem(
 ) {
     let reference = Reference::new(case.inputs.clone());
     let tile = tile(&grid.device);
-    // Tensor operations on another device than the CPU average nothing.
-    let averages = grid.implementation != Implementation::Native || grid.device.is_cpu();
+    // Tensor operations on another device than the CPU average nothing, and nothing is averaged of the entropy's gradient.
+    let averages = (grid.implementation != Implementation::Native || grid.device.is_cpu())
+        && case.entropy != Entropy::Differentiable;
     let eps = halving(&reference, tile).unwrap_or(0.);
     let tiles = reference.largest(tile);
     let kept = tiles.iter().filter(|p| **p >= eps).count() as f64 / tiles.len() as f64;
@@ -226,7 +227,7 @@ fn run_problem(
                     let grads = grads.map_err(text)?;
                     let share = output.kept_tiles().map_err(text)?;
                     let close = |want: &Gradients| {
-                        gradients_close(&grads, &tensors, want, case.dtype, reference.logit_scale)
+                        gradients_close(&grads, &tensors, want, case.dtype, reference.largest_logit)
                     };
                     let as_wanted = match share {
                         _ if name != "averaged" || !averages || !certain => close(want),
@@ -269,7 +270,8 @@ fn run_problem(
 pub fn describe(case: &Case) -> String {
     let inputs = &case.inputs;
     format!(
-        "{:?} {:?} D {} V {} targets {:?} bias {} softcap {:?} ignored {} shift {} {:?}",
+        "{:?} {:?} D {} V {} targets {:?} bias {} softcap {:?} ignored {} shift {} {:?} scale {} smoothing {} \
+         class weights {} token weights {} z-loss {} entropy {:?} predicted {}",
         case.dtype,
         case.lead,
         inputs.hidden,
@@ -283,6 +285,13 @@ pub fn describe(case: &Case) -> String {
             .filter(|&&t| t == inputs.ignore_index)
             .count(),
         inputs.shift,
-        inputs.reduction
+        inputs.reduction,
+        inputs.logit_scale,
+        inputs.label_smoothing,
+        inputs.class_weights.is_some(),
+        inputs.token_weights.is_some(),
+        inputs.z_loss,
+        case.entropy,
+        case.predicted
     )
 }

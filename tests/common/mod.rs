@@ -15,7 +15,7 @@ pub use comparison::{
 };
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_cut_cross_entropy::{Filter, Options, Output, Reduction};
+use candle_cut_cross_entropy::{Entropy, Filter, Options, Output, Reduction};
 use half::{bf16, f16};
 use reference::{Gradients, Inputs, Reduced, Reference, Tile, Upstream, CPU_TILE, CUDA_TILE};
 
@@ -80,7 +80,7 @@ pub fn tile(device: &Device) -> Tile {
     }
 }
 
-/// Inputs of a loss, and the dtypes and shape their tensors have.
+/// Inputs of a loss, the dtypes and shape their tensors have, and what is asked for beside it.
 #[derive(Debug, Clone)]
 pub struct Case {
     pub inputs: Inputs,
@@ -88,6 +88,8 @@ pub struct Case {
     pub target_dtype: DType,
     /// The leading dimensions: the shape of the targets.
     pub lead: Vec<usize>,
+    pub entropy: Entropy,
+    pub predicted: bool,
 }
 
 /// The tensors of a [`Case`].
@@ -96,6 +98,8 @@ pub struct Tensors {
     pub classifier: Var,
     pub bias: Option<Var>,
     pub targets: Tensor,
+    pub class_weights: Option<Tensor>,
+    pub token_weights: Option<Tensor>,
 }
 
 impl Case {
@@ -115,6 +119,11 @@ impl Case {
             targets: (0..rows).map(|_| random.below(vocab) as i64).collect(),
             ignore_index: -100,
             softcap: None,
+            logit_scale: 1.,
+            label_smoothing: 0.,
+            class_weights: None,
+            token_weights: None,
+            z_loss: 0.,
             shift: 0,
             reduction: Reduced::Mean,
         };
@@ -123,6 +132,8 @@ impl Case {
             dtype,
             target_dtype: DType::I64,
             lead: lead.to_vec(),
+            entropy: Entropy::Off,
+            predicted: false,
         };
         case.round();
         case
@@ -159,6 +170,45 @@ impl Case {
         self
     }
 
+    /// Some of the options that come together with all others: which ones, a seed decides.
+    pub fn with_some_options(mut self, seed: u64) -> Self {
+        let mut random = Random::new(seed);
+        let mut in_turn = || random.below(3) == 0;
+        if in_turn() {
+            self.inputs.logit_scale = 0.6 + (seed % 3) as f64 / 2.;
+        }
+        if in_turn() && self.inputs.softcap.is_none() {
+            self.inputs.label_smoothing = 0.15;
+        }
+        let (of_classes, of_tokens) = (in_turn(), in_turn());
+        if in_turn() {
+            self.inputs.z_loss = 0.02;
+        }
+        self.entropy = match (in_turn(), in_turn()) {
+            (true, _) => Entropy::Differentiable,
+            (_, true) => Entropy::Value,
+            _ => Entropy::Off,
+        };
+        self.predicted = in_turn();
+        if of_classes {
+            self = self.with_class_weights(seed + 1);
+        }
+        if of_tokens {
+            self = self.with_token_weights(seed + 2);
+        }
+        self
+    }
+
+    pub fn with_class_weights(mut self, seed: u64) -> Self {
+        self.inputs.class_weights = Some(weights(seed, self.inputs.vocab));
+        self
+    }
+
+    pub fn with_token_weights(mut self, seed: u64) -> Self {
+        self.inputs.token_weights = Some(weights(seed, self.inputs.targets.len()));
+        self
+    }
+
     pub fn tensor(&self, values: &[f64], shape: &[usize], device: &Device) -> Result<Tensor> {
         Tensor::from_slice(values, shape, &Device::Cpu)?
             .to_dtype(self.dtype)?
@@ -180,6 +230,8 @@ impl Case {
                 None => None,
             },
             targets: self.targets(device)?,
+            class_weights: as_f32(&self.inputs.class_weights, &[vocab], device)?,
+            token_weights: as_f32(&self.inputs.token_weights, &self.lead, device)?,
         })
     }
 
@@ -199,18 +251,28 @@ impl Case {
         }
     }
 
-    /// These options, with what the case says of the loss itself.
+    /// These options, with what the case says of the loss itself. A z-loss that they have stays where the case has none.
     pub fn options(&self, options: Options, tensors: &Tensors) -> Options {
         let options = options
             .ignore_index(self.inputs.ignore_index)
             .softcap(self.inputs.softcap)
+            .logit_scale(self.inputs.logit_scale)
+            .label_smoothing(self.inputs.label_smoothing)
+            .class_weights(&tensors.class_weights)
+            .token_weights(&tensors.token_weights)
+            .entropy(self.entropy)
+            .predicted(self.predicted)
             .shift(self.inputs.shift)
             .reduction(match self.inputs.reduction {
                 Reduced::Mean => Reduction::Mean,
                 Reduced::Sum => Reduction::Sum,
                 Reduced::None => Reduction::None,
             });
-        options.bias(tensors.bias.as_deref())
+        let options = options.bias(tensors.bias.as_deref());
+        match self.inputs.z_loss {
+            0. => options,
+            weight => options.z_loss_weight(weight),
+        }
     }
 
     /// The shape of the result under reduction none.
@@ -222,7 +284,7 @@ impl Case {
         shape
     }
 
-    /// Upstream gradients that differ from position to position, exact in f32.
+    /// Upstream gradients that differ from position to position, exact in f32; of the entropy, where it takes one.
     pub fn upstream(&self, seed: u64, of_loss: bool, of_lse: bool) -> Upstream {
         let mut random = Random::new(seed);
         let positions = self.positions().iter().product();
@@ -237,22 +299,54 @@ impl Case {
         Upstream {
             loss: of_loss.then(|| numbers(losses)),
             lse: of_lse.then(|| numbers(positions)),
+            entropy: (self.entropy == Entropy::Differentiable).then(|| numbers(positions)),
         }
     }
 }
 
-/// The scalar whose gradients with respect to loss and lse are `upstream`.
+/// Numbers that f32 holds, most of them positive and some 0.
+fn weights(seed: u64, n: usize) -> Vec<f64> {
+    let mut random = Random::new(seed);
+    let mut weight = || match random.below(6) {
+        0 => 0.,
+        _ => (random.uniform() * 2. - 0.2) as f32 as f64,
+    };
+    (0..n).map(|_| weight()).collect()
+}
+
+fn as_f32(values: &Option<Vec<f64>>, shape: &[usize], device: &Device) -> Result<Option<Tensor>> {
+    let Some(values) = values else {
+        return Ok(None);
+    };
+    let values: Vec<f32> = values.iter().map(|x| *x as f32).collect();
+    Tensor::from_vec(values, shape, device).map(Some)
+}
+
+/// The scalar whose gradients with respect to loss, lse and entropy are `upstream`.
 pub fn weighted(output: &Output, upstream: &Upstream) -> Result<Tensor> {
     let times = |tensor: &Tensor, weights: &[f64]| -> Result<Tensor> {
         let weights: Vec<f32> = weights.iter().map(|&w| w as f32).collect();
         let weights = Tensor::from_vec(weights, tensor.shape(), tensor.device())?;
         (tensor * weights)?.sum_all()
     };
-    match (&upstream.loss, &upstream.lse) {
-        (Some(loss), None) => times(&output.loss, loss),
-        (None, Some(lse)) => times(&output.lse, lse),
-        (Some(loss), Some(lse)) => times(&output.loss, loss)? + times(&output.lse, lse)?,
-        (None, None) => candle_core::bail!("no upstream gradient"),
+    let pairs = [
+        (Some(&output.loss), &upstream.loss),
+        (Some(&output.lse), &upstream.lse),
+        (output.entropy.as_ref(), &upstream.entropy),
+    ];
+    let mut sum: Option<Tensor> = None;
+    for (tensor, weights) in pairs {
+        if let (Some(tensor), Some(weights)) = (tensor, weights) {
+            let term = times(tensor, weights)?;
+            sum = Some(match sum {
+                Some(sum) => (sum + term)?,
+                None => term,
+            });
+        }
+    }
+    match sum {
+        Some(sum) => Ok(sum),
+        None => candle_core::bail!("no upstream gradient"),
     }
 }
 

@@ -11,9 +11,9 @@ use std::time::Duration;
 /// Far more than a rank ever takes.
 pub const TIMEOUT: Duration = Duration::from_secs(120);
 
-/// What a rank gets: loss, lse, dE, dC, db. The last is empty without a bias.
-pub type Numbers = [Vec<f64>; 5];
-pub const NAMES: [&str; 5] = ["loss", "lse", "dE", "dC", "db"];
+/// What a rank gets; empty for what there is none of.
+pub type Numbers = [Vec<f64>; 7];
+pub const NAMES: [&str; 7] = ["loss", "lse", "dE", "dC", "db", "entropy", "predicted"];
 
 fn compute(
     case: &Case,
@@ -25,6 +25,10 @@ fn compute(
     let options = case.options(options.clone(), tensors);
     let output = linear_cross_entropy(e, c, &tensors.targets, &options)?;
     let grads = weighted(&output, upstream)?.backward()?;
+    let optional = |tensor: &Option<Tensor>| match tensor {
+        Some(tensor) => numbers(tensor),
+        None => Ok(Vec::new()),
+    };
     let grad = |tensor: &Tensor| numbers(grads.get(tensor).expect("a gradient"));
     Ok([
         numbers(&output.loss)?,
@@ -35,6 +39,8 @@ fn compute(
             Some(bias) => grad(bias)?,
             None => Vec::new(),
         },
+        optional(&output.entropy)?,
+        optional(&output.predicted)?,
     ])
 }
 
@@ -75,8 +81,8 @@ pub fn rank(
     )
 }
 
-/// By ranks of which rank `r` has the classes `bounds[r]..bounds[r + 1]`, on the first, second, .. device. Loss, lse and dE must be the same bits on
-/// every rank; dC and db are put together.
+/// By ranks of which rank `r` has the classes `bounds[r]..bounds[r + 1]`, on the first, second, .. device. Those of the
+/// classifier and the bias are put together, all others must be the same bits on every rank.
 pub fn sharded(
     case: &Case,
     options: &Options,
@@ -106,7 +112,7 @@ pub fn sharded(
     })?;
     let mut all = ranks[0].clone();
     for (r, numbers) in ranks.iter().enumerate().skip(1) {
-        for i in 0..3 {
+        for i in [0, 1, 2, 5, 6] {
             let same = numbers[i].len() == all[i].len()
                 && (numbers[i].iter().zip(&all[i])).all(|(a, b)| a.to_bits() == b.to_bits());
             assert!(same, "{} of rank {r} is not that of rank 0", NAMES[i]);
@@ -119,7 +125,7 @@ pub fn sharded(
 }
 
 /// The largest error of each of the numbers, relative to the norm.
-pub fn errors(got: &Numbers, want: &Numbers) -> [f64; 5] {
+pub fn errors(got: &Numbers, want: &Numbers) -> [f64; 7] {
     std::array::from_fn(|i| {
         assert_eq!(got[i].len(), want[i].len(), "{}", NAMES[i]);
         let difference = super::norm(got[i].iter().zip(&want[i]).map(|(a, b)| a - b));

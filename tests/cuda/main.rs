@@ -11,6 +11,7 @@ mod fused;
 mod memory;
 #[cfg(feature = "nccl")]
 mod nccl;
+mod one_pass;
 mod ops;
 mod optimizer;
 mod repeat;

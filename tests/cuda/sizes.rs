@@ -144,7 +144,7 @@ fn matrices_need_not_begin_on_sixteen_bytes() -> Result<()> {
                     bias: None,
                     ..plain
                 };
-                gradients_close(&grads, &tensors, &want, dtype, reference.logit_scale)
+                gradients_close(&grads, &tensors, &want, dtype, reference.largest_logit)
                     .unwrap_or_else(|e| panic!("{what}: {e}"));
             }
         }

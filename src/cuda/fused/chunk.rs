@@ -5,7 +5,7 @@ use crate::cuda::call::{AverageAddresses, Call, Range};
 use crate::cuda::filter::{filter_blocks, Filter};
 use crate::cuda::hopper;
 use crate::cuda::launch::{Buffer, Kernel, BACKWARD, FILTER, FUSED, ONE_BLOCK};
-use crate::cuda::logits::{logits, Loss};
+use crate::cuda::logits::logits;
 use crate::cuda::operands::Operands;
 use crate::cuda::outputs::Results;
 use crate::cuda::params::backward::{BiasParams, FinishParams};
@@ -14,6 +14,7 @@ use crate::cuda::params::fused::{
     FactorParams, ReferenceParams, SharesParams, SumsParams, TargetsParams,
 };
 use crate::cuda::rows::sort_targets;
+use crate::cuda::terms::Loss;
 use crate::plan::{gradient_stride, Chunks, Path, TILE};
 use candle_core::Result;
 
@@ -37,6 +38,8 @@ pub(super) struct Chunk<'a> {
     pub maxima: Option<Buffer>,
     /// The sums by the softcap's derivative, where there is one.
     pub capped: Option<Buffer>,
+    /// What entropy and the likeliest class need of each tile, where asked for.
+    pub outputs: Option<Buffer>,
     pub gathered: Buffer,
     /// `(chunk_rows, hidden)` in f32: sums of dE, then the targets' part of dC.
     pub wide: Buffer,
@@ -48,6 +51,10 @@ pub(super) struct Chunk<'a> {
 impl Chunk<'_> {
     pub fn keep_table(&self) -> u64 {
         self.keep.as_ref().map_or(0, |keep| keep.address)
+    }
+
+    fn outputs_address(&self) -> u64 {
+        self.outputs.as_ref().map_or(0, |outputs| outputs.address)
     }
 
     pub fn run(&self, first_row: usize, rows: usize) -> Result<()> {
@@ -66,6 +73,7 @@ impl Chunk<'_> {
             hidden: hidden as i64,
             first_row: first_row as u32,
             softcap: self.call.operands.softcap,
+            logit_scale: self.call.operands.logit_scale,
         };
         let grid = (rows / 4, 1);
         gpu.launch(
@@ -80,6 +88,7 @@ impl Chunk<'_> {
             sums: self.sums.address,
             maxima: self.maxima.as_ref().map_or(0, |maxima| maxima.address),
             masses: self.capped.as_ref().map_or(0, |capped| capped.address),
+            outputs: self.outputs_address(),
             target_logit: self.call.statistics.target_logit.address + first_row as u64 * 4,
             first_row,
             rows,
@@ -90,7 +99,10 @@ impl Chunk<'_> {
         hopper::tiles(
             gpu,
             self.call.operands,
-            "probabilities_sm90a",
+            match self.outputs {
+                None => hopper::Making::Probabilities,
+                Some(_) => hopper::Making::ProbabilitiesAndOutputs,
+            },
             &self.gathered,
             &tiles,
         )?;
@@ -107,6 +119,7 @@ impl Chunk<'_> {
         let params = SumsParams {
             reference: self.reference.address,
             sums: self.sums.address,
+            outputs: self.outputs_address(),
             target_logit: self.call.statistics.target_logit.address,
             row_position: self.call.rows.position.address,
             row_target: self.call.rows.target.address,
@@ -114,12 +127,14 @@ impl Chunk<'_> {
             row_max: self.call.statistics.row_max.address,
             row_log_sum: self.call.statistics.row_log_sum.address,
             packed: self.loss.packed,
+            entropy: self.loss.entropy,
+            predicted: self.loss.predicted,
             redo,
+            terms: self.loss.terms,
             first_row: first_row as u32,
             chunk_rows: rows as u32,
             class_tiles: self.call.operands.class_tiles() as u32,
             positions: self.call.rows.positions as u32,
-            z_loss: self.loss.z_loss,
         };
         self.call.gpu.launch(
             &Kernel::new(FUSED, "merge_sums", (rows.div_ceil(32), 1), ONE_BLOCK),
@@ -131,24 +146,24 @@ impl Chunk<'_> {
         let span = first_row..first_row + rows;
         logits(self.call, Path::Hopper, self.loss, redo, span, None, None)?;
         let offset = first_row as u64 * 4;
-        // In the place of the factors, which come later.
-        let shares = match self.loss.z_loss {
-            0. => 0,
-            weight => {
+        // In the place of the factors and the target's part, which come later.
+        let (of_softmax, of_one_hot) = match self.loss.terms.nll_only() {
+            true => (0, 0),
+            false => {
                 let params = SharesParams {
                     row_max: self.call.statistics.row_max.address,
                     row_log_sum: self.call.statistics.row_log_sum.address,
+                    row_position: self.call.rows.position.address,
                     count: redo,
-                    shares: self.factor.address,
+                    softmax: self.factor.address,
+                    one_hot: self.target_part.address,
+                    terms: self.loss.terms,
                     first_row: first_row as u32,
-                    z_loss: weight,
+                    positions: self.call.rows.positions as u32,
                 };
-                let grid = (rows / TILE, 1);
-                self.call.gpu.launch(
-                    &Kernel::new(FUSED, "softmax_shares", grid, TILE as u32),
-                    &params,
-                )?;
-                self.factor.address
+                let kernel = Kernel::new(FUSED, "row_shares", (rows / TILE, 1), TILE as u32);
+                self.call.gpu.launch(&kernel, &params)?;
+                (params.softmax, params.one_hot)
             }
         };
         let tiles = hopper::Tiles {
@@ -156,7 +171,8 @@ impl Chunk<'_> {
             row_target: self.call.rows.target.address + offset,
             row_max: self.call.statistics.row_max.address + offset,
             row_log_sum: self.call.statistics.row_log_sum.address + offset,
-            p_scale: shares,
+            p_scale: of_softmax,
+            target_scale: of_one_hot,
             gradient: self.gradient.address,
             first_row,
             rows,
@@ -167,7 +183,7 @@ impl Chunk<'_> {
         hopper::tiles(
             self.call.gpu,
             self.call.operands,
-            "gradient_sm90a",
+            hopper::Making::Gradient,
             &self.gathered,
             &tiles,
         )
@@ -180,6 +196,7 @@ impl Chunk<'_> {
             row_max: self.call.statistics.row_max.address,
             row_log_sum: self.call.statistics.row_log_sum.address,
             target_logit: self.call.statistics.target_logit.address,
+            row_position: self.call.rows.position.address,
             row_target: self.call.rows.target.address,
             count: self.call.rows.count.address,
             redo,
@@ -190,10 +207,12 @@ impl Chunk<'_> {
                 _ => self.gathered.address,
             },
             hidden: self.call.operands.hidden as i64,
+            terms: self.loss.terms,
             first_row: first_row as u32,
+            positions: self.call.rows.positions as u32,
             mean: u32::from(self.mean),
             softcap: self.call.operands.softcap,
-            z_loss: self.loss.z_loss,
+            logit_scale: self.call.operands.logit_scale,
         };
         gpu.launch(
             &Kernel::new(FUSED, kind.kernel("factor_rows"), (rows, 1), 128),

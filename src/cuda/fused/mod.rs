@@ -15,15 +15,15 @@ use super::backward::Saved;
 use super::call::Call;
 use super::filter::{count_kept, Filter};
 use super::launch::{Kernel, FUSED};
-use super::logits::Loss;
 use super::operands::{Kind, Operands};
 use super::outputs::{Outputs, Results};
 use super::params::fused::UpstreamParams;
+use super::terms::Loss;
 use crate::matrices::Matrices;
 use crate::op::contract::{self as op, Gradients, Wanted};
-use crate::plan::{self, gradient_stride, Chunks, Path, Workspace, TILE};
+use crate::plan::{self, gradient_stride, Chunks, Forming, Path, Workspace, OUTPUTS_BYTES, TILE};
 use crate::problem::Settings;
-use crate::{Reduction, Strategy};
+use crate::{Entropy, Reduction, Strategy};
 use candle_core::{DType, Result, Tensor};
 use chunk::Chunk;
 use std::sync::{Arc, Mutex};
@@ -45,9 +45,9 @@ pub(super) fn filter(
 pub(super) fn plan(
     path: Path,
     call: Call<'_>,
+    loss: Loss,
     settings: &Settings,
-    wanted: Wanted,
-    filter: Option<Filter>,
+    (wanted, filter): (Wanted, Option<Filter>),
     workspace: Workspace,
 ) -> Option<Chunks> {
     let asked = settings.strategy == Strategy::Fused;
@@ -56,13 +56,18 @@ pub(super) fn plan(
     let runs = path == Path::Hopper
         && call.operands.kind.dtype == DType::BF16
         && settings.reduction != Reduction::None
+        && settings.entropy != Entropy::Differentiable
         && wanted.any();
     if !(pays && runs) {
         return None;
     }
-    let averaging = filter.is_some_and(|filter| !filter.drop);
+    let forming = Forming {
+        averaging: filter.is_some_and(|filter| !filter.drop),
+        asked,
+        outputs: loss.more(),
+    };
     let sizes = call.operands.sizes();
-    plan::fused(sizes, call.rows.positions, averaging, asked, workspace)
+    plan::fused(sizes, call.rows.positions, forming, workspace)
 }
 
 /// Computes lse, nll and the gradients of the loss. Returns how many tiles were kept.
@@ -108,6 +113,10 @@ pub(super) fn forward(
         sums: gpu.buffer(plan.rows * operands.class_tiles() * 4)?,
         maxima: of_tiles(filter)?,
         capped: of_tiles(filter.filter(|_| operands.softcap > 0.))?,
+        outputs: match loss.more() {
+            true => Some(gpu.buffer(plan.rows * operands.class_tiles() * OUTPUTS_BYTES)?),
+            false => None,
+        },
         gathered: gpu.buffer(plan.rows * operands.hidden * operands.kind.size)?,
         wide: gpu.buffer(plan.rows * operands.hidden * 4)?,
         reference: gpu.buffer(plan.rows * 4)?,

@@ -155,12 +155,8 @@ impl<R: Real> Averages<R> {
                     mean.fill(R::default());
                 }
                 passes::dots(classifier, mean, shares);
-                let start = tile * TILE;
-                let bias = inputs
-                    .bias
-                    .as_ref()
-                    .map(|bias| &bias[start..][..shares.len()]);
-                passes::finish(shares, shares.len(), shares.len(), bias, inputs.softcap);
+                let classes = inputs.classes(&(tile..tile + 1));
+                inputs.finish_logits(shares, classes.len(), &classes);
                 passes::softmax(shares);
                 mean.fill(R::default());
                 for (class, share) in classifier.chunks(hidden).zip(shares) {

@@ -82,17 +82,19 @@ impl<T: Element> CpuBackward<T> {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take()?;
-        let (of_loss, others) = upstream.split_last()?;
-        if others.iter().any(|u| *u != 0.)
-            || (*of_loss != 1. && !T::SCALES_EXACTLY)
+        let at_loss = self.known.layout.loss();
+        let of_loss = upstream[at_loss];
+        let others = upstream[..at_loss].iter().chain(&upstream[at_loss + 1..]);
+        if others.into_iter().any(|u| *u != 0.)
+            || (of_loss != 1. && !T::SCALES_EXACTLY)
             || (wanted.embeddings && formed.embeddings.is_none())
             || (wanted.classifier && formed.classifier.is_none())
             || (wanted.bias && formed.bias.is_none())
         {
             return None;
         }
-        if *of_loss != 1. {
-            let factor = T::Real::from_f64(*of_loss as f64);
+        if of_loss != 1. {
+            let factor = T::Real::from_f64(of_loss as f64);
             let values = [
                 &mut formed.embeddings,
                 &mut formed.classifier,

@@ -135,8 +135,7 @@ impl<T: Element> Inputs<'_, T> {
         passes::Row {
             max: known.softmax[row].max,
             inverse_sum: known.softmax[row].inverse_sum,
-            scale: known.scales[row].softmax,
-            one_hot_scale: known.scales[row].one_hot,
+            scale: known.scales[row],
             target: classes.contains(&target).then(|| target - classes.start),
         }
     }

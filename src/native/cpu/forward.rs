@@ -15,9 +15,10 @@ use super::statistics::{blocks, RowLoss, Scale, Softmax, TILE};
 use crate::matrices::{Matrices, View};
 use crate::native::rows::HostRows;
 use crate::op::contract::{Forward, KeptTiles, Left, Ran, Wanted};
+use crate::op::packed::Packed;
 use crate::problem::{Problem, Settings};
 use crate::{Implementation, Strategy};
-use candle_core::{CpuStorage, DType, Result};
+use candle_core::{CpuStorage, DType, Device, Result, Tensor};
 use half::{bf16, f16};
 use std::sync::Arc;
 
@@ -94,7 +95,7 @@ fn forward_of<T: Element>(
             }
         }
     }
-    let packed = pack(&rows, &losses, &settings);
+    let (packed, predicted) = pack(problem, &rows, &losses)?;
     let ran = Ran {
         implementation: Implementation::Native,
         strategy: match formed {
@@ -108,27 +109,45 @@ fn forward_of<T: Element>(
         kept,
         settings,
         plan,
+        layout: Packed::of(problem),
     };
     let left = Left {
         ran,
+        predicted,
         backward: Box::new(CpuBackward::<T>::new(known, formed, report.clone())),
         loss: None,
     };
     Ok(Forward { packed, left })
 }
 
-/// The losses and lse of all positions, and the reduced loss.
-fn pack(rows: &HostRows, losses: &[RowLoss], settings: &Settings) -> Vec<f32> {
-    let mut packed = vec![0f32; 2 * rows.positions + 1];
+/// The packed vector of all positions, and the predicted classes where they are asked for.
+fn pack(
+    problem: &Problem,
+    rows: &HostRows,
+    losses: &[RowLoss],
+) -> Result<(Vec<f32>, Option<Tensor>)> {
+    let layout = Packed::of(problem);
+    let mut packed = vec![0f32; layout.len()];
     let mut sum = 0.;
-    for (position, &RowLoss { nll, lse }) in rows.position.iter().zip(losses) {
-        let loss = settings.loss(nll, lse);
-        packed[*position as usize] = loss as f32;
-        packed[rows.positions + *position as usize] = lse as f32;
+    for (row, (position, of_row)) in rows.position.iter().zip(losses).enumerate() {
+        let position = *position as usize;
+        let loss = rows.terms(row).loss(of_row.nll, of_row.lse);
+        packed[layout.losses()][position] = loss as f32;
+        packed[layout.lse()][position] = of_row.lse as f32;
+        if let Some(entropy) = layout.entropy() {
+            packed[entropy][position] = of_row.entropy as f32;
+        }
         sum += loss;
     }
-    packed[2 * rows.positions] = (sum * rows.scale(settings.reduction)) as f32;
-    packed
+    packed[layout.loss()] = (sum * rows.scale(problem.settings.reduction)) as f32;
+    if !problem.settings.predicted {
+        return Ok((packed, None));
+    }
+    let mut predicted = vec![u32::MAX; rows.positions];
+    for (position, of_row) in rows.position.iter().zip(losses) {
+        predicted[*position as usize] = of_row.predicted;
+    }
+    Ok((packed, Some(Tensor::new(predicted, &Device::Cpu)?)))
 }
 
 /// The forward that forms the gradients while a block of rows has its logits in memory.
@@ -148,16 +167,20 @@ fn fused<T: Element>(
     let mut bias = zeros(wanted.bias, inputs.vocab);
     let mut embeddings = wanted.embeddings.then(|| EmbeddingsGradient::new(inputs));
     let gradients = gradients(wanted.embeddings, wanted.classifier || wanted.bias);
-    let scale = inputs.rows.scale(settings.reduction);
+    let scale = inputs.rows.scale(settings.reduction) * settings.logit_scale;
     let mut scales = Vec::with_capacity(n);
     let mut logits = vec![T::Real::default(); block_rows * tiles.len() * TILE];
     for block in blocks(n, block_rows) {
         let logits = &mut logits[..block.len() * tiles.len() * TILE];
         let values = inputs.block_embeddings(&block);
         losses.extend(inputs.forward(&values, &block, Some(&mut *logits), kept, softmax));
-        scales.extend(losses[block.clone()].iter().map(|loss| Scale {
-            softmax: T::Real::from_f64(scale * settings.softmax_share(loss.lse)),
-            one_hot: T::Real::from_f64(scale),
+        scales.extend(block.clone().map(|row| {
+            let terms = inputs.rows.terms(row);
+            Scale {
+                softmax: T::Real::from_f64(scale * terms.softmax(losses[row].lse)),
+                one_hot: T::Real::from_f64(scale * terms.nll),
+                log: T::Real::default(),
+            }
         }));
         if let Some(embeddings) = &mut embeddings {
             embeddings.begin(&block);

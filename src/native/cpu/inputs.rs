@@ -4,7 +4,7 @@ use super::element::{Element, Real};
 use super::kept::Kept;
 use super::passes;
 use super::product::{multiply, Matrix};
-use super::statistics::{BlockSums, RowLoss, RowSum, Softmax, TileSum, TILE};
+use super::statistics::{Asked, BlockSums, RowLoss, RowSum, Softmax, TileAsked, TileSum, TILE};
 use crate::native::rows::HostRows;
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -18,7 +18,10 @@ pub(super) struct Inputs<'a, T: Element> {
     pub hidden: usize,
     pub vocab: usize,
     pub rows: &'a HostRows,
+    /// What logits are multiplied by after the bias and before the softcap.
+    pub scale: Option<T::Real>,
     pub softcap: Option<T::Real>,
+    pub asked: Asked,
     /// Threads that may work at once.
     pub lanes: usize,
 }
@@ -87,8 +90,17 @@ impl<T: Element> Inputs<'_, T> {
             Matrix::new(embeddings, rows, hidden, hidden),
             Matrix::new(classifier, classes.len(), hidden, hidden).t(),
         );
-        let bias = self.bias.as_ref().map(|bias| &bias[classes.clone()]);
-        passes::finish(logits, TILE, classes.len(), bias, self.softcap);
+        self.finish_logits(logits, TILE, &classes);
+    }
+
+    /// Makes logits `(rows, stride)` of the products of some classes.
+    pub fn finish_logits(&self, products: &mut [T::Real], stride: usize, classes: &Range<usize>) {
+        let after = passes::After {
+            bias: self.bias.as_ref().map(|bias| &bias[classes.clone()]),
+            scale: self.scale,
+            softcap: self.softcap,
+        };
+        passes::finish(products, stride, classes.len(), after);
     }
 
     /// Tasks that one thread takes in a row, so that no more than `lanes` threads work.
@@ -143,10 +155,16 @@ impl<T: Element> Inputs<'_, T> {
         let targets = &self.rows.target[rows.clone()];
         let softcap = self.softcap.filter(|_| masses);
         let mut statistics = vec![TileSum::default(); tiles * count];
+        let of_asked = if self.asked.any() { tiles * count } else { 0 };
+        let mut asked = vec![TileAsked::default(); of_asked];
         let mut stored = logits.map(|logits| logits.chunks_mut(count * TILE));
+        let mut asked_of_tiles = asked.chunks_mut(count);
         let tasks: Vec<_> = statistics
             .chunks_mut(count)
-            .map(|statistics| (statistics, stored.as_mut().and_then(Iterator::next)))
+            .map(|statistics| {
+                let stored = stored.as_mut().and_then(Iterator::next);
+                (statistics, asked_of_tiles.next(), stored)
+            })
             .collect();
         let found: Vec<Vec<(usize, T::Real)>> = tasks
             .into_par_iter()
@@ -154,7 +172,7 @@ impl<T: Element> Inputs<'_, T> {
             .enumerate()
             .map_init(
                 || (Vec::new(), Vec::new()),
-                |(wide, scratch), (tile, (statistics, stored))| {
+                |(wide, scratch), (tile, (statistics, asked, stored))| {
                     let logits = match stored {
                         Some(stored) => stored,
                         None => {
@@ -177,6 +195,10 @@ impl<T: Element> Inputs<'_, T> {
                         })
                         .collect();
                     passes::statistics(logits, TILE, classes.len(), softcap, statistics);
+                    if let Some(asked) = asked {
+                        let rows = logits.chunks(TILE).map(|row| &row[..classes.len()]);
+                        passes::asked(rows, statistics, self.asked, asked);
+                    }
                     let put_back = |(row, at, logit)| {
                         logits[at] = logit;
                         (row, logit)
@@ -187,22 +209,16 @@ impl<T: Element> Inputs<'_, T> {
             .collect();
         let mut target_logits = vec![None; count];
         for (row, logit) in found.into_iter().flatten() {
-            target_logits[row] = Some(logit);
+            target_logits[row] = Some((targets[row], logit));
         }
-        let sum_up = |(row, target): (usize, Option<T::Real>)| {
-            let of_row = || statistics[row..].iter().step_by(count);
-            let larger = |max, z| if z > max { z } else { max };
-            let max = of_row().fold(T::Real::LOWEST, |max, tile| larger(max, tile.max));
-            let max = target.map_or(max, |target| larger(max, target));
-            let share = |z: T::Real| (z.to_f64() - max.to_f64()).exp();
-            let others: f64 = of_row()
-                .map(|tile| tile.sum.to_f64() * share(tile.max))
-                .sum();
-            RowSum {
-                max,
-                sum: others + target.map_or(0., share),
-                target: target.unwrap_or_default(),
+        let sum_up = |(row, target)| {
+            let of_row = statistics[row..].iter().step_by(count);
+            let mut sum = RowSum::of_tiles(of_row.clone(), target);
+            if self.asked.any() {
+                let asked = asked[row..].iter().step_by(count);
+                sum.add_asked(of_row.zip(asked), target);
             }
+            sum
         };
         let rows = target_logits.into_iter().enumerate().map(sum_up).collect();
         BlockSums {

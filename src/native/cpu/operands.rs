@@ -2,9 +2,11 @@
 
 use super::element::{Element, Real};
 use super::inputs::Inputs;
+use super::statistics::Asked;
 use crate::matrices::{Matrices, View};
 use crate::native::rows::HostRows;
 use crate::problem::Settings;
+use crate::Entropy;
 use candle_core::{CpuStorage, Result};
 
 fn values<'a, T: Element>(view: View<'a, CpuStorage>) -> Result<&'a [T]> {
@@ -37,7 +39,12 @@ pub(super) fn inputs<'a, T: Element>(
         hidden,
         vocab,
         rows,
+        scale: (settings.logit_scale != 1.).then(|| T::Real::from_f64(settings.logit_scale)),
         softcap: settings.softcap.map(T::Real::from_f64),
+        asked: Asked {
+            entropy: settings.entropy != Entropy::Off,
+            predicted: settings.predicted,
+        },
         lanes,
     })
 }

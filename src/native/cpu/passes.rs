@@ -3,19 +3,31 @@
 //! Sums run in a fixed number of lanes whatever the width of the machine's vectors.
 
 use super::element::Real;
-use super::statistics::TileSum;
+use super::statistics::{Asked, Scale, TileAsked, TileSum};
 
 const LANES: usize = 32;
 
-/// Bias and softcap, where there are any, on rows of logits `stride` apart.
+/// What makes logits of products, in this order.
+#[derive(Clone, Copy)]
+pub(super) struct After<'a, R> {
+    pub bias: Option<&'a [R]>,
+    pub scale: Option<R>,
+    pub softcap: Option<R>,
+}
+
+/// Makes logits of rows of products `stride` apart.
 pub(super) fn finish<R: Real>(
     logits: &mut [R],
     stride: usize,
     classes: usize,
-    bias: Option<&[R]>,
-    softcap: Option<R>,
+    after: After<'_, R>,
 ) {
-    if bias.is_none() && softcap.is_none() {
+    let After {
+        bias,
+        scale,
+        softcap,
+    } = after;
+    if bias.is_none() && scale.is_none() && softcap.is_none() {
         return;
     }
     let inverse = softcap.map(|softcap| R::ONE / softcap);
@@ -27,6 +39,11 @@ pub(super) fn finish<R: Real>(
                 if let Some(bias) = bias {
                     for (z, b) in row.iter_mut().zip(bias) {
                         *z += *b;
+                    }
+                }
+                if let Some(scale) = scale {
+                    for z in row.iter_mut() {
+                        *z *= scale;
                     }
                 }
                 if let (Some(softcap), Some(inverse)) = (softcap, inverse) {
@@ -78,6 +95,48 @@ pub(super) fn statistics<R: Real>(
     )
 }
 
+/// What else is asked for of rows of logits whose sums are known.
+pub(super) fn asked<'a, R: Real>(
+    rows: impl Iterator<Item = &'a [R]>,
+    sums: &[TileSum<R>],
+    asked: Asked,
+    out: &mut [TileAsked<R>],
+) {
+    pulp::Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for ((row, TileSum { max, .. }), out) in rows.zip(sums).zip(out) {
+                if asked.entropy {
+                    let term = |z: R| {
+                        let down = z - *max;
+                        let p = down.exp();
+                        // A class without probability has no term; a NaN has one.
+                        if p > R::default() {
+                            p * down
+                        } else {
+                            p
+                        }
+                    };
+                    let add = |a, b| a + b;
+                    out.weighted = reduce_by(row, R::default(), |sum, z| sum + term(z), add);
+                }
+                if asked.predicted {
+                    out.largest = first(row, *max) as u32;
+                }
+            }
+        },
+    )
+}
+
+/// The first place of a number in a row, 0 where it is not there.
+#[inline(always)]
+fn first<R: Real>(row: &[R], number: R) -> usize {
+    let has = |part: &[R]| part.iter().fold(false, |any, z| any | (*z == number));
+    let part = row.chunks(LANES).position(has).unwrap_or(0) * LANES;
+    let place = row[part..].iter().position(|z| *z == number);
+    part + place.unwrap_or(0)
+}
+
 #[inline(always)]
 fn reduce<R: Real>(row: &[R], start: R, combine: impl Fn(R, R) -> R + Copy) -> R {
     reduce_by(row, start, combine, combine)
@@ -117,9 +176,7 @@ pub(super) struct Row<R> {
     pub max: R,
     /// `1 / sum exp(z - max)`
     pub inverse_sum: R,
-    /// What the softmax and the one-hot are multiplied by.
-    pub scale: R,
-    pub one_hot_scale: R,
+    pub scale: Scale<R>,
     /// Where the target lies in the tile, if it does.
     pub target: Option<usize>,
 }
@@ -130,7 +187,18 @@ impl<R: Real> Row<R> {
     pub fn of_target(&self, z: R, softcap: Option<R>) -> R {
         let p = (z - self.max).exp() * self.inverse_sum;
         let slope = softcap.map_or(R::ONE, |softcap| slope(z, R::ONE / softcap));
-        (p * self.scale - self.one_hot_scale) * slope
+        (self.of_softmax(p, z) - self.scale.one_hot) * slope
+    }
+
+    /// What a probability is multiplied by, times it.
+    #[inline(always)]
+    fn of_softmax(&self, p: R, z: R) -> R {
+        // Without probability there is no gradient, and 0 times an infinite logarithm is none either.
+        if p > R::default() {
+            p * (self.scale.softmax + self.scale.log * (z - self.max))
+        } else {
+            p * self.scale.softmax
+        }
     }
 }
 
@@ -148,9 +216,17 @@ pub(super) fn gradient<R: Real>(
         || {
             for (values, row) in logits.chunks_mut(stride).zip(rows) {
                 let values = &mut values[..classes];
-                let factor = row.inverse_sum * row.scale;
+                let factor = row.inverse_sum * row.scale.softmax;
                 let at_target = row.target.map(|t| (t, row.of_target(values[t], softcap)));
+                let of_entropy = row.scale.log != R::default();
                 match inverse {
+                    _ if of_entropy => {
+                        for z in values.iter_mut() {
+                            let p = (*z - row.max).exp() * row.inverse_sum;
+                            let slope = inverse.map_or(R::ONE, |inverse| slope(*z, inverse));
+                            *z = row.of_softmax(p, *z) * slope;
+                        }
+                    }
                     None => {
                         for z in values.iter_mut() {
                             *z = (*z - row.max).exp() * factor;

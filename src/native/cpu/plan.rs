@@ -7,7 +7,7 @@ use crate::native::rows::HostRows;
 use crate::native::workspace::workspace;
 use crate::op::contract::Wanted;
 use crate::problem::Settings;
-use crate::{Reduction, Strategy};
+use crate::{Entropy, Reduction, Strategy};
 
 /// Rows of a block from which on forming the gradients in the forward is faster: with fewer, every
 /// block reads and writes a gradient of the classifier that its product does not pay for.
@@ -75,11 +75,12 @@ impl Plan {
             + when(bias, vocab * real)
             + when(wanted.bias && !T::REAL, vocab * real)
             // Lists of rows, their scales, softmax and losses.
-            + n * (12 + 5 * real + 24);
+            + n * (12 + 7 * real + 40);
         let left = workspace.saturating_sub(fixed);
         // A row has a copy where it is gathered or widened, and so has its gradient.
         let row = when(!direct, hidden * real);
-        let statistics = all_tiles * 3 * real;
+        let asked = settings.entropy != Entropy::Off || settings.predicted;
+        let statistics = all_tiles * (3 * real + when(asked, real + 4));
 
         let fused_row = all_tiles * TILE * real + statistics + 2 * row;
         let sums = when(!T::REAL && wanted.classifier, vocab * hidden * real);
@@ -89,6 +90,8 @@ impl Plan {
             Strategy::Fused => LEAST_ROWS.min(n),
             // A loss scale, without which f16 is seldom trained, makes what was formed useless.
             Strategy::Auto if !T::SCALES_EXACTLY => usize::MAX,
+            // Who asks for a gradient through the entropy has an upstream gradient that is not of the loss alone.
+            Strategy::Auto if settings.entropy == Entropy::Differentiable => usize::MAX,
             Strategy::Auto => WORTH_FUSING.min(n),
         };
         let fused = wanted.any() && settings.reduction != Reduction::None && fits >= least;

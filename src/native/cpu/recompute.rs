@@ -10,6 +10,7 @@ use super::plan::Plan;
 use super::statistics::{blocks, Scale, Softmax, TILE};
 use crate::native::rows::HostRows;
 use crate::op::contract::Wanted;
+use crate::op::packed::Packed;
 use crate::problem::Settings;
 
 /// What the forward leaves for every backward.
@@ -19,6 +20,7 @@ pub(super) struct Remembered<T: Element> {
     pub kept: Kept<T::Real>,
     pub settings: Settings,
     pub plan: Plan,
+    pub layout: Packed,
 }
 
 impl<T: Element> Remembered<T> {
@@ -151,25 +153,38 @@ impl<T: Element> Remembered<T> {
         }
     }
 
-    /// With the upstream gradients `g` of a row's loss (through the reduced loss or not) and `h` of
-    /// its lse, the gradient of its logits is `(g + h) softmax(z) - g onehot(y)`, and `g` has a share more
-    /// in the softmax where there is a z-loss.
+    /// With the upstream gradients `g` of a row's loss (through the reduced loss or not), `h` of its lse and `k` of its
+    /// entropy `H`, the gradient of its logits is `(g s + h) p - g t onehot(y) - k p (log p + H)`, where `p` is the
+    /// softmax, and `s` and `t` are what the row's [terms](crate::terms::Terms) have of the two. With `mean` that of
+    /// `z - max`, `log p + H` is `z - max - mean`.
     fn scales(&self, upstream: &[f32]) -> Vec<Scale<T::Real>> {
-        let positions = self.rows.positions;
-        let loss = upstream[2 * positions] as f64 * self.rows.scale(self.settings.reduction);
-        let scale = |(position, softmax): (&u32, &Softmax<T::Real>)| {
-            let of_loss = upstream[*position as usize] as f64 + loss;
-            let of_lse = upstream[positions + *position as usize] as f64;
+        let layout = self.layout;
+        let loss = upstream[layout.loss()] as f64 * self.rows.scale(self.settings.reduction);
+        let [losses, lse] = [layout.losses(), layout.lse()].map(|range| &upstream[range]);
+        let entropy = layout.entropy().map(|range| &upstream[range]);
+        let on_all = self.settings.logit_scale;
+        let scale = |(row, (position, softmax)): (usize, (&u32, &Softmax<T::Real>))| {
+            let terms = self.rows.terms(row);
+            let position = *position as usize;
+            let of_loss = losses[position] as f64 + loss;
+            let of_lse = lse[position] as f64;
+            let of_entropy = entropy.map_or(0., |entropy| entropy[position] as f64);
             let lse = softmax.max.to_f64() - softmax.inverse_sum.to_f64().ln();
+            let mut in_softmax = of_loss * terms.softmax(lse) + of_lse;
+            if of_entropy != 0. {
+                in_softmax += of_entropy * softmax.mean.to_f64();
+            }
             Scale {
-                softmax: T::Real::from_f64(of_loss * self.settings.softmax_share(lse) + of_lse),
-                one_hot: T::Real::from_f64(of_loss),
+                softmax: T::Real::from_f64(on_all * in_softmax),
+                one_hot: T::Real::from_f64(on_all * of_loss * terms.nll),
+                log: T::Real::from_f64(-on_all * of_entropy),
             }
         };
         self.rows
             .position
             .iter()
             .zip(&self.softmax)
+            .enumerate()
             .map(scale)
             .collect()
     }

@@ -8,6 +8,7 @@ use crate::native::rows::HostRows;
 use crate::op::contract::accumulator;
 use crate::problem::Problem;
 use crate::vocab_parallel::collective::ShardRows;
+use crate::Entropy;
 use candle_core::{DType, Device, Result, Tensor};
 
 /// The forward of a shard: what the rows are over the classes here, and then over those of all ranks.
@@ -54,12 +55,26 @@ fn over_ranks<R: Real>(
         let numbers: Vec<f64> = here.iter().map(number).collect();
         Tensor::new(numbers, &Device::Cpu)?.to_dtype(dtype)
     };
+    let max_here = tensor(|row| row.max.to_f64())?;
+    let has_entropy = problem.settings.entropy != Entropy::Off;
     let all = shard.rows(ShardRows {
-        max: tensor(|row| row.max.to_f64())?,
+        max: max_here.clone(),
         sum: tensor(|row| row.sum)?,
         target: tensor(|row| row.target.to_f64())?,
         ranks: Tensor::new(rows.here(), &Device::Cpu)?.to_dtype(dtype)?,
+        weighted: has_entropy
+            .then(|| tensor(|row| row.weighted))
+            .transpose()?,
     })?;
+    let predicted = match problem.settings.predicted {
+        false => None,
+        true => {
+            let classes: Vec<u32> = here.iter().map(|row| row.predicted).collect();
+            let classes = Tensor::new(classes, &Device::Cpu)?;
+            let all = shard.predicted(&classes, &max_here, &all.max)?;
+            Some(all.to_vec1::<u32>()?)
+        }
+    };
     problem.check_shards(&all.ranks)?;
     let numbers = |tensor: &Tensor| tensor.to_dtype(DType::F64)?.to_vec1::<f64>();
     let (max, sum, target) = (
@@ -67,10 +82,13 @@ fn over_ranks<R: Real>(
         numbers(&all.sum)?,
         numbers(&all.target)?,
     );
+    let weighted = all.weighted.as_ref().map(numbers).transpose()?;
     let row = |i: usize| RowSum {
         max: R::from_f64(max[i]),
         sum: sum[i],
         target: R::from_f64(target[i]),
+        weighted: weighted.as_ref().map_or(0., |weighted| weighted[i]),
+        predicted: predicted.as_ref().map_or(0, |predicted| predicted[i]),
     };
     Ok((0..here.len()).map(row).collect())
 }

@@ -4,7 +4,10 @@ use super::blocks::{blocks, logits, Blocks, DeviceRows};
 use crate::matrices::Matrices;
 use crate::native::workspace::workspace;
 use crate::op::contract::{accumulator, Backward, Gradients, KeptTiles, Wanted};
+use crate::op::packed::Packed;
 use crate::problem::Settings;
+use crate::vocab_parallel::collective::LEAST_LOGARITHM;
+use crate::Entropy;
 use candle_core::{Device, Result, Tensor};
 use std::ops::Range;
 use std::sync::Arc;
@@ -15,6 +18,9 @@ pub(super) struct TensorBackward {
     /// dtype.
     pub max: Tensor,
     pub sum: Tensor,
+    /// The mean of `z - max` by the softmax, `(n, 1)`, where the entropy is asked for: it is `ln sum - mean`.
+    pub mean: Option<Tensor>,
+    pub layout: Packed,
     pub settings: Settings,
     pub kept: Arc<KeptTiles>,
 }
@@ -23,6 +29,8 @@ pub(super) struct TensorBackward {
 struct RowScales {
     exp: Tensor,
     one_hot: Tensor,
+    /// What `exp(z - max) (z - max)` is multiplied by: the gradient of the entropy, where it has one.
+    log: Option<Tensor>,
 }
 
 impl Backward for TensorBackward {
@@ -161,11 +169,16 @@ impl TensorBackward {
         classes: &Range<usize>,
     ) -> Result<Tensor> {
         let pick = |t: &Tensor| t.narrow(0, rows.start, rows.len());
-        let z = logits(e, matrices, classes, self.settings.softcap)?;
-        let mut g = z
-            .broadcast_sub(&pick(&self.max)?)?
-            .exp()?
-            .broadcast_mul(&pick(&scales.exp)?)?;
+        let z = logits(e, matrices, classes, &self.settings)?;
+        let down = z.broadcast_sub(&pick(&self.max)?)?;
+        let p = down.exp()?;
+        let mut g = match &scales.log {
+            None => p.broadcast_mul(&pick(&scales.exp)?)?,
+            Some(log) => {
+                let of_entropy = down.maximum(LEAST_LOGARITHM)?.broadcast_mul(&pick(log)?)?;
+                (p * of_entropy.broadcast_add(&pick(&scales.exp)?)?)?
+            }
+        };
         if let Some((index, inside)) = self.rows.targets(rows, classes)? {
             let one_hot = pick(&scales.one_hot)?;
             let one_hot = inside.where_cond(&one_hot.neg()?, &one_hot.zeros_like()?)?;
@@ -187,31 +200,39 @@ impl TensorBackward {
         }
     }
 
-    /// With the upstream
-    /// gradients `g` of its loss (through the reduced loss or not) and `h` of its lse, the gradient of
-    /// its logits is `(g + h) softmax(z) - g onehot(y)`, and `g` has a share more in the softmax where
-    /// there is a z-loss.
+    /// With the upstream gradients `g` of a row's loss (through the reduced loss or not), `h` of its lse and `k` of its
+    /// entropy `H`, the gradient of its logits is `(g s + h) p - g t onehot(y) - k p (log p + H)`, where `p` is the
+    /// softmax, and `s` and `t` are what the row's [terms](crate::terms::Terms) have of the two. With `mean` that of
+    /// `z - max`, `log p + H` is `z - max - mean`.
     fn row_scales(&self, upstream: &Tensor) -> Result<RowScales> {
-        let n = self.rows.rows.positions;
         let upstream = upstream.to_dtype(self.max.dtype())?;
-        let pick = |start: usize| -> Result<Tensor> {
+        let pick = |range: Range<usize>| -> Result<Tensor> {
             upstream
-                .narrow(0, start, n)?
-                .index_select(&self.rows.position, 0)
+                .narrow(0, range.start, range.len())?
+                .index_select(&self.rows.position, 0)?
+                .unsqueeze(1)
         };
-        let loss = (upstream.narrow(0, 2 * n, 1)? * self.rows.rows.scale(self.settings.reduction))?;
-        let of_loss = pick(0)?.broadcast_add(&loss)?.unsqueeze(1)?;
-        let of_lse = pick(n)?.unsqueeze(1)?;
-        let in_softmax = match self.settings.z_loss {
-            0. => of_loss.clone(),
-            weight => {
-                let lse = (&self.max + self.sum.log()?)?;
-                (&of_loss * lse.affine(2. * weight, 1.)?)?
-            }
-        };
+        let layout = self.layout;
+        let scale = self.rows.rows.scale(self.settings.reduction);
+        let loss = (upstream.narrow(0, layout.loss(), 1)? * scale)?;
+        let of_loss = pick(layout.losses())?.broadcast_add(&loss)?;
+        let of_lse = pick(layout.lse())?;
+        let lse = (&self.max + self.sum.log()?)?;
+        let (softmax, one_hot) = self.rows.softmax_and_one_hot(&lse)?;
+        let on_all = self.settings.logit_scale;
+        let mut in_softmax = ((&of_loss * softmax)? + of_lse)?;
+        let mut log = None;
+        if let (Entropy::Differentiable, Some(range), Some(mean)) =
+            (self.settings.entropy, layout.entropy(), &self.mean)
+        {
+            let of_entropy = pick(range)?;
+            in_softmax = (in_softmax + (&of_entropy * mean)?)?;
+            log = Some(((of_entropy * -on_all)? / &self.sum)?);
+        }
         Ok(RowScales {
-            exp: ((in_softmax + of_lse)? / &self.sum)?,
-            one_hot: of_loss,
+            exp: ((in_softmax * on_all)? / &self.sum)?,
+            one_hot: ((of_loss * one_hot)? * on_all)?,
+            log,
         })
     }
 }

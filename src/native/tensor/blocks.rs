@@ -3,7 +3,9 @@
 use crate::matrices::Matrices;
 use crate::native::rows::HostRows;
 use crate::op::contract::accumulator;
-use candle_core::{Device, Result, Tensor};
+use crate::problem::Settings;
+use crate::terms::Terms;
+use candle_core::{DType, Device, Result, Tensor};
 use std::ops::Range;
 
 /// [`HostRows`] and their lists as tensors `(n)` of u32.
@@ -12,16 +14,59 @@ pub(super) struct DeviceRows {
     pub embedding: Tensor,
     pub position: Tensor,
     target: Tensor,
+    /// `(3, n)`, accumulator dtype: the factors of nll, lse and its square in a row's loss.
+    terms: Tensor,
 }
 
 impl DeviceRows {
-    pub fn new(rows: HostRows, device: &Device) -> Result<Self> {
+    pub fn new(rows: HostRows, dtype: DType, device: &Device) -> Result<Self> {
+        let factors: [fn(Terms) -> f64; 3] = [|t| t.nll, |t| t.lse, |t| t.square];
+        let of_rows = |factor: fn(Terms) -> f64| {
+            let factors = (0..rows.len()).map(|row| factor(rows.terms(row)));
+            factors.collect::<Vec<_>>()
+        };
+        let terms: Vec<f64> = factors.into_iter().flat_map(of_rows).collect();
         Ok(Self {
             embedding: Tensor::new(rows.embedding.as_slice(), device)?,
             position: Tensor::new(rows.position.as_slice(), device)?,
             target: Tensor::new(rows.target.as_slice(), device)?,
+            terms: Tensor::from_vec(terms, (3, rows.len()), &Device::Cpu)?
+                .to_dtype(dtype)?
+                .to_device(device)?,
             rows,
         })
+    }
+
+    /// The loss of each row, `(n, 1)`, from its nll and lse.
+    pub fn losses(&self, nll: &Tensor, lse: &Tensor) -> Result<Tensor> {
+        let [of_nll, of_lse, of_square] = self.terms()?;
+        let loss = (nll * of_nll)?;
+        let loss = keep(&of_lse, &(lse * &of_lse)?)? + loss;
+        keep(&of_square, &(lse.sqr()? * &of_square)?)? + loss
+    }
+
+    /// What the softmax and the one-hot of each row have in the gradient of its loss, `(n, 1)`.
+    pub fn softmax_and_one_hot(&self, lse: &Tensor) -> Result<(Tensor, Tensor)> {
+        let [of_nll, of_lse, of_square] = self.terms()?;
+        let square = keep(&of_square, &((lse * &of_square)? * 2.)?)?;
+        Ok((((&of_nll + of_lse)? + square)?, of_nll))
+    }
+
+    /// The classes of rows, `(n)`, as those of positions: [`u32::MAX`] where one does not count.
+    pub fn spread_classes(&self, classes: &Tensor) -> Result<Tensor> {
+        let none = self.rows.len() as u32;
+        let mut row_of = vec![none; self.rows.positions];
+        for (row, position) in self.rows.position.iter().enumerate() {
+            row_of[*position as usize] = row as u32;
+        }
+        let device = classes.device();
+        let last = Tensor::new(&[u32::MAX], device)?;
+        Tensor::cat(&[classes, &last], 0)?.index_select(&Tensor::new(row_of, device)?, 0)
+    }
+
+    fn terms(&self) -> Result<[Tensor; 3]> {
+        let of = |kind: usize| self.terms.get(kind)?.unsqueeze(1);
+        Ok([of(0)?, of(1)?, of(2)?])
     }
 
     /// The rows of this block of embeddings, in accumulator dtype.
@@ -61,6 +106,13 @@ impl DeviceRows {
     }
 }
 
+/// A product with factors, 0 where the factor is: an infinite lse makes no NaN there.
+fn keep(factor: &Tensor, product: &Tensor) -> Result<Tensor> {
+    factor
+        .ne(&factor.zeros_like()?)?
+        .where_cond(product, &product.zeros_like()?)
+}
+
 /// The sizes of the blocks that keep the temporaries of one block within the workspace.
 pub(super) struct Blocks {
     pub rows: usize,
@@ -90,12 +142,12 @@ pub(super) fn blocks(len: usize, block: usize) -> impl Iterator<Item = Range<usi
         .map(move |start| start..(start + block).min(len))
 }
 
-/// The block's logits, bias and softcap applied.
+/// The block's logits: bias, scale and softcap applied.
 pub(super) fn logits(
     embeddings: &Tensor,
     matrices: Matrices<&Tensor>,
     classes: &Range<usize>,
-    softcap: Option<f64>,
+    settings: &Settings,
 ) -> Result<Tensor> {
     let narrow = |t: &Tensor| -> Result<Tensor> {
         t.narrow(0, classes.start, classes.len())?
@@ -105,7 +157,10 @@ pub(super) fn logits(
     if let Some(bias) = matrices.bias {
         z = z.broadcast_add(&narrow(bias)?)?;
     }
-    match softcap {
+    if settings.logit_scale != 1. {
+        z = (z * settings.logit_scale)?;
+    }
+    match settings.softcap {
         Some(softcap) => (z / softcap)?.tanh()? * softcap,
         None => Ok(z),
     }

@@ -8,7 +8,8 @@ use crate::matrices::Matrices;
 use crate::node::{attach, Node};
 use crate::op::contract::{Gradients, Wanted};
 use crate::op::graph::wanted;
-use crate::problem::{to_i64, Problem};
+use crate::positions::to_i64;
+use crate::problem::Problem;
 use crate::Options;
 use candle_core::{bail, DType, Device, Result, Tensor};
 

@@ -1,97 +1,6 @@
-//! The loss and its gradients in f64, with plain loops over full logits: what every implementation is
-//! compared with. Written for clarity; it shares nothing with the crate but the formulas.
+//! The gradients of the reference, with nothing, tiles or small entries filtered.
 
-/// How the losses of the positions become one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reduced {
-    Mean,
-    Sum,
-    None,
-}
-
-/// The inputs of a loss, row-major.
-#[derive(Debug, Clone)]
-pub struct Inputs {
-    /// Sequences.
-    pub batch: usize,
-    /// Steps of a sequence.
-    pub time: usize,
-    pub hidden: usize,
-    pub vocab: usize,
-    /// `(batch, time, hidden)`
-    pub embeddings: Vec<f64>,
-    /// `(vocab, hidden)`
-    pub classifier: Vec<f64>,
-    /// `(vocab)`
-    pub bias: Option<Vec<f64>>,
-    /// `(batch, time)`
-    pub targets: Vec<i64>,
-    pub ignore_index: i64,
-    pub softcap: Option<f64>,
-    pub shift: usize,
-    pub reduction: Reduced,
-}
-
-/// Rows (that count, in order) and classes that a filter keeps or averages together.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Tile {
-    pub rows: usize,
-    pub classes: usize,
-    /// How far off, relative to it, a largest probability may be that is compared with a threshold.
-    pub off: f64,
-}
-
-/// The tiles of the CPU implementation.
-pub const CPU_TILE: Tile = Tile {
-    rows: 1,
-    classes: 256,
-    off: 1e-3,
-};
-
-/// The tiles of the CUDA kernels.
-pub const CUDA_TILE: Tile = Tile {
-    rows: 128,
-    classes: 128,
-    off: 0.02,
-};
-
-/// The upstream gradients: of the loss (one number, or one a position under `None`) and of the lse of
-/// each position.
-#[derive(Debug, Clone, Default)]
-pub struct Upstream {
-    pub loss: Option<Vec<f64>>,
-    pub lse: Option<Vec<f64>>,
-}
-
-/// A position of the result that counts.
-#[derive(Debug, Clone)]
-struct Counting {
-    /// Index in the result.
-    position: usize,
-    /// Row of the embeddings.
-    row: usize,
-    target: usize,
-    lse: f64,
-    /// Logits before the softcap.
-    raw: Vec<f64>,
-    /// Logits after it.
-    capped: Vec<f64>,
-}
-
-/// The loss of some [`Inputs`].
-#[derive(Debug, Clone)]
-pub struct Reference {
-    inputs: Inputs,
-    counting: Vec<Counting>,
-    /// A number, or one a position.
-    pub loss: Vec<f64>,
-    /// One number a position.
-    pub nll: Vec<f64>,
-    /// One number a position.
-    pub lse: Vec<f64>,
-    /// The largest `|z|`, at least 1: what the rounding of a loss is relative to.
-    pub logit_scale: f64,
-}
+use super::{Counting, Inputs, Reduced, Reference, Tile, Upstream};
 
 /// Gradients, and for each entry how far a correct one may be off.
 #[derive(Debug, Clone)]
@@ -151,77 +60,19 @@ impl Gradients {
 }
 
 impl Reference {
-    pub fn new(inputs: Inputs) -> Self {
-        let steps = inputs.time - inputs.shift;
-        let mut nll = vec![0.; inputs.batch * steps];
-        let mut lse = vec![0.; inputs.batch * steps];
-        let mut counting = Vec::new();
-        let mut logit_scale = 1f64;
-        for sequence in 0..inputs.batch {
-            for step in 0..steps {
-                let position = sequence * steps + step;
-                let row = sequence * inputs.time + step;
-                let target = inputs.targets[sequence * inputs.time + step + inputs.shift];
-                if target == inputs.ignore_index {
-                    continue;
-                }
-                let target = target as usize;
-                let raw = logits(&inputs, row);
-                let capped: Vec<f64> = match inputs.softcap {
-                    Some(cap) => raw.iter().map(|z| cap * (z / cap).tanh()).collect(),
-                    None => raw.clone(),
-                };
-                let largest = capped.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                let sum: f64 = capped.iter().map(|z| (z - largest).exp()).sum();
-                lse[position] = largest + sum.ln();
-                nll[position] = lse[position] - capped[target];
-                for z in capped.iter().filter(|z| z.is_finite()) {
-                    logit_scale = logit_scale.max(z.abs());
-                }
-                counting.push(Counting {
-                    position,
-                    row,
-                    target,
-                    lse: lse[position],
-                    raw,
-                    capped,
-                });
-            }
-        }
-        let sum: f64 = nll.iter().sum();
-        let loss = match inputs.reduction {
-            Reduced::None => nll.clone(),
-            Reduced::Sum => vec![sum],
-            Reduced::Mean => vec![sum / counting.len().max(1) as f64],
-        };
-        Self {
-            inputs,
-            counting,
-            loss,
-            nll,
-            lse,
-            logit_scale,
-        }
-    }
-
-    pub fn inputs(&self) -> &Inputs {
-        &self.inputs
-    }
-
     /// The gradients for these upstream gradients. What an exact implementation may drop is nothing
     /// (`eps` = 0); with a filter that drops it is the terms of logits whose `|softmax - onehot|` is below `eps`,
     /// unless the lse's own gradient, the softmax, is not.
     pub fn gradients(&self, upstream: &Upstream, eps: f64) -> Gradients {
-        self.sum_up(upstream, |row, entry| {
-            let at = &self.counting[row];
-            let g = (entry.p - entry.one_hot).abs();
-            let d_lse = upstream.lse.as_ref().map_or(0., |g| g[at.position]);
-            let droppable = g < eps && (d_lse == 0. || entry.p < eps);
-            let dropped = if droppable { entry.value.abs() } else { 0. };
+        self.sum_up(upstream, |_, entry| {
+            let small = |x: f64| x.abs() < eps;
+            let droppable =
+                small(entry.p - entry.one_hot) && (entry.of_nll_alone || small(entry.p));
+            let of_softmax = (entry.value - entry.rest).abs();
             let term = Term {
                 value: entry.value,
                 magnitude: entry.magnitude,
-                droppable: dropped,
+                droppable: if droppable { of_softmax } else { 0. },
             };
             (term, term)
         })
@@ -271,12 +122,12 @@ impl Reference {
                 let all = mean.iter_mut().chain(&mut mean_size);
                 all.for_each(|e| *e /= total);
             }
-            let logit = |class| self.capped(logit(&self.inputs, &mean, class));
+            let logit = |class| self.inputs.logit(self.inputs.product(&mean, class));
             let logits: Vec<f64> = classes.clone().map(logit).collect();
             let of_tile = classes.start * mean.len()..classes.end * mean.len();
             for class in self.inputs.classifier[of_tile].chunks(mean.len()) {
                 let terms = class.iter().zip(&mean_size).map(|(c, e)| c.abs() * e);
-                mean_logit = mean_logit.max(terms.sum());
+                mean_logit = mean_logit.max(self.inputs.logit_scale * terms.sum::<f64>());
             }
             let most = logits.iter().copied().fold(f64::MIN, f64::max);
             let sum: f64 = logits.iter().map(|z| (z - most).exp()).sum();
@@ -286,7 +137,6 @@ impl Reference {
         }
         let sums = self.sum_up(upstream, |i, entry| {
             let t = entry.class / tile.classes;
-            let scale = entry.d_nll + entry.d_lse;
             let share = masses[i * tiles + t] * shares[entry.class];
             let term = |eps: f64| {
                 let exact = Term {
@@ -301,13 +151,13 @@ impl Reference {
                 // A target's entry is exact, and has its class's share of the others' mass besides.
                 let (value, magnitude) = match entry.one_hot {
                     1. => (entry.value, entry.magnitude),
-                    _ => (0., 0.),
+                    _ => (entry.rest, entry.rest.abs()),
                 };
-                let value = value + scale * share;
+                let value = value + entry.scale * share;
                 let either = (value - entry.value).abs();
                 Term {
                     value: if averaged { value } else { entry.value },
-                    magnitude: magnitude + (entry.d_nll.abs() + entry.d_lse.abs()) * share,
+                    magnitude: magnitude + entry.scale_size * share,
                     droppable: if uncertain[t] { either } else { 0. },
                 }
             };
@@ -346,29 +196,10 @@ impl Reference {
         let mut classifier = Gradient::zeros(vocab * hidden);
         let mut bias = Gradient::zeros(vocab);
         for (row, at) in self.counting.iter().enumerate() {
-            let d_nll = match (&upstream.loss, self.inputs.reduction) {
-                (None, _) => 0.,
-                (Some(g), Reduced::None) => g[at.position],
-                (Some(g), Reduced::Sum) => g[0],
-                (Some(g), Reduced::Mean) => g[0] / self.counting.len() as f64,
-            };
-            let d_lse = upstream.lse.as_ref().map_or(0., |g| g[at.position]);
+            let factors = self.factors(at, upstream);
             for class in 0..vocab {
-                let p = self.p(at, class);
-                let one_hot = if class == at.target { 1. } else { 0. };
-                let slope = self.slope(at, class);
-                let (of_embeddings, of_classifier) = terms(
-                    row,
-                    &Entry {
-                        class,
-                        p,
-                        one_hot,
-                        d_nll,
-                        d_lse,
-                        value: (d_nll * (p - one_hot) + d_lse * p) * slope,
-                        magnitude: (d_nll.abs() * (p + one_hot) + d_lse.abs() * p) * slope,
-                    },
-                );
+                let entry = self.entry(at, class, &factors);
+                let (of_embeddings, of_classifier) = terms(row, &entry);
                 for d in 0..hidden {
                     let (e, c) = (at.row * hidden + d, class * hidden + d);
                     embeddings.add(e, of_embeddings, self.inputs.classifier[c]);
@@ -385,34 +216,89 @@ impl Reference {
         }
     }
 
-    fn p(&self, at: &Counting, class: usize) -> f64 {
-        (at.capped[class] - at.lse).exp()
-    }
-
-    /// Through the softcap: d capped / d raw = 1 - tanh^2.
-    fn slope(&self, at: &Counting, class: usize) -> f64 {
-        match self.inputs.softcap {
-            Some(cap) => 1. - (at.raw[class] / cap).tanh().powi(2),
-            None => 1.,
+    /// What the loss, lse and entropy of a position have of the parts of its logits' gradients.
+    fn factors(&self, at: &Counting, upstream: &Upstream) -> Factors {
+        let inputs = &self.inputs;
+        let of_position = |g: &Option<Vec<f64>>| g.as_ref().map_or(0., |g| g[at.position]);
+        let d_loss = match (&upstream.loss, inputs.reduction) {
+            (None, _) => 0.,
+            (Some(g), Reduced::None) => g[at.position],
+            (Some(g), Reduced::Sum) => g[0],
+            (Some(g), Reduced::Mean) => g[0] / self.divisor(),
+        } * at.token_weight;
+        let d_lse = of_position(&upstream.lse);
+        let smoothing = inputs.label_smoothing;
+        let one_hot = d_loss * (1. - smoothing) * inputs.class_weight(at.target);
+        let smoothed = d_loss * smoothing * inputs.mean_class_weight(|w| w);
+        let smoothed_size = d_loss.abs() * smoothing * inputs.mean_class_weight(f64::abs);
+        let square = match inputs.z_loss {
+            0. => 0.,
+            weight => d_loss * 2. * weight * at.lse,
+        };
+        Factors {
+            softmax: one_hot + smoothed + square + d_lse,
+            softmax_size: one_hot.abs() + smoothed_size + square.abs() + d_lse.abs(),
+            one_hot,
+            uniform: d_loss * smoothing / inputs.vocab as f64,
+            entropy: of_position(&upstream.entropy),
         }
     }
 
-    fn capped(&self, z: f64) -> f64 {
-        match self.inputs.softcap {
-            Some(cap) => cap * (z / cap).tanh(),
-            None => z,
+    fn entry(&self, at: &Counting, class: usize, factors: &Factors) -> Entry {
+        let p = self.p(at, class);
+        let one_hot = if class == at.target { 1. } else { 0. };
+        let uniform = match factors.uniform {
+            0. => 0.,
+            factor => -factor * self.inputs.class_weight(class),
+        };
+        // dH / dz_j = -p_j (log p_j + H), 0 where p is.
+        let log = at.logits[class] - at.lse;
+        let of_entropy = |of_log: f64| match p {
+            0. => 0.,
+            p => factors.entropy * p * of_log,
+        };
+        let to_product = self.inputs.logit_scale * self.slope(at, class);
+        let value = factors.softmax * p - factors.one_hot * one_hot + uniform;
+        let value = value - of_entropy(log + at.entropy);
+        let magnitude = factors.softmax_size * p + factors.one_hot.abs() * one_hot + uniform.abs();
+        let magnitude = magnitude + of_entropy(log.abs() + at.entropy).abs();
+        Entry {
+            class,
+            p,
+            one_hot,
+            of_nll_alone: factors.softmax == factors.one_hot,
+            scale: self.inputs.logit_scale * factors.softmax,
+            scale_size: self.inputs.logit_scale * factors.softmax_size,
+            rest: to_product * uniform,
+            value: to_product * value,
+            magnitude: to_product * magnitude,
         }
     }
 }
 
-/// The exact gradient of a logit.
+/// What is multiplied by the parts of the gradients of a position's logits.
+struct Factors {
+    softmax: f64,
+    /// The sum of the magnitudes of what `softmax` is the sum of.
+    softmax_size: f64,
+    one_hot: f64,
+    /// Minus this is multiplied by the class weights: label smoothing.
+    uniform: f64,
+    entropy: f64,
+}
+
+/// The exact gradient of what a logit is made of, before softcap and scale.
 struct Entry {
     class: usize,
     p: f64,
     one_hot: f64,
-    /// The upstream gradients of the row.
-    d_nll: f64,
-    d_lse: f64,
+    /// The softmax and the one-hot have the same factor.
+    of_nll_alone: bool,
+    /// What the softmax is multiplied by, but for the softcap.
+    scale: f64,
+    scale_size: f64,
+    /// What is the same whatever the filter.
+    rest: f64,
     value: f64,
     /// With the softmax and the one-hot taken apart.
     magnitude: f64,
@@ -424,18 +310,4 @@ struct Term {
     value: f64,
     magnitude: f64,
     droppable: f64,
-}
-
-/// `z_j = E_row . C_j + b_j`
-fn logits(inputs: &Inputs, row: usize) -> Vec<f64> {
-    let e = &inputs.embeddings[row * inputs.hidden..(row + 1) * inputs.hidden];
-    (0..inputs.vocab)
-        .map(|class| logit(inputs, e, class))
-        .collect()
-}
-
-fn logit(inputs: &Inputs, e: &[f64], class: usize) -> f64 {
-    let c = &inputs.classifier[class * inputs.hidden..(class + 1) * inputs.hidden];
-    let dot: f64 = e.iter().zip(c).map(|(e, c)| e * c).sum();
-    dot + inputs.bias.as_ref().map_or(0., |b| b[class])
 }

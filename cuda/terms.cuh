@@ -1,0 +1,52 @@
+// What the loss of a row is made of.
+#pragma once
+
+// The factors of a row's nll, of its lse and of the square of its lse.
+struct Terms {
+  float nll, lse, square;
+
+  __device__ __forceinline__ float loss(float nll_, float lse_) const {
+    float loss = nll * nll_;
+    // What is left out makes no NaN of an infinite lse.
+    if (lse != 0.f) loss += lse * lse_;
+    if (square != 0.f) loss += square * lse_ * lse_;
+    return loss;
+  }
+  // What the softmax has in the gradient of the loss. The one-hot has `nll`.
+  __device__ __forceinline__ float softmax(float lse_) const {
+    const float factor = nll + lse;
+    return square == 0.f ? factor : factor + 2.f * square * lse_;
+  }
+};
+
+struct TermsParams {
+  const float *of_positions;  // (3, positions): the factors of each, or null: all have those below
+  const float *total;         // what the mean divides by, or null: how many rows there are
+  float nll, lse, square;
+};
+
+__device__ __forceinline__ Terms terms_of(const TermsParams &p, uint32_t position, uint32_t positions) {
+  if (!p.of_positions) return {p.nll, p.lse, p.square};
+  const int64_t n = positions;
+  return {p.of_positions[position], p.of_positions[n + position], p.of_positions[2 * n + position]};
+}
+
+// What the mean divides the sum of the losses by: 1 for 0.
+__device__ __forceinline__ float mean_divisor(const TermsParams &p, uint32_t count) {
+  const float total = p.total ? *p.total : (float)count;
+  return total != 0.f ? total : 1.f;
+}
+
+// Writes a row's loss and lse, and keeps lse in two parts: logits of 1e4 leave f32 three digits behind the point. Of a row
+// whose target is no class, loss and maximum are NaN, so that its gradient is NaN too.
+template <class Params>
+__device__ __forceinline__ void write_row(const Params &p, uint32_t row, float max, float log_sum, const float *target_logit,
+                                          bool in_range, bool has_max) {
+  const uint32_t position = p.row_position[row];
+  const float lse = max + log_sum;
+  const Terms terms = terms_of(p.terms, position, p.positions);
+  p.packed[position] = in_range ? terms.loss((max - *target_logit) + log_sum, lse) : NAN;
+  p.packed[(int64_t)p.positions + position] = lse;
+  p.row_max[row] = has_max ? max : NAN;
+  p.row_log_sum[row] = log_sum;
+}

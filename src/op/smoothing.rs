@@ -1,0 +1,254 @@
+//! The uniform part of label smoothing: `-f_i sum_j w_j z_ij` in the loss of position `i`, where `w` are the class weights
+//! or ones.
+//!
+//! Without a softcap it is linear: with `u = sum_j w_j C_j` it is `-f_i E_i . u`, its gradient of the embeddings is
+//! `-f_i u` and that of the classifier `-w_j sum_i f_i E_i`, two outer products. So implementations need not know of it:
+//! the op adds it to what they return. What smoothing does beside this is in [`Terms`](crate::terms::Terms).
+
+use super::contract::{accumulator, Gradients};
+use super::packed::Packed;
+use crate::matrices::Matrices;
+use crate::objectives::counted;
+use crate::problem::Problem;
+use crate::Reduction;
+use candle_core::{bail, DType, Result, Tensor, D};
+
+/// Numbers of a block of rows, at most. Up to four blocks of its size are in memory at once, outside of an
+/// implementation's own forward and backward.
+const NUMBERS_AT_ONCE: usize = 1 << 22;
+
+/// The same within the workspace, where one is asked for.
+fn numbers_at_once(workspace: Option<usize>, dtype: DType) -> usize {
+    let bytes = 4 * accumulator(dtype).size_in_bytes();
+    workspace.map_or(NUMBERS_AT_ONCE, |all| NUMBERS_AT_ONCE.min(all / bytes))
+}
+
+pub(super) struct Smoothing {
+    /// `(positions)`: `-f_i` times the scale of the logits, 0 where the position does not count.
+    factors: Tensor,
+    /// `(rows of E)`, u8: whether the row counts.
+    counts: Tensor,
+    /// What the reduced loss multiplies the sum of the losses by: one number.
+    share: Tensor,
+    /// `(V)`: the class weights here, or ones.
+    weights: Tensor,
+    /// `(D)`: the sum of the classes by their weights.
+    sum: Tensor,
+    numbers_at_once: usize,
+    /// What is added to the losses, `(positions)`, and to the reduced loss, `(1)`: f32.
+    pub losses: Tensor,
+    pub loss: Tensor,
+    rows: Rows,
+}
+
+/// How positions lie among the rows of the embeddings.
+#[derive(Clone, Copy)]
+struct Rows {
+    batch: usize,
+    time: usize,
+    shift: usize,
+}
+
+impl Rows {
+    /// A number a row of numbers of positions; 0 for a row without a position.
+    fn of_positions(self, values: &Tensor) -> Result<Tensor> {
+        let values = values.reshape((self.batch, self.time - self.shift))?;
+        values.pad_with_zeros(1, 0, self.shift)?.flatten_all()
+    }
+
+    fn to_positions(self, values: &Tensor) -> Result<Tensor> {
+        let values = values.reshape((self.batch, self.time))?;
+        values.narrow(1, 0, self.time - self.shift)?.flatten_all()
+    }
+}
+
+impl Smoothing {
+    /// `None` where there is none. On a shard of the classes this calls the other ranks.
+    pub fn new(
+        problem: &Problem,
+        matrices: Matrices<&Tensor>,
+        smoothing: f64,
+    ) -> Result<Option<Self>> {
+        if smoothing == 0. {
+            return Ok(None);
+        }
+        let Matrices {
+            embeddings,
+            classifier,
+            bias,
+        } = matrices;
+        let device = embeddings.device();
+        let acc = accumulator(problem.dtype);
+        let positions = problem.positions;
+        let rows = Rows {
+            batch: positions.batch,
+            time: positions.time,
+            shift: positions.shift,
+        };
+        let shard = problem.settings.vocab_parallel.as_ref();
+        let here = classifier.dim(0)?;
+        let of_classes = problem.weights.as_ref().and_then(|w| w.classes.as_ref());
+        let (weights, classes) = match (of_classes, shard) {
+            (Some(all), None) => (all.clone(), here as f64),
+            (Some(all), Some(shard)) => (all.narrow(0, shard.start, here)?, all.dim(0)? as f64),
+            (None, None) => (Tensor::ones(here, acc, device)?, here as f64),
+            (None, Some(shard)) => {
+                let all = shard.sum(Tensor::full(here as f32, 1, device)?.to_dtype(acc)?)?;
+                let all = all.to_dtype(DType::F64)?.get(0)?.to_scalar::<f64>()?;
+                (Tensor::ones(here, acc, device)?, all)
+            }
+        };
+        let counts = counted(&problem.shaped_targets()?, &problem.counting())?.flatten_all()?;
+        let ones = counts.to_dtype(acc)?;
+        let tokens = match &problem.weights {
+            None => ones,
+            Some(weights) => weights.tokens.clone(),
+        };
+        let factor = -smoothing / classes * problem.settings.logit_scale;
+        let factors = (&tokens * factor)?;
+        let share = match (problem.settings.reduction, &problem.weights) {
+            (Reduction::Mean, None) => inverse(&counts.to_dtype(acc)?.sum_all()?)?,
+            (Reduction::Mean, Some(weights)) => inverse(&weights.total)?,
+            _ => Tensor::ones(1, acc, device)?,
+        };
+        let numbers = numbers_at_once(problem.settings.workspace, problem.dtype);
+        let sum = weighted_sum(blocks(classifier, numbers)?, &weights, None)?;
+        let mut products = rows.to_positions(&dots(blocks(embeddings, numbers)?, &sum)?)?;
+        if let Some(bias) = bias {
+            let of_bias = (bias.to_dtype(acc)? * &weights)?.sum_all()?;
+            products = products.broadcast_add(&of_bias)?;
+        }
+        if let Some(shard) = shard {
+            products = shard.sum(products)?;
+        }
+        let losses = counts.where_cond(&(products * &factors)?, &factors.zeros_like()?)?;
+        Ok(Some(Self {
+            loss: (losses.sum_all()?.reshape(1)? * &share)?.to_dtype(DType::F32)?,
+            losses: losses.to_dtype(DType::F32)?,
+            counts: rows.of_positions(&counts)?,
+            factors,
+            share,
+            weights,
+            sum,
+            rows,
+            numbers_at_once: numbers,
+        }))
+    }
+
+    /// Adds its part to the gradients. `upstream` is the gradient of the packed vector, or of the reduced loss.
+    pub fn add_to(
+        &self,
+        gradients: &Gradients,
+        embeddings: &Tensor,
+        upstream: &Tensor,
+        packed: Packed,
+    ) -> Result<()> {
+        let upstream = upstream.flatten_all()?.to_dtype(self.factors.dtype())?;
+        let of_loss = |upstream: Tensor| upstream * &self.share;
+        let of_losses = if upstream.elem_count() == 1 {
+            self.factors.broadcast_mul(&of_loss(upstream)?)?
+        } else {
+            let losses = packed.losses();
+            let of_loss = of_loss(upstream.narrow(0, packed.loss(), 1)?)?;
+            let of_losses = upstream.narrow(0, losses.start, losses.len())?;
+            (of_losses.broadcast_add(&of_loss)? * &self.factors)?
+        };
+        let of_rows = self.rows.of_positions(&of_losses)?;
+        if let Some(gradient) = &gradients.embeddings {
+            self.add_outer(gradient, &of_rows, &self.sum, Some(&self.counts))?;
+        }
+        if let Some(gradient) = &gradients.classifier {
+            let blocks = blocks(embeddings, self.numbers_at_once)?;
+            let sum = weighted_sum(blocks, &of_rows, Some(&self.counts))?;
+            self.add_outer(gradient, &self.weights, &sum, None)?;
+        }
+        if let Some(gradient) = &gradients.bias {
+            let added = self.weights.broadcast_mul(&of_losses.sum_all()?)?;
+            let sum = (gradient.to_dtype(added.dtype())? + added)?;
+            gradient.slice_set(&sum.to_dtype(gradient.dtype())?, 0, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Adds `left right^T` to a matrix in place, to the rows that count if that is given.
+    fn add_outer(
+        &self,
+        matrix: &Tensor,
+        left: &Tensor,
+        right: &Tensor,
+        counts: Option<&Tensor>,
+    ) -> Result<()> {
+        let right = right.unsqueeze(0)?;
+        for block in blocks(matrix, self.numbers_at_once)? {
+            let (start, block) = block?;
+            let left = left.narrow(0, start, block.dim(0)?)?.unsqueeze(D::Minus1)?;
+            let added = keep_rows(left.matmul(&right)?, counts, start)?;
+            let sum = (block + added)?;
+            matrix.slice_set(&sum.to_dtype(matrix.dtype())?, 0, start)?;
+        }
+        Ok(())
+    }
+}
+
+/// Rows of a block that begins at row `start`, zeros where they do not count, whatever they hold.
+fn keep_rows(block: Tensor, counts: Option<&Tensor>, start: usize) -> Result<Tensor> {
+    let Some(counts) = counts else {
+        return Ok(block);
+    };
+    let counts = counts.narrow(0, start, block.dim(0)?)?.unsqueeze(1)?;
+    counts
+        .broadcast_as(block.shape())?
+        .where_cond(&block, &block.zeros_like()?)
+}
+
+/// `1 / x` of one number, 1 for 0.
+fn inverse(x: &Tensor) -> Result<Tensor> {
+    let x = x.reshape(1)?;
+    x.ne(&x.zeros_like()?)?
+        .where_cond(&x.recip()?, &x.ones_like()?)
+}
+
+/// Rows of a matrix, a block at a time, with the number of the first, in the type of sums.
+fn blocks(
+    matrix: &Tensor,
+    numbers: usize,
+) -> Result<impl Iterator<Item = Result<(usize, Tensor)>> + '_> {
+    let (rows, columns) = matrix.dims2()?;
+    let acc = accumulator(matrix.dtype());
+    let block = (numbers / columns).max(1);
+    Ok((0..rows).step_by(block).map(move |start| {
+        let part = matrix.narrow(0, start, block.min(rows - start))?;
+        Ok((start, part.to_dtype(acc)?))
+    }))
+}
+
+/// `sum_i weights_i matrix_i`, of the rows that count if that is given.
+fn weighted_sum(
+    blocks: impl Iterator<Item = Result<(usize, Tensor)>>,
+    weights: &Tensor,
+    counts: Option<&Tensor>,
+) -> Result<Tensor> {
+    let mut sum: Option<Tensor> = None;
+    for block in blocks {
+        let (start, block) = block?;
+        let weights = weights.narrow(0, start, block.dim(0)?)?.unsqueeze(0)?;
+        let of_block = weights.matmul(&keep_rows(block, counts, start)?)?;
+        sum = Some(match sum {
+            Some(sum) => (sum + of_block)?,
+            None => of_block,
+        });
+    }
+    match sum {
+        Some(sum) => sum.flatten_all(),
+        None => bail!("a matrix without rows"),
+    }
+}
+
+/// The products of the rows of a matrix with a vector.
+fn dots(blocks: impl Iterator<Item = Result<(usize, Tensor)>>, vector: &Tensor) -> Result<Tensor> {
+    let vector = vector.unsqueeze(1)?;
+    let products = blocks
+        .map(|block| block?.1.matmul(&vector))
+        .collect::<Result<Vec<_>>>()?;
+    Tensor::cat(&products, 0)?.flatten_all()
+}

@@ -1,0 +1,184 @@
+//! What the loss of a position is made of: its nll, its lse and the square of its lse, each with a factor.
+
+use crate::objectives::counted;
+use crate::op::contract::accumulator;
+use crate::positions::{to_i64, PositionMap};
+use crate::{Options, Reduction};
+use candle_core::{bail, DType, Result, Tensor, D};
+
+/// `loss = nll_factor * nll + lse_factor * lse + square_factor * lse^2`
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Terms {
+    /// 1, or the weight of the position's target less what label smoothing takes of it.
+    pub nll: f64,
+    /// What label smoothing adds.
+    pub lse: f64,
+    /// The weight of the z-loss.
+    pub square: f64,
+}
+
+impl Terms {
+    /// Of positions without weights.
+    pub fn new(options: &Options) -> Self {
+        Self {
+            nll: 1. - options.label_smoothing,
+            lse: options.label_smoothing,
+            square: options.z_loss_weight,
+        }
+    }
+
+    /// The loss of a position.
+    pub fn loss(&self, nll: f64, lse: f64) -> f64 {
+        // What is left out costs nothing, and an infinite lse no NaN.
+        let with_lse = match self.lse {
+            0. => self.nll * nll,
+            factor => self.nll * nll + factor * lse,
+        };
+        match self.square {
+            0. => with_lse,
+            factor => with_lse + factor * lse * lse,
+        }
+    }
+
+    /// What the softmax has in the gradient of a position's loss. The one-hot has `nll`.
+    pub fn softmax(&self, lse: f64) -> f64 {
+        match self.square {
+            0. => self.nll + self.lse,
+            factor => self.nll + self.lse + 2. * factor * lse,
+        }
+    }
+}
+
+/// [`Terms`] that differ from position to position, and what the mean divides by. On the device of the
+/// call, in the [accumulator] of its dtype.
+#[derive(Debug, Clone)]
+pub(crate) struct Weights {
+    /// `(3, positions)`, contiguous: the factors of nll, lse and its square.
+    pub terms: Tensor,
+    /// The sum of the weights of the positions that count: one number.
+    pub total: Tensor,
+    /// `(positions)`: the weights of the tokens, 0 where one does not count.
+    pub tokens: Tensor,
+    /// `(V)`, of all classes.
+    pub classes: Option<Tensor>,
+}
+
+impl Weights {
+    /// `None` where every position has the same. `classes` are those here.
+    pub fn new(
+        targets: &Tensor,
+        options: &Options,
+        positions: PositionMap,
+        shape: &[usize],
+        classes: usize,
+        dtype: DType,
+    ) -> Result<Option<Self>> {
+        let dtype = accumulator(dtype);
+        if options.class_weights.is_none() && options.token_weights.is_none() {
+            return Ok(None);
+        }
+        let n = positions.len();
+        let of_positions = |of_targets: &Tensor| -> Result<Tensor> {
+            match options.shift {
+                0 => of_targets.flatten_all(),
+                shift => of_targets
+                    .narrow(D::Minus1, shift, shape[shape.len() - 1])?
+                    .flatten_all(),
+            }
+        };
+        let ones = || Tensor::ones(n, dtype, targets.device());
+        let tokens = match &options.token_weights {
+            None => ones()?,
+            Some(weights) => {
+                check("token_weights", weights, targets)?;
+                if weights.dims() != targets.dims() {
+                    bail!(
+                        "token_weights must have the shape of targets, {:?}, got {:?}",
+                        targets.dims(),
+                        weights.dims()
+                    )
+                }
+                of_positions(&weights.detach().to_dtype(dtype)?)?
+            }
+        };
+        // Whatever stands where a position does not count.
+        let counts = counted(targets, options)?.flatten_all()?;
+        let tokens = counts.where_cond(&tokens, &tokens.zeros_like()?)?;
+        let (of_class, mean, of_classes) = match &options.class_weights {
+            None => (ones()?, None, None),
+            Some(weights) => {
+                check("class_weights", weights, targets)?;
+                match (weights.dims(), &options.vocab_parallel) {
+                    ([len], None) if *len == classes => {}
+                    ([len], Some(shard)) if *len >= shard.stop => {}
+                    (dims, None) => bail!(
+                        "class_weights must have shape [{classes}], one for each class, got {dims:?}"
+                    ),
+                    (dims, Some(shard)) => bail!(
+                        "class_weights must be those of all ranks' classes, of a shard {}..{} too, got {dims:?}",
+                        shard.start,
+                        shard.stop
+                    ),
+                }
+                let weights = weights.detach().to_dtype(dtype)?.contiguous()?;
+                let last = weights.dim(0)? as i64 - 1;
+                let classes = of_positions(&to_i64(targets)?)?;
+                let classes = counts.where_cond(&classes, &classes.zeros_like()?)?;
+                // A target that is no class has loss NaN, whatever its weight.
+                let classes = classes.clamp(0i64, last)?;
+                let of_class = weights.index_select(&classes, 0)?;
+                let mean = weights.mean_all()?;
+                (of_class, Some(mean), Some(weights))
+            }
+        };
+        let whole = (&tokens * &of_class)?;
+        let smoothing = options.label_smoothing;
+        let smoothed = match mean {
+            None => (&tokens * smoothing)?,
+            Some(mean) => (tokens.broadcast_mul(&mean)? * smoothing)?,
+        };
+        let terms = [
+            (&whole * (1. - smoothing))?,
+            smoothed,
+            (&tokens * options.z_loss_weight)?,
+        ];
+        Ok(Some(Self {
+            terms: Tensor::stack(&terms, 0)?,
+            total: whole.sum_all()?.reshape(1)?,
+            tokens,
+            classes: of_classes,
+        }))
+    }
+
+    /// The part of the loss with the square of the lse, reduced. `lse` is 0 where a position does not count.
+    pub fn z_loss(&self, lse: &Tensor, reduction: Reduction) -> Result<Tensor> {
+        let factors = self.terms.get(2)?;
+        let lse_flat = lse.flatten_all()?.to_dtype(factors.dtype())?;
+        let squares = (lse_flat.sqr()? * factors)?;
+        let reduced = match reduction {
+            Reduction::None => squares.reshape(lse.shape())?,
+            Reduction::Sum => squares.sum_all()?,
+            Reduction::Mean => {
+                let total = self.total.get(0)?;
+                let zero = total.zeros_like()?;
+                let total = total.ne(&zero)?.where_cond(&total, &total.ones_like()?)?;
+                (squares.sum_all()? / total)?
+            }
+        };
+        reduced.to_dtype(DType::F32)
+    }
+}
+
+fn check(name: &str, weights: &Tensor, targets: &Tensor) -> Result<()> {
+    if !weights.dtype().is_float() {
+        bail!("{name} must be of a float dtype, got {:?}", weights.dtype())
+    }
+    if !weights.device().same_device(targets.device()) {
+        bail!(
+            "{name} must be on the device of targets, {:?}, got {:?}",
+            targets.device().location(),
+            weights.device().location()
+        )
+    }
+    Ok(())
+}
