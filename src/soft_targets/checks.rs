@@ -12,6 +12,15 @@ pub(super) fn ruled_out(options: &Options) -> Result<()> {
             options.z_loss_weight
         )
     }
+    if options.label_smoothing != 0. {
+        bail!(
+            "a divergence smooths no labels, got label_smoothing {}",
+            options.label_smoothing
+        )
+    }
+    if options.class_weights.is_some() {
+        bail!("a divergence has no weights of classes, for targets are not learnt: token_weights are those of positions")
+    }
     if options.vocab_parallel.is_some() {
         bail!("a divergence is over the classes of one classifier, got the shard of a vocab_parallel one")
     }

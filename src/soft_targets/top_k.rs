@@ -3,8 +3,12 @@
 use super::checks;
 use super::class_logits;
 use crate::objectives::counted;
+use crate::op::contract::accumulator;
+use crate::op::graph::apply;
 use crate::positions::to_i64;
-use crate::{linear_cross_entropy, Filter, Options, Reduction};
+use crate::problem::Problem;
+use crate::terms::Weights;
+use crate::{linear_cross_entropy, Entropy, Filter, Options, Reduction};
 use candle_core::{bail, DType, Result, Tensor, D};
 
 /// What a student's probability of all unnamed classes is at least, in the logarithm: f32 numbers do not tell less from
@@ -107,16 +111,12 @@ impl TopK {
     }
 
     /// What it says of the positions that count.
-    fn said(&self, targets: &Tensor, options: &Options) -> Result<Said> {
+    fn said(&self, problem: &Problem, targets: &Tensor, options: &Options) -> Result<Said> {
         let shift = options.shift;
         let counted = counted(targets, options)?;
         let each = counted.unsqueeze(D::Minus1)?;
         let each = each.broadcast_as(predicting(&self.classes, shift)?.shape())?;
-        let at = Positions {
-            counted,
-            each,
-            shift,
-        };
+        let at = Positions::new(problem, each, counted)?;
         let classes = at.values(&to_i64(&self.classes)?)?;
         let mut said = Said {
             classes: match shift {
@@ -139,14 +139,14 @@ impl TopK {
 /// classes: `sum_k q_k (log q_k - log p_k)` with the teacher's probabilities `q` and the student's,
 /// `p = softmax(z / T)`, and what [`Rest`] makes of the other classes.
 ///
-/// It is `(sum_k q_k) lse - sum_k q_k z_k / T + sum_k q_k log q_k`: the lse of
-/// [`linear_cross_entropy`](crate::linear_cross_entropy) and [`class_logits`](super::class_logits).
+/// It is `(sum_k q_k) lse - sum_k q_k z_k / T + sum_k q_k log q_k`, with the lse of the logits over `T`: a pass of
+/// [`linear_cross_entropy`](crate::linear_cross_entropy), and [`class_logits`](super::class_logits).
 ///
 /// - `embeddings` of shape `(.., D)`, `classifier` of shape `(V, D)`, `targets` of shape `(..)` and the options are those
 ///   of `linear_cross_entropy`, and so is the result: f32, a scalar or one number a position, differentiable in the
 ///   embeddings, the classifier and the bias. Of the targets only the `ignore_index` counts: which positions are learnt
 ///   from. With [`Rest::OneClass`] the filter is off, for the gradient of the others' probability lies in classes that
-///   it would not keep.
+///   it would not keep; else gradients of the reductions mean and sum are formed in the forward where those of a loss are.
 /// - The temperature is that of [`TopK::temperature`]. The loss is not multiplied by its square, as in TRL; who wants
 ///   gradients of the same size at every temperature, as Hinton et al. do, multiplies it: `(loss * (t * t))?`.
 ///
@@ -170,7 +170,8 @@ impl TopK {
 ///
 /// # Errors
 /// Those of `linear_cross_entropy` and `class_logits`; shapes, dtypes and devices of the teacher that do not match; a
-/// temperature that is not positive and finite; [`Options::z_loss_weight`] and [`Options::vocab_parallel`].
+/// temperature that is not positive and finite; [`Options::z_loss_weight`], [`Options::label_smoothing`],
+/// [`Options::class_weights`] and [`Options::vocab_parallel`].
 ///
 /// Source: Hinton et al., *Distilling the Knowledge in a Neural Network*,
 /// [arXiv 1503.02531](https://arxiv.org/abs/1503.02531).
@@ -183,34 +184,38 @@ pub fn top_k_divergence(
 ) -> Result<Tensor> {
     checks::ruled_out(options)?;
     teacher.check(embeddings, targets)?;
-    let said = teacher.said(targets, options)?;
-    let (embeddings, options) = at_temperature(embeddings, options, teacher.temperature)?;
-    let logits = class_logits(&embeddings, classifier, &said.classes, &options)?;
+    let options = &Options {
+        logit_scale: options.logit_scale / teacher.temperature,
+        entropy: Entropy::Off,
+        predicted: false,
+        ..options.clone()
+    };
+    let (mut problem, matrices) = Problem::new(embeddings, classifier, targets, options)?;
+    let said = teacher.said(&problem, targets, options)?;
+    let logits = class_logits(embeddings, classifier, &said.classes, options)?;
     let logits = said.at.values(&logits)?;
-    let for_lse = match teacher.rest {
-        Rest::OneClass => options.clone().filter(Filter::Off),
-        Rest::Renormalized | Rest::LeftOut => options.clone(),
-    };
-    let for_lse = for_lse.reduction(Reduction::None);
-    let lse = linear_cross_entropy(&embeddings, classifier, targets, &for_lse)?.lse;
     let mass = said.probabilities.sum(D::Minus1)?;
-    let losses = ((&mass * &lse)? + said.apart_from_lse(&logits)?)?;
-    let losses = match teacher.rest {
-        Rest::Renormalized | Rest::LeftOut => losses,
-        Rest::OneClass => {
-            let named = logits.broadcast_sub(&lse.unsqueeze(D::Minus1)?)?.exp()?;
-            let named = named.sum(D::Minus1)?;
-            (losses + said.of_rest(&mass, &named)?)?
-        }
-    };
-    match options.reduction {
-        Reduction::None => Ok(losses),
-        Reduction::Sum => losses.sum_all(),
-        Reduction::Mean => {
-            let number = said.at.counted.to_dtype(DType::F32)?.sum_all()?;
-            losses.sum_all()? / number.maximum(1f64)?
-        }
+    let apart_from_lse = said.apart_from_lse(&logits)?;
+    if teacher.rest != Rest::OneClass {
+        // The lse enters by its product with the mass alone, so that its gradients can be formed in the forward.
+        problem.weights = Some(said.at.of_lse(&mass, problem.dtype)?);
+        let of_lse = apply(&problem, matrices.as_ref(), 0.)?;
+        let of_lse = match options.reduction {
+            Reduction::None => of_lse.losses.reshape(mass.shape())?,
+            Reduction::Mean | Reduction::Sum => of_lse.loss.reshape(())?,
+        };
+        return of_lse + said.at.reduced(&apart_from_lse, options.reduction)?;
     }
+    let for_lse = Options {
+        token_weights: None,
+        ..options.clone()
+    };
+    let for_lse = for_lse.reduction(Reduction::None).filter(Filter::Off);
+    let lse = linear_cross_entropy(embeddings, classifier, targets, &for_lse)?.lse;
+    let named = logits.broadcast_sub(&lse.unsqueeze(D::Minus1)?)?.exp()?;
+    let of_rest = said.of_rest(&mass, &named.sum(D::Minus1)?)?;
+    let losses = ((mass * lse)? + apart_from_lse + of_rest)?;
+    said.at.reduced(&losses, options.reduction)
 }
 
 /// The positions of a result.
@@ -220,13 +225,62 @@ struct Positions {
     /// The same for each of their classes, `(.., k)`.
     each: Tensor,
     shift: usize,
+    /// f32, 0 where a position does not count, else its weight.
+    tokens: Tensor,
+    /// What the mean divides by: the sum of the weights, one number, f32.
+    total: Tensor,
 }
 
 impl Positions {
+    fn new(problem: &Problem, each: Tensor, counted: Tensor) -> Result<Self> {
+        let (tokens, total) = match &problem.weights {
+            Some(weights) => (weights.tokens.clone(), weights.total.clone()),
+            None => {
+                let tokens = counted.to_dtype(DType::F32)?;
+                let total = tokens.sum_all()?;
+                (tokens, total)
+            }
+        };
+        Ok(Self {
+            tokens: tokens.to_dtype(DType::F32)?.reshape(counted.shape())?,
+            total: total.to_dtype(DType::F32)?.reshape(())?,
+            shift: problem.positions.shift,
+            each,
+            counted,
+        })
+    }
+
     /// Their part of the values of all steps, `(.., T, k)`: 0, whatever stands there, where a position does not count.
     fn values(&self, of_steps: &Tensor) -> Result<Tensor> {
         let values = predicting(of_steps, self.shift)?;
         self.each.where_cond(&values, &values.zeros_like()?)
+    }
+
+    /// Losses, 0 where a position does not count, as the loss reduces its own.
+    fn reduced(&self, losses: &Tensor, reduction: Reduction) -> Result<Tensor> {
+        let losses = (losses * &self.tokens)?;
+        match reduction {
+            Reduction::None => Ok(losses),
+            Reduction::Sum => losses.sum_all(),
+            Reduction::Mean => {
+                let zero = self.total.zeros_like()?;
+                let ones = self.total.ones_like()?;
+                losses.sum_all()? / self.total.ne(&zero)?.where_cond(&self.total, &ones)?
+            }
+        }
+    }
+
+    /// The weights of a loss that is the lse times the mass of a position.
+    fn of_lse(&self, mass: &Tensor, dtype: DType) -> Result<Weights> {
+        let acc = accumulator(dtype);
+        let factors = (mass * &self.tokens)?.flatten_all()?.to_dtype(acc)?;
+        let none = factors.zeros_like()?;
+        Ok(Weights {
+            terms: Tensor::stack(&[&none, &factors, &none], 0)?,
+            total: self.total.reshape(1)?.to_dtype(acc)?,
+            tokens: self.tokens.flatten_all()?.to_dtype(acc)?,
+            classes: None,
+        })
     }
 }
 
@@ -273,22 +327,4 @@ impl Said {
 /// `p log p`, 0 for 0.
 fn p_log_p(p: &Tensor) -> Result<Tensor> {
     p * p.maximum(f32::MIN_POSITIVE as f64)?.log()?
-}
-
-/// Inputs and options whose logits are those of these, divided by the temperature.
-fn at_temperature(
-    embeddings: &Tensor,
-    options: &Options,
-    temperature: f64,
-) -> Result<(Tensor, Options)> {
-    if temperature == 1. {
-        return Ok((embeddings.clone(), options.clone()));
-    }
-    let mut options = options.clone();
-    options.bias = match &options.bias {
-        Some(bias) => Some((bias / temperature)?),
-        None => None,
-    };
-    options.softcap = options.softcap.map(|softcap| softcap / temperature);
-    Ok(((embeddings / temperature)?, options))
 }

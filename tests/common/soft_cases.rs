@@ -14,6 +14,8 @@ pub struct Case {
     pub dtype: DType,
     lead: Vec<usize>,
     targets: Vec<i64>,
+    /// A weight for each target.
+    tokens: Option<Vec<f64>>,
 }
 
 const IGNORED: i64 = -7;
@@ -24,6 +26,8 @@ pub struct Features {
     pub shift: usize,
     pub ignored: bool,
     pub temperature: f64,
+    pub scale: f64,
+    pub tokens: bool,
 }
 
 pub const PLAIN: Features = Features {
@@ -32,6 +36,8 @@ pub const PLAIN: Features = Features {
     shift: 0,
     ignored: false,
     temperature: 1.,
+    scale: 1.,
+    tokens: false,
 };
 
 pub const ALL: Features = Features {
@@ -40,6 +46,8 @@ pub const ALL: Features = Features {
     shift: 1,
     ignored: true,
     temperature: 2.,
+    scale: 1.5,
+    tokens: true,
 };
 
 fn head(random: &mut Random, dtype: DType, sizes: [usize; 3], features: &Features) -> Head {
@@ -54,6 +62,7 @@ fn head(random: &mut Random, dtype: DType, sizes: [usize; 3], features: &Feature
         classifier: numbers(vocab * hidden, 1.5 / (hidden as f64).sqrt()),
         bias: features.bias.then(|| numbers(vocab, 1.)),
         softcap: features.softcap,
+        scale: features.scale,
     }
 }
 
@@ -130,6 +139,9 @@ impl Case {
             soft,
             dtype,
             lead: lead.to_vec(),
+            tokens: features
+                .tokens
+                .then(|| (0..rows).map(|i| 0.25 * (i % 5) as f64).collect()),
             targets,
         }
     }
@@ -157,9 +169,18 @@ impl Case {
         let [embeddings, classifier, bias] = &student;
         let (embeddings, classifier) = (embeddings.as_ref().unwrap(), classifier.as_ref().unwrap());
         let targets = Tensor::from_slice(&self.targets, self.lead.as_slice(), device)?;
+        let tokens = match &self.tokens {
+            Some(tokens) => {
+                let tokens: Vec<f32> = tokens.iter().map(|weight| *weight as f32).collect();
+                Some(Tensor::from_vec(tokens, self.lead.as_slice(), device)?)
+            }
+            None => None,
+        };
         let options = options
             .bias(bias.as_deref())
             .softcap(self.soft.student.softcap)
+            .logit_scale(self.soft.student.scale)
+            .token_weights(tokens.as_ref())
             .ignore_index(IGNORED)
             .shift(self.soft.shift);
         let whole = |head: &Head, kind| -> Result<_> {
@@ -168,6 +189,7 @@ impl Case {
             let teacher = soft_targets::Teacher::new(e.as_ref().unwrap(), c.as_ref().unwrap())
                 .bias(b.as_deref())
                 .softcap(head.softcap)
+                .logit_scale(head.scale)
                 .temperature(self.soft.temperature);
             let loss = divergence(embeddings, classifier, &targets, &teacher, kind, &options)?;
             Ok((loss, Some(vars)))
@@ -213,13 +235,23 @@ impl Case {
     ) -> Result<()> {
         let what = format!("{what} {:?} {reduction:?}", self.dtype);
         let ran = self.run(device, options.reduction(reduction))?;
+        let token = |row: usize| match &self.tokens {
+            Some(tokens) => tokens[row + self.soft.shift],
+            None => 1.,
+        };
+        let positions = self.soft.positions().into_iter();
+        let tokens: Vec<f64> = positions.map(|row| row.map_or(0., token)).collect();
+        let total = match tokens.iter().sum::<f64>() {
+            0. => 1.,
+            total => total,
+        };
         let losses = self.soft.losses();
-        let counted = self.soft.positions().iter().flatten().count().max(1) as f64;
+        let losses: Vec<f64> = losses.iter().zip(&tokens).map(|(l, w)| l * w).collect();
         let weights: Vec<f64> = (0..losses.len())
             .map(|i| match reduction {
                 Reduction::None => ((i * 7 % 5) as f64) - 1.5,
                 Reduction::Sum => 1.,
-                Reduction::Mean => 1. / counted,
+                Reduction::Mean => 1. / total,
             })
             .collect();
         let weighted = losses.iter().zip(&weights).map(|(loss, w)| loss * w);
@@ -246,6 +278,7 @@ impl Case {
             (Teacher::TopK(..), dtype) => 2. * gradient_tolerance(dtype),
             (_, dtype) => gradient_tolerance(dtype),
         };
+        let weights: Vec<f64> = weights.iter().zip(&tokens).map(|(a, b)| a * b).collect();
         let (of_student, of_teacher) = self.soft.gradients(&weights);
         for (name, store) in [("Candle's", scalar.backward()?), ("", backward(&scalar)?)] {
             let compare = |side: &str, vars: &[Option<Var>; 3], want: &HeadGradients| {

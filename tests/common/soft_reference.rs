@@ -12,6 +12,8 @@ pub struct Head {
     pub classifier: Vec<f64>,
     pub bias: Option<Vec<f64>>,
     pub softcap: Option<f64>,
+    /// What the logits are multiplied by after the softcap.
+    pub scale: f64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -64,8 +66,8 @@ impl Head {
                 None => (raw, 1.),
                 Some(cap) => (cap * (raw / cap).tanh(), 1. - (raw / cap).tanh().powi(2)),
             };
-            row.log_probs.push(z / temperature);
-            row.slopes.push(slope / temperature);
+            row.log_probs.push(z * self.scale / temperature);
+            row.slopes.push(slope * self.scale / temperature);
         }
         let max = row.log_probs.iter().copied().fold(f64::MIN, f64::max);
         let sum: f64 = row.log_probs.iter().map(|z| (z - max).exp()).sum();

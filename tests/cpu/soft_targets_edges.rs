@@ -357,6 +357,12 @@ fn errors_say_what_is_wrong() -> Result<()> {
         run(&whole, kl, &options.clone().z_loss_weight(0.1)),
         &["z_loss_weight 0.1"],
     );
+    says(
+        run(&whole, kl, &options.clone().label_smoothing(0.1)),
+        &["label_smoothing 0.1"],
+    );
+    let of_classes = options.clone().class_weights(&normal(1, &[30])?);
+    says(run(&whole, kl, &of_classes), &["token_weights"]);
     let alone = ThreadCommunicator::group(1, Duration::from_secs(1))?.remove(0);
     let shard = VocabParallel::from_vocab(30, Arc::new(alone))?;
     says(

@@ -92,25 +92,20 @@ fn add<R: Real>(sums: &mut [R], factor: R, values: &[R]) {
     )
 }
 
-/// `(rows, k)`, f32.
-pub(super) fn logits(
-    matrices: Matrices<&Tensor>,
-    classes: &[u32],
-    k: usize,
-    softcap: Option<f64>,
-) -> Result<Tensor> {
+/// The products and the bias, `(rows, k)`, f32.
+pub(super) fn products(matrices: Matrices<&Tensor>, classes: &[u32], k: usize) -> Result<Tensor> {
     let dtype = matrices.embeddings.dtype();
-    let logits = matrices.read::<CpuStorage, _>(|views| match dtype {
-        DType::F32 => Ok(Operands::<f32>::new(views, classes)?.logits(softcap)),
-        DType::F64 => Ok(Operands::<f64>::new(views, classes)?.logits(softcap)),
-        DType::BF16 => Ok(Operands::<bf16>::new(views, classes)?.logits(softcap)),
-        DType::F16 => Ok(Operands::<f16>::new(views, classes)?.logits(softcap)),
+    let products = matrices.read::<CpuStorage, _>(|views| match dtype {
+        DType::F32 => Ok(Operands::<f32>::new(views, classes)?.products()),
+        DType::F64 => Ok(Operands::<f64>::new(views, classes)?.products()),
+        DType::BF16 => Ok(Operands::<bf16>::new(views, classes)?.products()),
+        DType::F16 => Ok(Operands::<f16>::new(views, classes)?.products()),
         other => bail!("embeddings of {other:?}"),
     })?;
-    Tensor::from_vec(logits, (classes.len() / k, k), &Device::Cpu)
+    Tensor::from_vec(products, (classes.len() / k, k), &Device::Cpu)
 }
 
-/// `upstream` `(rows, k)` is the gradient of the logits before the softcap.
+/// `upstream` `(rows, k)` is the gradient of the products.
 pub(super) fn gradients(
     matrices: Matrices<&Tensor>,
     classes: &[u32],
@@ -157,10 +152,10 @@ fn gradients_of<T: Element>(
 }
 
 impl<T: Element> Operands<'_, T> {
-    fn logits(&self, softcap: Option<f64>) -> Vec<f32> {
+    fn products(&self) -> Vec<f32> {
         let k = self.k();
-        let mut logits = vec![0.; self.classes.len()];
-        let rows = logits.par_chunks_mut(k).zip(self.classes.par_chunks(k));
+        let mut products = vec![0.; self.classes.len()];
+        let rows = products.par_chunks_mut(k).zip(self.classes.par_chunks(k));
         rows.enumerate().for_each_init(
             || (Vec::new(), Vec::new()),
             |(of_row, of_class), (row, (logits, classes))| {
@@ -170,14 +165,11 @@ impl<T: Element> Operands<'_, T> {
                     if let Some(bias) = self.bias {
                         z += bias[*class as usize].to_f64();
                     }
-                    if let Some(softcap) = softcap {
-                        z = softcap * (z / softcap).tanh();
-                    }
                     *logit = z as f32;
                 }
             },
         );
-        logits
+        products
     }
 
     fn of_embeddings(&self, upstream: &[f32]) -> Vec<T> {

@@ -13,12 +13,12 @@ use crate::problem::Problem;
 use crate::Options;
 use candle_core::{bail, DType, Device, Result, Tensor};
 
-/// The logits of chosen classes, `z_ij = e_i . c_(y_ij) + b_(y_ij)` with the softcap of the options: f32 of shape
-/// `(.., k)`, differentiable in the embeddings, the classifier and the bias.
+/// The logits of chosen classes, `z_ij = e_i . c_(y_ij) + b_(y_ij)` with the softcap and the scale of the options: f32 of
+/// shape `(.., k)`, differentiable in the embeddings, the classifier and the bias.
 ///
 /// - `embeddings` of shape `(.., D)` and `classifier` of shape `(V, D)`, in bf16, f16, f32 or f64.
 /// - `classes` of shape `(.., k)`, in u32, i64 or i32, each in `[0, V)`.
-/// - `options`: the bias, the softcap, and whether classes are checked on a GPU ([`Options::check_targets`]; without it
+/// - `options`: the bias, the softcap, the `logit_scale`, and whether classes are checked on a GPU ([`Options::check_targets`]; without it
 ///   the logit of a class that does not exist is NaN there). The others are not read.
 ///
 /// With the lse of [`linear_cross_entropy`](crate::linear_cross_entropy) they give log-probabilities, `z_ij - lse_i`, of
@@ -78,6 +78,7 @@ pub fn class_logits(
             false => Classes::Unknown(to_i64(classes)?.flatten_all()?.contiguous()?),
         },
         k,
+        scale: problem.settings.logit_scale,
         softcap: problem.settings.softcap,
     };
     let detached = matrices.as_ref().detach();
@@ -138,24 +139,38 @@ struct Chosen {
     classes: Classes,
     /// Classes of a row.
     k: usize,
+    /// What the products and the bias are multiplied by.
+    scale: f64,
+    /// Of the logits so scaled.
     softcap: Option<f64>,
 }
 
 impl Chosen {
     /// `(rows, k)`, f32.
     fn logits(&self, matrices: Matrices<&Tensor>) -> Result<Tensor> {
+        let logits = self.products(matrices)?;
+        let logits = match self.scale {
+            1. => logits,
+            scale => (logits * scale)?,
+        };
+        match self.softcap {
+            Some(softcap) => (logits / softcap)?.tanh()? * softcap,
+            None => Ok(logits),
+        }
+    }
+
+    /// The logits without scale and softcap.
+    fn products(&self, matrices: Matrices<&Tensor>) -> Result<Tensor> {
         match (&self.classes, matrices.embeddings.device()) {
-            (Classes::Known(classes), Device::Cpu) => {
-                cpu::logits(matrices, classes, self.k, self.softcap)
-            }
+            (Classes::Known(classes), Device::Cpu) => cpu::products(matrices, classes, self.k),
             _ => {
                 let classes = self.on_device(matrices)?;
-                tensor::logits(matrices, &classes, self.k, self.softcap)
+                tensor::products(matrices, &classes, self.k)
             }
         }
     }
 
-    /// `upstream` is the gradient of the logits, contiguous.
+    /// `upstream` is the gradient of the products, contiguous.
     fn gradients(
         &self,
         matrices: Matrices<&Tensor>,
@@ -204,11 +219,12 @@ impl Node for ClassLogits {
         };
         let wanted = wanted(matrices);
         let matrices = matrices.detach();
+        let upstream = (upstream.detach() * self.chosen.scale)?;
         let upstream = match self.chosen.softcap {
-            None => upstream.detach(),
+            None => upstream,
             Some(softcap) => {
                 let slope = (&self.logits / softcap)?.sqr()?.affine(-1., 1.)?;
-                (upstream.detach() * slope)?
+                (upstream * slope)?
             }
         };
         let upstream = upstream.contiguous()?;
@@ -254,8 +270,8 @@ mod tests {
             let tensors = tensor::gradients(matrices, &on_device, &upstream, wanted)?;
             let pairs = [
                 (
-                    Some(cpu::logits(matrices, &classes, k, Some(9.))?),
-                    Some(tensor::logits(matrices, &on_device, k, Some(9.))?),
+                    Some(cpu::products(matrices, &classes, k)?),
+                    Some(tensor::products(matrices, &on_device, k)?),
                 ),
                 (loops.embeddings, tensors.embeddings),
                 (loops.classifier, tensors.classifier),
@@ -288,7 +304,7 @@ mod tests {
         };
         let classes = Tensor::new(&[3i64, 4, -1, i64::MAX], &Device::Cpu)?;
         let classes = tensor::Classes::new(&classes, 4)?;
-        let logits = tensor::logits(matrices, &classes, 2, None)?;
+        let logits = tensor::products(matrices, &classes, 2)?;
         let logits = logits.flatten_all()?.to_vec1::<f32>()?;
         assert_eq!(logits[0], 3.);
         assert!(logits[1..].iter().all(|z| z.is_nan()), "{logits:?}");

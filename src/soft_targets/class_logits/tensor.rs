@@ -67,12 +67,8 @@ fn rows_of_block(matrices: Matrices<&Tensor>, k: usize) -> Result<usize> {
     Ok((WORKSPACE / (k * hidden * (size + 2 * acc + 4))).max(1))
 }
 
-pub(super) fn logits(
-    matrices: Matrices<&Tensor>,
-    classes: &Classes,
-    k: usize,
-    softcap: Option<f64>,
-) -> Result<Tensor> {
+/// The products and the bias, `(rows, k)`, f32; NaN of a class that does not exist.
+pub(super) fn products(matrices: Matrices<&Tensor>, classes: &Classes, k: usize) -> Result<Tensor> {
     let n = matrices.embeddings.dim(0)?;
     let mut all = Vec::new();
     for rows in blocks(n, rows_of_block(matrices, k)?) {
@@ -85,9 +81,6 @@ pub(super) fn logits(
             let bias = bias.index_select(&block.index, 0)?.to_dtype(z.dtype())?;
             z = (z + bias.reshape((rows.len(), k))?)?;
         }
-        if let Some(softcap) = softcap {
-            z = ((z / softcap)?.tanh()? * softcap)?;
-        }
         all.push(z.to_dtype(DType::F32)?);
     }
     let z = Tensor::cat(&all, 0)?;
@@ -95,7 +88,7 @@ pub(super) fn logits(
     classes.exists.reshape((n, k))?.where_cond(&z, &nan)
 }
 
-/// `upstream` `(rows, k)` is the gradient of the logits before the softcap.
+/// `upstream` `(rows, k)` is the gradient of the products.
 pub(super) fn gradients(
     matrices: Matrices<&Tensor>,
     classes: &Classes,

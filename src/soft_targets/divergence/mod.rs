@@ -39,6 +39,7 @@ pub struct Teacher {
     classifier: Tensor,
     bias: Option<Tensor>,
     softcap: Option<f64>,
+    logit_scale: f64,
     temperature: f64,
 }
 
@@ -51,6 +52,7 @@ impl Teacher {
             classifier: classifier.clone(),
             bias: None,
             softcap: None,
+            logit_scale: 1.,
             temperature: 1.,
         }
     }
@@ -65,6 +67,12 @@ impl Teacher {
     /// Caps the teacher's logits. Takes a number or an `Option`. Default: none.
     pub fn softcap(mut self, softcap: impl Into<Option<f64>>) -> Self {
         self.softcap = softcap.into();
+        self
+    }
+
+    /// Multiplies the teacher's logits, after the bias and the softcap. Default: 1.
+    pub fn logit_scale(mut self, scale: f64) -> Self {
+        self.logit_scale = scale;
         self
     }
 
@@ -83,7 +91,7 @@ impl Teacher {
 ///   position, differentiable in the student's embeddings, classifier and bias, and in the teacher's. Of the targets only
 ///   the `ignore_index` counts: which positions are learnt from.
 /// - The teacher has embeddings of the same positions, and as many classes; its hidden size and its dtype may be others.
-///   Bias and softcap of the options are the student's.
+///   Bias, softcap and `logit_scale` of the options are the student's.
 /// - The temperature is that of [`Teacher::temperature`]. The loss is not multiplied by its square, as in TRL; who wants
 ///   gradients of the same size at every temperature, as Hinton et al. do, multiplies it: `(loss * (t * t))?`.
 ///
@@ -115,7 +123,8 @@ impl Teacher {
 /// # Errors
 /// Those of `linear_cross_entropy`, of the student or the teacher; numbers of classes that differ; a temperature that is
 /// not positive and finite; a `beta` that is not between 0 and 1; a target that is no class;
-/// [`Options::z_loss_weight`] and [`Options::vocab_parallel`].
+/// [`Options::z_loss_weight`], [`Options::label_smoothing`], [`Options::class_weights`] and
+/// [`Options::vocab_parallel`].
 ///
 /// Source: Agarwal et al., *On-Policy Distillation of Language Models* (GKD),
 /// [arXiv 2306.13649](https://arxiv.org/abs/2306.13649); `generalized_jsd_loss` of
@@ -139,6 +148,7 @@ pub fn divergence(
     let of_teacher = Options::default()
         .bias(teacher.bias.as_ref())
         .softcap(teacher.softcap)
+        .logit_scale(teacher.logit_scale)
         .shift(options.shift);
     let checked = Problem::new(
         &teacher.embeddings,
@@ -162,19 +172,18 @@ pub fn divergence(
         true => 64 << 20,
         false => 512 << 20,
     };
-    let scale = 1. / teacher.temperature;
     let call = Call {
         kind,
         heads: Pair {
             student: Head {
                 matrices: student.as_ref().detach(),
                 softcap: options.softcap,
-                scale,
+                scale: options.logit_scale / teacher.temperature,
             },
             teacher: Head {
                 matrices: matrices.as_ref().detach(),
                 softcap: teacher.softcap,
-                scale,
+                scale: teacher.logit_scale / teacher.temperature,
             },
         },
         rows: HostRows::new(&problem)?,

@@ -32,7 +32,7 @@ pub(super) struct Call {
     pub workspace: usize,
 }
 
-/// Losses of the rows that count, and gradients of what the row weights make of them.
+/// Losses of the rows that count, times the rows' weights, and gradients of what the row weights make of them.
 pub(super) struct Swept {
     pub losses: Tensor,
     pub gradients: Pair<Gradients>,
@@ -67,30 +67,27 @@ impl Call {
         })
     }
 
+    /// The weights of the rows that count among each other, 1 unless the options say otherwise.
+    pub fn tokens(&self) -> Result<Tensor> {
+        let of_row = |row| self.rows.terms(row).nll as f32;
+        let tokens: Vec<f32> = (0..self.rows.len()).map(of_row).collect();
+        Tensor::new(tokens, self.device())?.to_dtype(self.dtype)
+    }
+
     /// The weight of each row that counts in the reduced divergence, times the upstream gradient of that.
     pub fn weights(&self, upstream: Option<&Tensor>) -> Result<Tensor> {
-        let n = self.rows.len();
-        let scale = self.rows.scale(self.reduction);
-        match upstream {
-            None => Tensor::full(scale, n, &Device::Cpu)?
-                .to_dtype(self.dtype)?
-                .to_device(self.device()),
-            Some(upstream) => {
-                let upstream = upstream.to_dtype(self.dtype)?;
-                match self.reduction {
-                    Reduction::None => {
-                        let index = Tensor::new(self.rows.position.as_slice(), self.device())?;
-                        upstream
-                            .flatten_all()?
-                            .contiguous()?
-                            .index_select(&index, 0)
-                    }
-                    Reduction::Mean | Reduction::Sum => (upstream * scale)?
-                        .reshape(1)?
-                        .broadcast_as(n)?
-                        .contiguous(),
-                }
+        let weights = (self.tokens()? * self.rows.scale(self.reduction))?;
+        let Some(upstream) = upstream else {
+            return Ok(weights);
+        };
+        let upstream = upstream.to_dtype(self.dtype)?;
+        match self.reduction {
+            Reduction::None => {
+                let index = Tensor::new(self.rows.position.as_slice(), self.device())?;
+                let upstream = upstream.flatten_all()?.contiguous()?;
+                weights * upstream.index_select(&index, 0)?
             }
+            Reduction::Mean | Reduction::Sum => weights.broadcast_mul(&upstream),
         }
     }
 
@@ -146,7 +143,7 @@ impl Call {
         }
         let losses = match losses.is_empty() {
             true => Tensor::zeros(1, self.dtype, self.device())?,
-            false => Tensor::cat(&losses, 0)?,
+            false => (Tensor::cat(&losses, 0)? * self.tokens()?)?,
         };
         let index = (!self.rows.all).then_some(&index);
         let gradients = Pair {
