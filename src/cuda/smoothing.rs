@@ -31,7 +31,7 @@ fn parts(rows: usize) -> usize {
     rows.min(PARTS)
 }
 
-/// `sum_i weights_i matrix_i`, of the rows that count (u32) if that is given.
+/// `sum_i weights_i matrix_i`, of the rows that count (u8) if that is given.
 pub(crate) fn weighted_sum(
     matrix: &Tensor,
     weights: &Tensor,
@@ -42,6 +42,9 @@ pub(crate) fn weighted_sum(
     };
     let (rows, columns) = matrix.dims2()?;
     let parts = parts(rows);
+    let counts = counts
+        .map(|counts| counts.to_dtype(DType::U32))
+        .transpose()?;
     let partials = gpu.buffer(parts * columns * 4)?;
     let launch = |matrix, weights, counts| {
         let params = SumRowsParams {
@@ -57,7 +60,7 @@ pub(crate) fn weighted_sum(
         gpu.launch(&Kernel::new(SMOOTHING, name, grid, THREADS as u32), &params)
     };
     gpu.read(matrix, |matrix| {
-        gpu.read(weights, |weights| match counts {
+        gpu.read(weights, |weights| match &counts {
             None => launch(matrix, weights, 0),
             Some(counts) => gpu.read(counts, |counts| launch(matrix, weights, counts)),
         })
@@ -112,7 +115,7 @@ pub(crate) fn add_outer(
     let add = |counts| matrix.inplace_op3(left, right, &AddOuter { counts });
     match counts {
         None => add(0)?,
-        Some(counts) => gpu.read(counts, add)?,
+        Some(counts) => gpu.read(&counts.to_dtype(DType::U32)?, add)?,
     }
     Ok(true)
 }

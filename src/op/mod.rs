@@ -5,4 +5,5 @@ pub(crate) mod contract;
 mod dispatch;
 pub(crate) mod graph;
 pub(crate) mod packed;
+mod passes;
 mod smoothing;

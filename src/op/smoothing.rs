@@ -7,21 +7,12 @@
 
 use super::contract::{accumulator, Gradients};
 use super::packed::Packed;
+use super::passes::Passes;
 use crate::matrices::Matrices;
 use crate::objectives::counted;
 use crate::problem::Problem;
 use crate::Reduction;
-use candle_core::{bail, DType, Result, Tensor, D};
-
-/// Numbers of a block of rows, at most. Up to four blocks of its size are in memory at once, outside of an
-/// implementation's own forward and backward.
-const NUMBERS_AT_ONCE: usize = 1 << 22;
-
-/// The same within the workspace, where one is asked for.
-fn numbers_at_once(workspace: Option<usize>, dtype: DType) -> usize {
-    let bytes = 4 * accumulator(dtype).size_in_bytes();
-    workspace.map_or(NUMBERS_AT_ONCE, |all| NUMBERS_AT_ONCE.min(all / bytes))
-}
+use candle_core::{DType, Result, Tensor};
 
 pub(super) struct Smoothing {
     /// `(positions)`: `-f_i` times the scale of the logits, 0 where the position does not count.
@@ -34,7 +25,7 @@ pub(super) struct Smoothing {
     weights: Tensor,
     /// `(D)`: the sum of the classes by their weights.
     sum: Tensor,
-    numbers_at_once: usize,
+    passes: Passes,
     /// What is added to the losses, `(positions)`, and to the reduced loss, `(1)`: f32.
     pub losses: Tensor,
     pub loss: Tensor,
@@ -111,9 +102,9 @@ impl Smoothing {
             (Reduction::Mean, Some(weights)) => inverse(&weights.total)?,
             _ => Tensor::ones(1, acc, device)?,
         };
-        let numbers = numbers_at_once(problem.settings.workspace, problem.dtype);
-        let sum = weighted_sum(blocks(classifier, numbers)?, &weights, None)?;
-        let mut products = rows.to_positions(&dots(blocks(embeddings, numbers)?, &sum)?)?;
+        let passes = Passes::new(problem.settings.workspace, problem.dtype);
+        let sum = passes.weighted_sum(classifier, &weights, None)?;
+        let mut products = rows.to_positions(&passes.dots(embeddings, &sum)?)?;
         if let Some(bias) = bias {
             let of_bias = (bias.to_dtype(acc)? * &weights)?.sum_all()?;
             products = products.broadcast_add(&of_bias)?;
@@ -131,7 +122,7 @@ impl Smoothing {
             weights,
             sum,
             rows,
-            numbers_at_once: numbers,
+            passes,
         }))
     }
 
@@ -155,12 +146,14 @@ impl Smoothing {
         };
         let of_rows = self.rows.of_positions(&of_losses)?;
         if let Some(gradient) = &gradients.embeddings {
-            self.add_outer(gradient, &of_rows, &self.sum, Some(&self.counts))?;
+            let counts = Some(&self.counts);
+            self.passes
+                .add_outer(gradient, &of_rows, &self.sum, counts)?;
         }
         if let Some(gradient) = &gradients.classifier {
-            let blocks = blocks(embeddings, self.numbers_at_once)?;
-            let sum = weighted_sum(blocks, &of_rows, Some(&self.counts))?;
-            self.add_outer(gradient, &self.weights, &sum, None)?;
+            let counts = Some(&self.counts);
+            let sum = self.passes.weighted_sum(embeddings, &of_rows, counts)?;
+            self.passes.add_outer(gradient, &self.weights, &sum, None)?;
         }
         if let Some(gradient) = &gradients.bias {
             let added = self.weights.broadcast_mul(&of_losses.sum_all()?)?;
@@ -169,36 +162,6 @@ impl Smoothing {
         }
         Ok(())
     }
-
-    /// Adds `left right^T` to a matrix in place, to the rows that count if that is given.
-    fn add_outer(
-        &self,
-        matrix: &Tensor,
-        left: &Tensor,
-        right: &Tensor,
-        counts: Option<&Tensor>,
-    ) -> Result<()> {
-        let right = right.unsqueeze(0)?;
-        for block in blocks(matrix, self.numbers_at_once)? {
-            let (start, block) = block?;
-            let left = left.narrow(0, start, block.dim(0)?)?.unsqueeze(D::Minus1)?;
-            let added = keep_rows(left.matmul(&right)?, counts, start)?;
-            let sum = (block + added)?;
-            matrix.slice_set(&sum.to_dtype(matrix.dtype())?, 0, start)?;
-        }
-        Ok(())
-    }
-}
-
-/// Rows of a block that begins at row `start`, zeros where they do not count, whatever they hold.
-fn keep_rows(block: Tensor, counts: Option<&Tensor>, start: usize) -> Result<Tensor> {
-    let Some(counts) = counts else {
-        return Ok(block);
-    };
-    let counts = counts.narrow(0, start, block.dim(0)?)?.unsqueeze(1)?;
-    counts
-        .broadcast_as(block.shape())?
-        .where_cond(&block, &block.zeros_like()?)
 }
 
 /// `1 / x` of one number, 1 for 0.
@@ -206,49 +169,4 @@ fn inverse(x: &Tensor) -> Result<Tensor> {
     let x = x.reshape(1)?;
     x.ne(&x.zeros_like()?)?
         .where_cond(&x.recip()?, &x.ones_like()?)
-}
-
-/// Rows of a matrix, a block at a time, with the number of the first, in the type of sums.
-fn blocks(
-    matrix: &Tensor,
-    numbers: usize,
-) -> Result<impl Iterator<Item = Result<(usize, Tensor)>> + '_> {
-    let (rows, columns) = matrix.dims2()?;
-    let acc = accumulator(matrix.dtype());
-    let block = (numbers / columns).max(1);
-    Ok((0..rows).step_by(block).map(move |start| {
-        let part = matrix.narrow(0, start, block.min(rows - start))?;
-        Ok((start, part.to_dtype(acc)?))
-    }))
-}
-
-/// `sum_i weights_i matrix_i`, of the rows that count if that is given.
-fn weighted_sum(
-    blocks: impl Iterator<Item = Result<(usize, Tensor)>>,
-    weights: &Tensor,
-    counts: Option<&Tensor>,
-) -> Result<Tensor> {
-    let mut sum: Option<Tensor> = None;
-    for block in blocks {
-        let (start, block) = block?;
-        let weights = weights.narrow(0, start, block.dim(0)?)?.unsqueeze(0)?;
-        let of_block = weights.matmul(&keep_rows(block, counts, start)?)?;
-        sum = Some(match sum {
-            Some(sum) => (sum + of_block)?,
-            None => of_block,
-        });
-    }
-    match sum {
-        Some(sum) => sum.flatten_all(),
-        None => bail!("a matrix without rows"),
-    }
-}
-
-/// The products of the rows of a matrix with a vector.
-fn dots(blocks: impl Iterator<Item = Result<(usize, Tensor)>>, vector: &Tensor) -> Result<Tensor> {
-    let vector = vector.unsqueeze(1)?;
-    let products = blocks
-        .map(|block| block?.1.matmul(&vector))
-        .collect::<Result<Vec<_>>>()?;
-    Tensor::cat(&products, 0)?.flatten_all()
 }

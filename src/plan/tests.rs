@@ -1,5 +1,5 @@
 use super::hopper::{longest_range, TILES};
-use super::{forward, fused, sweeps, Path, Sizes, Workspace, TILE};
+use super::{forward, fused, sweeps, Forming, Path, Sizes, Workspace, TILE};
 use crate::op::contract::Wanted;
 
 const ALL: Wanted = Wanted {
