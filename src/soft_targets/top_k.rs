@@ -147,6 +147,8 @@ impl TopK {
 ///   embeddings, the classifier and the bias. Of the targets only the `ignore_index` counts: which positions are learnt
 ///   from. With [`Rest::OneClass`] the filter is off, for the gradient of the others' probability lies in classes that
 ///   it would not keep; else gradients of the reductions mean and sum are formed in the forward where those of a loss are.
+/// - The gradients of classifier and bias come in two parts, of the lse and of the named classes, which are added up: of the
+///   classifier's size there are three tensors for a moment.
 /// - The temperature is that of [`TopK::temperature`]. The loss is not multiplied by its square, as in TRL; who wants
 ///   gradients of the same size at every temperature, as Hinton et al. do, multiplies it: `(loss * (t * t))?`.
 ///

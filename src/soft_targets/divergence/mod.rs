@@ -99,7 +99,8 @@ impl Teacher {
 /// training step costs four products for the student alone, six for both; under [`Reduction::None`](crate::Reduction),
 /// for f16, and with [`Strategy::Recompute`](crate::Strategy) a backward computes the logits again. The logits of a block,
 /// and what else it needs, take the workspace of the options: by default 64 MiB on the CPU, 512 MiB elsewhere. Gradients
-/// are exact: filters are not read, nor is the implementation.
+/// are exact: filters are not read, nor is the implementation. On a GPU these are Candle operations, and the targets are
+/// waited for once a call.
 ///
 /// ```
 /// # use candle_core::{DType, Device, Tensor, Var};

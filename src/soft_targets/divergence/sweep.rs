@@ -57,7 +57,7 @@ impl Call {
         // Blocks of logits that live at once.
         let copies = match self.device() {
             Device::Cpu => 2 + gradients,
-            _ => 8 + 2 * gradients,
+            _ => 9 + 2 * gradients,
         };
         let rows = self.workspace / 4 * 3 / (copies * vocab * size);
         let classes = self.workspace / 4 / (2 * hidden * size);
