@@ -1,22 +1,23 @@
-//! Distillation of a small decoder into a smaller one, from the teacher's likeliest tokens.
+//! Distillation of a small decoder into a smaller one.
 //!
-//! `cargo run --release --example distill`
+//! `cargo run --release --example distill -- --teacher top-k` (or `whole`)
 //!
-//! The teacher says of every position which `k` tokens it finds likeliest, and how likely; the student learns that
-//! distribution. Its logits are not stored: with the teacher's probabilities `q_j`, made to sum to one, the
-//! Kullback-Leibler divergence of a position is `lse + sum_j q_j (log q_j - z_j)`. The loss has lse as an output, and `z_j`
-//! are the logits of `k` tokens.
+//! From the likeliest tokens the teacher says of every position which `k` tokens it finds likeliest, and how likely, as
+//! could be stored with the text. The whole teacher says all that it knows, from its hidden states and its head. Either way
+//! no logits of the student are stored.
 
 mod common;
 
 use anyhow::Result;
-use candle_core::{DType, Tensor, D};
+use candle_core::{Tensor, D};
 use candle_cut_cross_entropy::models::{CausalLm, Decoder};
-use candle_cut_cross_entropy::objectives::counted;
+use candle_cut_cross_entropy::soft_targets::{
+    divergence, top_k_divergence, Divergence, Teacher, TopK,
+};
 use candle_cut_cross_entropy::{backward, Options};
-use candle_nn::ops::log_softmax;
+use candle_nn::ops::softmax;
 use candle_nn::Optimizer;
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use common::counting::{either_way, new_decoder, optimizer, pretrained};
 use rand::{rngs::StdRng, SeedableRng};
 
@@ -27,52 +28,64 @@ struct Args {
     pretraining: usize,
     #[arg(long, default_value_t = 300)]
     steps: usize,
-    /// Tokens that the teacher names at each position
+    /// What the student learns from
+    #[arg(long, value_enum, default_value_t = Says::TopK)]
+    teacher: Says,
+    /// Tokens that the teacher names at each position (top-k)
     #[arg(long, default_value_t = 4)]
     k: usize,
     #[arg(long, default_value_t = 0)]
     seed: u64,
 }
 
-/// The tokens that a teacher finds likeliest after each position but the last, and the logarithms of their
-/// probabilities, which sum to one. Both `(batch, time - 1, k)`.
-struct Likeliest {
-    tokens: Tensor,
-    log_probs: Tensor,
+/// What a teacher says of a position.
+#[derive(ValueEnum, Debug, Clone, Copy)]
+enum Says {
+    /// Its likeliest tokens
+    TopK,
+    /// The distribution over all tokens
+    Whole,
 }
 
-impl Likeliest {
-    fn of(teacher: &Decoder, ids: &Tensor, k: usize) -> Result<Self> {
-        let hidden = predicting(&teacher.hidden_states(ids)?)?;
-        let logits = teacher.logits(&hidden)?.detach();
-        let order = logits.arg_sort_last_dim(false)?;
-        let tokens = order.narrow(D::Minus1, 0, k)?.contiguous()?;
-        let log_probs = log_softmax(&logits.gather(&tokens, D::Minus1)?, D::Minus1)?;
-        Ok(Self { tokens, log_probs })
-    }
-
-    /// The mean divergence of a student over the positions whose label is not ignored.
-    fn divergence(&self, student: &Decoder, ids: &Tensor, labels: &Tensor) -> Result<Tensor> {
-        let hidden = student.hidden_states(ids)?;
-        let head = student.head(&Options::default())?;
-        // The lse does not depend on the labels, but for those that are ignored.
-        let lse = head.forward(&hidden, labels)?.lse;
-        let (batch, time, k) = self.tokens.dims3()?;
-        let rows = head.weight().index_select(&self.tokens.flatten_all()?, 0)?;
-        let rows = rows.reshape((batch, time, k, ()))?;
-        let hidden = predicting(&hidden)?.unsqueeze(2)?;
-        let logits = rows.broadcast_mul(&hidden)?.sum(D::Minus1)?;
-        // log q - log p = log q - z + lse
-        let against = (&self.log_probs - logits)?.broadcast_add(&lse.unsqueeze(D::Minus1)?)?;
-        let divergences = (self.log_probs.exp()? * against)?.sum(D::Minus1)?;
-        let mask = counted(labels, &Options::default().shift(1))?.to_dtype(DType::F32)?;
-        Ok(((divergences * &mask)?.sum_all()? / mask.sum_all()?)?)
-    }
+/// The tokens that the teacher finds likeliest after each position, and their probabilities.
+fn likeliest(teacher: &Decoder, ids: &Tensor, k: usize) -> Result<TopK> {
+    let logits = teacher.logits(&teacher.hidden_states(ids)?)?.detach();
+    let order = logits.arg_sort_last_dim(false)?;
+    let tokens = order.narrow(D::Minus1, 0, k)?.contiguous()?;
+    let probabilities = softmax(&logits, D::Minus1)?.gather(&tokens, D::Minus1)?;
+    Ok(TopK::new(&tokens, &probabilities))
 }
 
-/// The hidden states that predict a token: all but the last of each sequence.
-fn predicting(hidden: &Tensor) -> Result<Tensor> {
-    Ok(hidden.narrow(1, 0, hidden.dim(1)? - 1)?)
+/// The mean divergence of the student from the teacher over the positions whose label is not ignored.
+fn loss(
+    args: &Args,
+    teacher: &Decoder,
+    student: &Decoder,
+    (ids, labels): &(Tensor, Tensor),
+) -> Result<Tensor> {
+    let hidden = student.hidden_states(ids)?;
+    let head = student.head(&Options::default())?;
+    let (weight, options) = (head.weight(), head.options());
+    let loss = match args.teacher {
+        Says::TopK => {
+            let few = likeliest(teacher, ids, args.k)?;
+            top_k_divergence(&hidden, weight, labels, &few, options)?
+        }
+        Says::Whole => {
+            let of_teacher = teacher.head(&Options::default())?;
+            let states = teacher.hidden_states(ids)?.detach();
+            let whole = Teacher::new(&states, &of_teacher.weight().detach());
+            divergence(
+                &hidden,
+                weight,
+                labels,
+                &whole,
+                Divergence::ForwardKl,
+                options,
+            )?
+        }
+    };
+    Ok(loss)
 }
 
 fn main() -> Result<()> {
@@ -80,19 +93,14 @@ fn main() -> Result<()> {
     let mut rng = StdRng::seed_from_u64(args.seed);
     let (teacher, _) = pretrained(args.pretraining, args.seed, &mut rng)?;
     let (student, vars) = new_decoder(32, 1, args.seed + 1)?;
-    let (held_out, labels) = either_way(&mut rng)?;
-    let taught = Likeliest::of(&teacher, &held_out, args.k)?;
-    let divergence = || -> Result<f32> {
-        let divergence = taught.divergence(&student, &held_out, &labels)?;
-        Ok(divergence.to_scalar()?)
-    };
+    let held_out = either_way(&mut rng)?;
+    let divergence =
+        || -> Result<f32> { Ok(loss(&args, &teacher, &student, &held_out)?.to_scalar()?) };
     let before = divergence()?;
     println!("before: divergence {before:.3}");
     let mut optimizer = optimizer(&vars, 1e-2)?;
     for step in 1..=args.steps {
-        let (ids, labels) = either_way(&mut rng)?;
-        let taught = Likeliest::of(&teacher, &ids, args.k)?;
-        let loss = taught.divergence(&student, &ids, &labels)?;
+        let loss = loss(&args, &teacher, &student, &either_way(&mut rng)?)?;
         optimizer.step(&backward(&loss)?)?;
         if step % 50 == 0 || step == 1 {
             let loss = loss.to_scalar::<f32>()?;

@@ -29,6 +29,8 @@
 //!   `models`).
 //! - [`objectives`]: perplexity, accuracy, and losses over preferences (DPO and others) and rewards (PPO, GRPO and others) on
 //!   top of the loss.
+//! - [`soft_targets`]: distillation from a teacher's likeliest classes or from its whole distribution, and the logits of
+//!   chosen classes.
 //!
 //! Features: `cuda` for this crate's kernels on NVIDIA GPUs, `nccl` for a head sharded over several of them,
 //! `metal` for Candle's Metal backend. Without any, the loss runs on the CPU, on all threads.
@@ -66,6 +68,7 @@ mod options;
 mod plan;
 mod positions;
 mod problem;
+pub mod soft_targets;
 mod terms;
 pub mod vocab_parallel;
 

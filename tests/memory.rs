@@ -4,6 +4,7 @@
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_cut_cross_entropy::models::{CausalLm, Config, Decoder};
 use candle_cut_cross_entropy::ops::{attention, AttentionOptions};
+use candle_cut_cross_entropy::soft_targets::{class_logits, divergence, Divergence, Teacher};
 use candle_cut_cross_entropy::{
     backward, linear_cross_entropy, Entropy, Filter, Options, Strategy,
 };
@@ -230,5 +231,48 @@ fn attention_takes_memory_that_grows_with_the_length() -> Result<()> {
         allowed as f64 / MIB as f64,
         scores as f64 / MIB as f64
     );
+    Ok(())
+}
+
+#[test]
+fn distillation_takes_its_workspace() -> Result<()> {
+    let _alone = COUNTING.lock().unwrap_or_else(PoisonError::into_inner);
+    let (n, hidden, vocab) = (512, 128, 32000);
+    let mut rng = StdRng::seed_from_u64(3);
+    let e = Var::from_tensor(&normal(&mut rng, 1., (n, hidden))?)?;
+    let c = Var::from_tensor(&normal(&mut rng, 0.1, (vocab, hidden))?)?;
+    let teacher = Teacher::new(
+        &normal(&mut rng, 1., (n, 64))?,
+        &normal(&mut rng, 0.1, (vocab, 64))?,
+    );
+    let targets = Tensor::zeros(n, DType::U32, &Device::Cpu)?;
+    let gradients = (n + vocab) * hidden * 4;
+    let kind = Divergence::ForwardKl;
+    for workspace in [64 * MIB, 8 * MIB] {
+        for strategy in [Strategy::Fused, Strategy::Recompute] {
+            let options = Options::default().workspace(workspace).strategy(strategy);
+            let before = IN_USE.load(Relaxed);
+            PEAK.store(before, Relaxed);
+            let store = backward(&divergence(&e, &c, &targets, &teacher, kind, &options)?)?;
+            let peak = PEAK.load(Relaxed) - before;
+            assert!(store.get(&c).is_some() && peak > gradients);
+            let beyond = peak - gradients;
+            assert!(
+                beyond <= workspace + MIB,
+                "{strategy:?}: {beyond} bytes of {workspace}"
+            );
+        }
+    }
+    // The rows of the classifier that these classes have would take 2 GiB.
+    let k = 8192;
+    let classes: Vec<u32> = (0..n * k).map(|i| (i * 7 % vocab) as u32).collect();
+    let classes = Tensor::from_vec(classes, (n, k), &Device::Cpu)?;
+    let before = IN_USE.load(Relaxed);
+    PEAK.store(before, Relaxed);
+    let logits = class_logits(&e, &c, &classes, &Options::default())?;
+    backward(&logits.sum_all()?)?;
+    let peak = PEAK.load(Relaxed) - before;
+    // Some numbers of every logit: itself, its copy, its gradient, and where its class comes up.
+    assert!(peak - gradients < 12 * n * k * 4, "{peak} bytes");
     Ok(())
 }

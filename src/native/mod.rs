@@ -11,14 +11,13 @@ mod tensor;
 mod tests;
 mod workspace;
 
-#[cfg(feature = "models")]
-pub(crate) use cpu::Real;
+pub(crate) use cpu::{Element, Real};
 
 use crate::matrices::{Matrices, View};
 use crate::op::contract::{Forward, KeptTiles, Wanted};
 use crate::problem::Problem;
 use candle_core::{CpuStorage, Result, Tensor};
-use rows::HostRows;
+pub(crate) use rows::HostRows;
 use std::sync::Arc;
 
 /// In main memory; the packed vector is one of numbers.

@@ -14,7 +14,7 @@ pub(crate) fn accumulator(dtype: DType) -> DType {
 }
 
 /// Which gradients are asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Wanted {
     pub embeddings: bool,
     pub classifier: bool,

@@ -122,7 +122,7 @@ pub(crate) fn apply(
     })
 }
 
-fn wanted(matrices: Matrices<&Tensor>) -> Wanted {
+pub(crate) fn wanted(matrices: Matrices<&Tensor>) -> Wanted {
     Wanted {
         embeddings: matrices.embeddings.track_op(),
         classifier: matrices.classifier.track_op(),

@@ -7,6 +7,8 @@ pub mod grid;
 pub mod ops;
 pub mod reference;
 pub mod shards;
+pub mod soft_cases;
+pub mod soft_reference;
 
 pub use comparison::{
     check, check_against, close, gradient_close, gradient_tolerance, gradients_close, output_close,

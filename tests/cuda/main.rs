@@ -16,6 +16,7 @@ mod ops;
 mod optimizer;
 mod repeat;
 mod sizes;
+mod soft_targets;
 mod targets;
 mod thresholds;
 mod vocab_parallel;

@@ -119,7 +119,7 @@ impl Real for f64 {
 }
 
 /// What inputs and gradients are stored in.
-pub(super) trait Element: WithDType {
+pub(crate) trait Element: WithDType {
     type Real: Real;
 
     fn widen(from: &[Self], to: &mut [Self::Real]);

@@ -21,6 +21,5 @@ mod recompute;
 mod shards;
 mod statistics;
 
-#[cfg(feature = "models")]
-pub(crate) use element::Real;
+pub(crate) use element::{Element, Real};
 pub(super) use forward::forward;
