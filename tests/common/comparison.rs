@@ -110,10 +110,15 @@ fn gradient_within(
         _ => 3e-7,
     } * logit_scale
         + of_means;
+    // The numbers of f16 below 6e-5 lie 6e-8 apart.
+    let smallest = match dtype {
+        DType::F16 => 2f64.powi(-24),
+        _ => f64::MIN_POSITIVE,
+    };
     let allowed = tolerance * norm(value.iter().copied())
         + rounding * norm(magnitude.iter().copied())
-        + of_number(dtype) * norm(added.iter().copied())
-        + f64::MIN_POSITIVE;
+        + 2. * of_number(dtype) * norm(added.iter().copied())
+        + smallest * (value.len() as f64).sqrt();
     let excess = |i: usize| ((got[i] - value[i]).abs() - droppable[i]).max(0.);
     let error = norm((0..got.len()).map(excess));
     let finite = got.iter().all(|x| x.is_finite());
