@@ -15,16 +15,20 @@ pub fn gradient_tolerance(dtype: DType) -> f64 {
     }
 }
 
+/// What a number in half precision may be off, relative to itself.
+fn of_number(dtype: DType) -> f64 {
+    match dtype {
+        DType::BF16 => 2f64.powi(-8),
+        DType::F16 => 2f64.powi(-11),
+        _ => 0.,
+    }
+}
+
 /// What averaged terms may be off, relative to themselves, where masses and means are rounded to the dtype: masses before
 /// and after the upstream gradient, and their products with the rows; and what the rounding of masses and mean row moves
 /// the logits of the shares by.
 fn averaged_rounding(dtype: DType, mean_logit: f64) -> f64 {
-    let of_number = match dtype {
-        DType::BF16 => 2f64.powi(-8),
-        DType::F16 => 2f64.powi(-11),
-        _ => 0.,
-    };
-    of_number * (3. + 2. * mean_logit)
+    of_number(dtype) * (3. + 2. * mean_logit)
 }
 
 /// An error that shows the first few numbers that differ by more than `allowed`.
@@ -90,6 +94,7 @@ fn gradient_within(
         value,
         magnitude,
         droppable,
+        added,
     } = want;
     if got.len() != value.len() {
         return Err(format!(
@@ -105,9 +110,15 @@ fn gradient_within(
         _ => 3e-7,
     } * logit_scale
         + of_means;
+    // The numbers of f16 below 6e-5 lie 6e-8 apart.
+    let smallest = match dtype {
+        DType::F16 => 2f64.powi(-24),
+        _ => f64::MIN_POSITIVE,
+    };
     let allowed = tolerance * norm(value.iter().copied())
         + rounding * norm(magnitude.iter().copied())
-        + f64::MIN_POSITIVE;
+        + 2. * of_number(dtype) * norm(added.iter().copied())
+        + smallest * (value.len() as f64).sqrt();
     let excess = |i: usize| ((got[i] - value[i]).abs() - droppable[i]).max(0.);
     let error = norm((0..got.len()).map(excess));
     let finite = got.iter().all(|x| x.is_finite());

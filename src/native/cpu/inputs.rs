@@ -194,11 +194,8 @@ impl<T: Element> Inputs<'_, T> {
                             (row, at, std::mem::replace(&mut logits[at], left_out))
                         })
                         .collect();
-                    passes::statistics(logits, TILE, classes.len(), softcap, statistics);
-                    if let Some(asked) = asked {
-                        let rows = logits.chunks(TILE).map(|row| &row[..classes.len()]);
-                        passes::asked(rows, statistics, self.asked, asked);
-                    }
+                    let asked = asked.map(|of_rows| (self.asked, of_rows));
+                    passes::statistics(logits, TILE, classes.len(), softcap, statistics, asked);
                     let put_back = |(row, at, logit)| {
                         logits[at] = logit;
                         (row, logit)

@@ -57,23 +57,34 @@ pub(super) fn finish<R: Real>(
 }
 
 /// The maximum of each row and the sum of `exp(z - maximum)`. A NaN is in the sum. With a softcap the terms of the
-/// mass have its derivative; without, the mass is the sum.
+/// mass have its derivative; without, the mass is the sum. What else is asked for goes where it says.
 pub(super) fn statistics<R: Real>(
     logits: &[R],
     stride: usize,
     classes: usize,
     softcap: Option<R>,
     statistics: &mut [TileSum<R>],
+    mut asked: Option<(Asked, &mut [TileAsked<R>])>,
 ) {
     let inverse = softcap.map(|softcap| R::ONE / softcap);
     pulp::Arch::new().dispatch(
         #[inline(always)]
         || {
-            for (row, out) in logits.chunks(stride).zip(statistics) {
+            for (i, (row, out)) in logits.chunks(stride).zip(statistics).enumerate() {
                 let row = &row[..classes];
                 let add = |a, b| a + b;
                 let max = reduce(row, R::LOWEST, |max, z| if z > max { z } else { max });
-                let sum = reduce_by(row, R::default(), |sum, z| sum + (z - max).exp(), add);
+                let term = |sum, z: R| sum + (z - max).exp();
+                let (sum, weighted) = match &asked {
+                    Some((asked, _)) if asked.entropy => sums_with_logarithm(row, max),
+                    _ => (reduce_by(row, R::default(), term, add), R::default()),
+                };
+                if let Some((asked, of_rows)) = &mut asked {
+                    of_rows[i].weighted = weighted;
+                    if asked.predicted {
+                        of_rows[i].largest = first(row, max) as u32;
+                    }
+                }
                 let mass = match inverse {
                     None => sum,
                     Some(inverse) => {
@@ -95,37 +106,36 @@ pub(super) fn statistics<R: Real>(
     )
 }
 
-/// What else is asked for of rows of logits whose sums are known.
-pub(super) fn asked<'a, R: Real>(
-    rows: impl Iterator<Item = &'a [R]>,
-    sums: &[TileSum<R>],
-    asked: Asked,
-    out: &mut [TileAsked<R>],
-) {
-    pulp::Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            for ((row, TileSum { max, .. }), out) in rows.zip(sums).zip(out) {
-                if asked.entropy {
-                    let term = |z: R| {
-                        let down = z - *max;
-                        let p = down.exp();
-                        // A class without probability has no term; a NaN has one.
-                        if p > R::default() {
-                            p * down
-                        } else {
-                            p
-                        }
-                    };
-                    let add = |a, b| a + b;
-                    out.weighted = reduce_by(row, R::default(), |sum, z| sum + term(z), add);
-                }
-                if asked.predicted {
-                    out.largest = first(row, *max) as u32;
-                }
-            }
-        },
+/// The sums over a row of `exp(z - max)`, in the order of [`reduce_by`], and of that times `z - max`.
+#[inline(always)]
+fn sums_with_logarithm<R: Real>(row: &[R], max: R) -> (R, R) {
+    let mut sums = [R::default(); LANES];
+    let mut weighted = [R::default(); LANES];
+    let (chunks, rest) = row.as_chunks::<LANES>();
+    for chunk in chunks {
+        for i in 0..LANES {
+            let (p, of_log) = terms(chunk[i], max);
+            sums[i] += p;
+            weighted[i] += of_log;
+        }
+    }
+    for (i, z) in rest.iter().enumerate() {
+        let (p, of_log) = terms(*z, max);
+        sums[i] += p;
+        weighted[i] += of_log;
+    }
+    (
+        combined(sums, |a, b| a + b),
+        combined(weighted, |a, b| a + b),
     )
+}
+
+/// `exp(z - max)`, and that times `z - max`. A class without probability has no such term; a NaN has one.
+#[inline(always)]
+fn terms<R: Real>(z: R, max: R) -> (R, R) {
+    let down = z - max;
+    let p = down.exp();
+    (p, if p > R::default() { p * down } else { p })
 }
 
 /// The first place of a number in a row, 0 where it is not there.
@@ -160,6 +170,11 @@ fn reduce_by<R: Real>(
     for (lane, z) in lanes.iter_mut().zip(rest) {
         *lane = step(*lane, *z);
     }
+    combined(lanes, combine)
+}
+
+#[inline(always)]
+fn combined<R: Real>(mut lanes: [R; LANES], combine: impl Fn(R, R) -> R) -> R {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {

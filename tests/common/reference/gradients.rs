@@ -11,6 +11,8 @@ pub struct Gradient {
     pub magnitude: Vec<f64>,
     /// The sum of what the terms may be off because of a filter, in magnitude: of those it may drop, themselves.
     pub droppable: Vec<f64>,
+    /// What label smoothing has in it, which is added to the rest once that is rounded.
+    pub added: Vec<f64>,
 }
 
 impl Gradient {
@@ -19,6 +21,7 @@ impl Gradient {
             value: vec![0.; len],
             magnitude: vec![0.; len],
             droppable: vec![0.; len],
+            added: vec![0.; len],
         }
     }
 
@@ -26,6 +29,7 @@ impl Gradient {
         self.value[index] += term.value * factor;
         self.magnitude[index] += term.magnitude * factor.abs();
         self.droppable[index] += term.droppable * factor.abs();
+        self.added[index] += term.added * factor;
     }
 }
 
@@ -53,6 +57,7 @@ impl Gradients {
             add(&mut a.value, &b.value);
             add(&mut a.magnitude, &b.magnitude);
             add(&mut a.droppable, &b.droppable);
+            add(&mut a.added, &b.added);
         }
         self.mean_logit = self.mean_logit.or(other.mean_logit);
         self
@@ -73,6 +78,7 @@ impl Reference {
                 value: entry.value,
                 magnitude: entry.magnitude,
                 droppable: if droppable { of_softmax } else { 0. },
+                added: entry.rest,
             };
             (term, term)
         })
@@ -143,6 +149,7 @@ impl Reference {
                     value: entry.value,
                     magnitude: entry.magnitude,
                     droppable: 0.,
+                    added: entry.rest,
                 };
                 let (averaged, certain) = averaged(i / tile.rows, t, eps);
                 if certain && !averaged {
@@ -159,6 +166,7 @@ impl Reference {
                     value: if averaged { value } else { entry.value },
                     magnitude: magnitude + entry.scale_size * share,
                     droppable: if uncertain[t] { either } else { 0. },
+                    added: entry.rest,
                 }
             };
             (term(eps.0), term(eps.1))
@@ -297,7 +305,7 @@ struct Entry {
     /// What the softmax is multiplied by, but for the softcap.
     scale: f64,
     scale_size: f64,
-    /// What is the same whatever the filter.
+    /// What label smoothing has in it: the same whatever the filter.
     rest: f64,
     value: f64,
     /// With the softmax and the one-hot taken apart.
@@ -310,4 +318,5 @@ struct Term {
     value: f64,
     magnitude: f64,
     droppable: f64,
+    added: f64,
 }
