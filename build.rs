@@ -6,7 +6,7 @@ use std::process::Command;
 use std::{env, fs};
 
 /// Sources and the virtual architecture each is compiled for.
-const KERNELS: [(&str, &str); 19] = [
+const KERNELS: [(&str, &str); 21] = [
     ("rows", "compute_80"),
     ("loss", "compute_80"),
     ("fused", "compute_80"),
@@ -26,6 +26,8 @@ const KERNELS: [(&str, &str); 19] = [
     ("forward_sm90a", "compute_90a"),
     ("gradient_sm90a", "compute_90a"),
     ("products_sm90a", "compute_90a"),
+    ("attention_sm90a_bf16", "compute_90a"),
+    ("attention_sm90a_f16", "compute_90a"),
 ];
 
 fn main() {

@@ -1,8 +1,8 @@
 // The gradients of attention on Hopper. As in the portable kernels (attention_backward.cuh, with the formulas) one kernel
 // has tiles of keys and one tiles of queries, both compute P again, and nothing is added to in memory.
 //
-// A group issues the next product before it works off the last one, so that the tensor cores always have one: P is formed
-// while dP is computed, dZ while dV is, and dK while the next tile's scores are waited for.
+// A group issues the next product before it works off the last one: P is formed while dP is computed, dZ while dV is, and
+// the next tile's scores are asked for while dK or dQ is under way. What is left the products of the other group cover.
 #pragma once
 #include "attention_sm90a.cuh"
 
@@ -74,8 +74,8 @@ __device__ __forceinline__ void probabilities(float (&scores)[N], uint32_t (&pac
 
 // The gradients of scale * products, rounded.
 template <typename T, int N, class Delta>
-__device__ __forceinline__ void score_gradients(uint32_t (&packed)[N / 2], const float (&scores)[N], const float (&gradients)[N],
-                                                Delta delta) {
+__device__ __forceinline__ void score_gradients(uint32_t (&packed)[N / 2], const float (&scores)[N],
+                                                const float (&gradients)[N], Delta delta) {
 #pragma unroll
   for (int i = 0; i < N; i += 2) {
     const float2 by = delta(i);
@@ -90,7 +90,9 @@ __device__ __forceinline__ void score_gradients(uint32_t (&packed)[N / 2], const
 template <int SIZE_>
 struct KeyPlan {
   static constexpr int SIZE = SIZE_;
-  static constexpr int QUERIES = 64;
+  // A product of 64 columns takes as long to read from shared memory as to multiply, but larger heads leave no registers for
+  // more.
+  static constexpr int QUERIES = SIZE == 64 ? 128 : 64;
   using Kept = HeadTile<ROWS, SIZE>;
   using Passing = HeadTile<QUERIES, SIZE>;
   static constexpr int OUT_GRAD = Passing::BYTES, LSE = 2 * Passing::BYTES, DELTA = LSE + QUERIES * 4;
@@ -99,6 +101,9 @@ struct KeyPlan {
   Slots<2 * Kept::BYTES, 1> kept;  // keys, values
   Slots<SLOT_BYTES, 4> passing;    // queries, gradients of out, lse, delta
 };
+
+static_assert(sizeof(KeyPlan<64>) == 169984 && sizeof(KeyPlan<128>) == 202752,
+              "the host asks for as much shared memory");
 
 // The tiles of queries that a tile of keys goes through, of one head after the other of those that share the keys.
 template <int QUERIES>
@@ -236,6 +241,9 @@ struct QueryPlan {
   Slots<2 * Kept::BYTES, 1> kept;        // queries, gradients of out
   Slots<2 * Passing::BYTES, 2> passing;  // keys, values
 };
+
+static_assert(sizeof(QueryPlan<64>) == 100352 && sizeof(QueryPlan<128>) == 198656,
+              "the host asks for as much shared memory");
 
 template <class Plan>
 __device__ void queries_produce(Plan& plan, const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map,

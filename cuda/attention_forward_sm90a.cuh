@@ -24,6 +24,9 @@ struct ForwardPlan {
   Slots<Keys::BYTES, 2> keys, values;
 };
 
+static_assert(sizeof(ForwardPlan<64>) == 93184 && sizeof(ForwardPlan<128>) == 166912,
+              "the host asks for as much shared memory");
+
 template <class Plan>
 __device__ void forward_produce(Plan& plan, const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map,
                                 const AttentionParams& p) {
