@@ -198,6 +198,8 @@ struct Place {
   __device__ __forceinline__ void wait() const { barrier_wait(full(), at.round); }
   __device__ __forceinline__ void release() const { release(empty()); }
   static __device__ __forceinline__ void release(uint32_t empty) {
+    // Lanes may have read the slot themselves.
+    __syncwarp();
     if (threadIdx.x % WARP == 0) barrier_arrive(empty);
   }
 };
