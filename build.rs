@@ -6,7 +6,7 @@ use std::process::Command;
 use std::{env, fs};
 
 /// Sources and the virtual architecture each is compiled for.
-const KERNELS: [(&str, &str); 23] = [
+const KERNELS: [(&str, &str); 25] = [
     ("rows", "compute_80"),
     ("loss", "compute_80"),
     ("fused", "compute_80"),
@@ -30,6 +30,8 @@ const KERNELS: [(&str, &str); 23] = [
     ("gradient_sm90a", "compute_90a"),
     ("gradient_outputs_sm90a", "compute_90a"),
     ("products_sm90a", "compute_90a"),
+    ("attention_sm90a_bf16", "compute_90a"),
+    ("attention_sm90a_f16", "compute_90a"),
 ];
 
 fn main() {

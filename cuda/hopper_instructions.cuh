@@ -110,7 +110,8 @@ __device__ __forceinline__ void grow_registers() {
 // ---------------------------------------------------------------------------------------------------------
 
 // What cuTensorMapEncodeTiled fills on the host: here always a row-major matrix of half floats, boxes 64
-// columns wide and 64 rows high (96: half a tile of classes), 128-byte swizzle, zeros outside.
+// columns wide and 64 rows high (96: half a tile of classes), 128-byte swizzle, zeros outside; or, of four dimensions, the
+// heads of such matrices.
 struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
@@ -126,6 +127,21 @@ __device__ __forceinline__ void copy_box(uint32_t to, const TensorMap* map, int 
           to),
       "l"(map), "r"(barrier), "r"(column), "r"(row)
       : "memory");
+}
+// The same of one head of a (batch, time, heads, head_dim).
+__device__ __forceinline__ void copy_box_of_head(uint32_t to, const TensorMap* map, int column, int time, int head,
+                                                 int batch, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
+          to),
+      "l"(map), "r"(barrier), "r"(column), "r"(time), "r"(head), "r"(batch)
+      : "memory");
+}
+// Copies contiguous bytes, a multiple of 16 from a multiple of 16.
+__device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
 }
 // The same to both blocks of a cluster, at the same place, completing on the same barrier of each.
 __device__ __forceinline__ void copy_box_to_both(uint32_t to, const TensorMap* map, int column, int row,
@@ -150,13 +166,13 @@ __device__ __forceinline__ void wgmma_wait() {
 
 // Shared-memory descriptor of a wgmma operand made of swizzled 8 KiB boxes:
 //   bits  0-13  address / 16
-//   bits 16-29  leading offset / 16: from one box to the next along M or N if that is the contiguous
-//               dimension ("MN-major"); ignored, by convention 1, if K is
+//   bits 16-29  leading offset / 16: from one set of 64 columns to the next along M or N if that is the contiguous
+//               dimension ("MN-major"), which is one box unless boxes are stacked; ignored, by convention 1, if K is
 //   bits 32-45  stride offset / 16: between groups of eight 128-byte rows
 //   bits 62-63  1: 128-byte swizzle
-template <bool MN_MAJOR>
+template <bool MN_MAJOR, int COLUMNS = BOX_BYTES>
 __device__ __forceinline__ uint64_t operand(uint32_t address) {
-  constexpr uint64_t LEADING = MN_MAJOR ? BOX_BYTES / 16 : 1;
+  constexpr uint64_t LEADING = MN_MAJOR ? COLUMNS / 16 : 1;
   constexpr uint64_t STRIDE = 1024 / 16;
   return uint64_t(1) << 62 | STRIDE << 32 | LEADING << 16 | (address & 0x3FFFF) >> 4;
 }
@@ -174,6 +190,16 @@ constexpr uint64_t NEXT_M64 = BOX_BYTES / 16;
 // acc (64 x N, f32) = [ADD: acc +] A (64 x 16) B (16 x N). Thread t of the group holds, in acc[4 j + 2 q + e], row
 // t / 32 * 16 + t % 32 / 4 + 8 q and column 8 j + t % 4 * 2 + e. That the first of a product only writes acc must
 // show in the operands (IO "=f", not "+f"), or acc would occupy its registers for good.
+#define WGMMA_N64(TYPE, ADD, IO) \
+  asm volatile( \
+      "{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\n" \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE "\n{" \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31 " \
+      "}, %32, %33, add, 1, 1, %34, %35;\n}\n" \
+      : ACC8(IO, acc, 0), ACC8(IO, acc, 8), ACC8(IO, acc, 16), ACC8(IO, acc, 24) \
+      : "l"(a), "l"(b), "n"(int(MN_A)), "n"(int(MN_B)))
+
 #define WGMMA_N128(TYPE, ADD, IO) \
   asm volatile( \
       "{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\n" \
@@ -205,8 +231,12 @@ constexpr uint64_t NEXT_M64 = BOX_BYTES / 16;
 
 template <typename T, int N, bool MN_A, bool MN_B, bool ADD>
 __device__ __forceinline__ void wgmma(float* acc, uint64_t a, uint64_t b) {
-  static_assert(N == 128 || N == 192, "no wrapper for this width");
+  static_assert(N == 64 || N == 128 || N == 192, "no wrapper for this width");
   constexpr bool BF16 = !__is_same(T, __half);
+  if constexpr (N == 64 && BF16 && ADD) WGMMA_N64("bf16", "1", "+f");
+  if constexpr (N == 64 && BF16 && !ADD) WGMMA_N64("bf16", "0", "=f");
+  if constexpr (N == 64 && !BF16 && ADD) WGMMA_N64("f16", "1", "+f");
+  if constexpr (N == 64 && !BF16 && !ADD) WGMMA_N64("f16", "0", "=f");
   if constexpr (N == 128 && BF16 && ADD) WGMMA_N128("bf16", "1", "+f");
   if constexpr (N == 128 && BF16 && !ADD) WGMMA_N128("bf16", "0", "=f");
   if constexpr (N == 128 && !BF16 && ADD) WGMMA_N128("f16", "1", "+f");
@@ -215,6 +245,39 @@ __device__ __forceinline__ void wgmma(float* acc, uint64_t a, uint64_t b) {
   if constexpr (N == 192 && BF16 && !ADD) WGMMA_N192("bf16", "0", "=f");
   if constexpr (N == 192 && !BF16 && ADD) WGMMA_N192("f16", "1", "+f");
   if constexpr (N == 192 && !BF16 && !ADD) WGMMA_N192("f16", "0", "=f");
+}
+
+// acc += A B with A in registers: words 0 to 3 hold rows r, r + 8, r, r + 8 of columns c, c, c + 8, c + 8, two columns
+// each, where r and c are the row and column of acc[0]. So pairs of an accumulator, rounded, are a left operand.
+#define WGMMA_REGISTERS_N64(TYPE) \
+  asm volatile( \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE "\n{" \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31 " \
+      "}, {%32, %33, %34, %35}, %36, 1, 1, 1, %37;\n" \
+      : ACC8("+f", acc, 0), ACC8("+f", acc, 8), ACC8("+f", acc, 16), ACC8("+f", acc, 24) \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(MN_B)))
+
+#define WGMMA_REGISTERS_N128(TYPE) \
+  asm volatile( \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE "\n{" \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63 " \
+      "}, {%64, %65, %66, %67}, %68, 1, 1, 1, %69;\n" \
+      : ACC8("+f", acc, 0), ACC8("+f", acc, 8), ACC8("+f", acc, 16), ACC8("+f", acc, 24), \
+        ACC8("+f", acc, 32), ACC8("+f", acc, 40), ACC8("+f", acc, 48), ACC8("+f", acc, 56) \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(MN_B)))
+
+template <typename T, int N, bool MN_B>
+__device__ __forceinline__ void wgmma_registers(float* acc, const uint32_t* a, uint64_t b) {
+  static_assert(N == 64 || N == 128, "no wrapper for this width");
+  constexpr bool BF16 = !__is_same(T, __half);
+  if constexpr (N == 64 && BF16) WGMMA_REGISTERS_N64("bf16");
+  if constexpr (N == 64 && !BF16) WGMMA_REGISTERS_N64("f16");
+  if constexpr (N == 128 && BF16) WGMMA_REGISTERS_N128("bf16");
+  if constexpr (N == 128 && !BF16) WGMMA_REGISTERS_N128("f16");
 }
 
 }  // namespace hopper

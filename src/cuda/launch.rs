@@ -70,6 +70,10 @@ modules! {
     #[cfg(feature = "models")]
     ATTENTION_F32 = "attention_f32";
     #[cfg(feature = "models")]
+    ATTENTION_SM90A_BF16 = "attention_sm90a_bf16";
+    #[cfg(feature = "models")]
+    ATTENTION_SM90A_F16 = "attention_sm90a_f16";
+    #[cfg(feature = "models")]
     GATED = "gated";
     #[cfg(feature = "models")]
     RMS_NORM = "rms_norm";
@@ -148,15 +152,18 @@ impl Gpu {
     }
 
     /// Launches a kernel of the copy engine on the maps of its operands and its parameters.
-    pub fn launch_on_maps<P: DeviceRepr>(
+    pub fn launch_on_maps<P: DeviceRepr, const N: usize>(
         &self,
         kernel: &Kernel,
-        maps: [&TensorMap; 2],
+        maps: [&TensorMap; N],
         params: &P,
     ) -> Result<()> {
         let (func, config) = self.prepare(kernel)?;
         let mut builder = self.stream.launch_builder(&func);
-        builder.arg(maps[0]).arg(maps[1]).arg(params);
+        for map in maps {
+            builder.arg(map);
+        }
+        builder.arg(params);
         // SAFETY: as in `launch`; the maps are of buffers that the caller keeps too.
         unsafe { builder.launch(config) }.w()?;
         Ok(())

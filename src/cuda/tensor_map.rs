@@ -8,8 +8,8 @@ use cudarc::driver::sys::{
 use cudarc::driver::DeviceRepr;
 use std::mem::MaybeUninit;
 
-/// Where the copy engine finds a row-major matrix of half-precision numbers, and what boxes it copies: 64
-/// columns wide, zeros outside, swizzled by 128 bytes.
+/// Where the copy engine finds a row-major matrix of half-precision numbers, or the heads of a tensor, and what boxes it
+/// copies: 64 columns wide, zeros outside, swizzled by 128 bytes.
 #[repr(transparent)]
 #[derive(Debug)]
 pub(super) struct TensorMap(CUtensorMap);
@@ -29,25 +29,61 @@ impl TensorMap {
         stride: usize,
         box_rows: usize,
     ) -> Result<Self> {
+        Self::encode(
+            address,
+            dtype,
+            &[columns as u64, rows as u64],
+            &[stride as u64],
+            &[64, box_rows as u32],
+        )
+    }
+
+    /// The heads of a tensor `(batch, time, heads, head_dim)`, `strides` numbers apart but for the last dimension, in boxes
+    /// of 64 positions of a head.
+    ///
+    /// # Errors
+    /// As [`TensorMap::new`].
+    #[cfg(feature = "models")]
+    pub fn of_heads(
+        address: u64,
+        dtype: DType,
+        [batch, time, heads, head_dim]: [u32; 4],
+        [of_batch, of_time, of_heads]: [i64; 3],
+    ) -> Result<Self> {
+        Self::encode(
+            address,
+            dtype,
+            &[head_dim, time, heads, batch].map(u64::from),
+            &[of_time, of_heads, of_batch].map(|stride| stride as u64),
+            &[64, 64, 1, 1],
+        )
+    }
+
+    /// All dimensions from the last, which is contiguous, to the first; strides in numbers.
+    fn encode(
+        address: u64,
+        dtype: DType,
+        dims: &[u64],
+        strides: &[u64],
+        boxes: &[u32],
+    ) -> Result<Self> {
         let number = match dtype {
             DType::BF16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
             DType::F16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
             dtype => bail!("no tensor maps for {dtype:?}"),
         };
         let mut map = MaybeUninit::<CUtensorMap>::uninit();
-        let dims = [columns as u64, rows as u64];
-        let strides = [stride as u64 * 2];
-        let boxes = [64, box_rows as u32];
-        let steps = [1u32, 1];
-        // SAFETY: every pointer is to as many numbers as rank 2 asks for, and outlives the call.
+        let bytes: Vec<u64> = strides.iter().map(|stride| stride * 2).collect();
+        let steps = [1u32; 5];
+        // SAFETY: every pointer is to at least as many numbers as the rank asks for, and outlives the call.
         let result = unsafe {
             cuTensorMapEncodeTiled(
                 map.as_mut_ptr(),
                 number,
-                2,
+                dims.len() as u32,
                 address as *mut std::ffi::c_void,
                 dims.as_ptr(),
-                strides.as_ptr(),
+                bytes.as_ptr(),
                 boxes.as_ptr(),
                 steps.as_ptr(),
                 CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -57,7 +93,9 @@ impl TensorMap {
             )
         };
         if let Err(error) = result.result() {
-            bail!("cannot map a {dtype:?} matrix ({rows}, {columns}) at {address:#x}, {stride} numbers a row: {error}")
+            bail!(
+                "cannot map {dtype:?} numbers {dims:?} at {address:#x}, {strides:?} apart: {error}"
+            )
         }
         // SAFETY: the driver has filled it.
         Ok(Self(unsafe { map.assume_init() }))

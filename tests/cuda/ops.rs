@@ -66,8 +66,9 @@ fn attention_of_many_tiles_agrees_with_the_cpu() -> Result<()> {
                 batch: 2,
                 queries: 1000,
                 keys: 1000,
-                heads: 8,
-                key_heads: 2,
+                // More tiles of queries and of keys than an H200 has multiprocessors.
+                heads: 20,
+                key_heads: 10,
                 head_dim,
                 options: AttentionOptions {
                     causal: true,
@@ -150,8 +151,8 @@ fn attention_of_a_long_sequence_takes_no_memory_for_scores() -> Result<()> {
         for (d, got) in out[row].iter().enumerate() {
             let terms = weights.iter().zip(&v).map(|(weight, v)| weight * v[d]);
             let want = terms.clone().sum::<f64>() / sum;
-            // Every weight is rounded to bf16 before the product, and the result after it.
-            let allowed = 2f64.powi(-8) * terms.map(f64::abs).sum::<f64>() / sum;
+            // Every weight is rounded to bf16 before the product, and the result after it: by 2^-8 at most, each.
+            let allowed = 2f64.powi(-7) * terms.map(f64::abs).sum::<f64>() / sum;
             assert!(
                 (got - want).abs() <= allowed,
                 "row {row}: {got}, want {want} within {allowed}"
