@@ -1,6 +1,6 @@
 //! The place of the loss in Candle's graph.
 
-use crate::common::reference::{Reduced, Reference, Upstream};
+use crate::common::reference::{Reduced, Reference};
 use crate::common::{exact, gradients_close, norm, numbers, weighted, Case, Random, Tensors};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -19,50 +19,6 @@ fn run(tensors: &Tensors, options: &Options) -> Result<Output> {
 
 fn bits(tensor: &Tensor) -> Result<Vec<u64>> {
     Ok(numbers(tensor)?.into_iter().map(f64::to_bits).collect())
-}
-
-/// A loss in f64 from the f64 reference, after a change of one input.
-fn reference_loss(case: &Case, upstream: &Upstream, change: impl Fn(&mut Case)) -> f64 {
-    let mut case = case.clone();
-    change(&mut case);
-    let reference = Reference::new(case.inputs);
-    let dot = |values: &[f64], weights: &Option<Vec<f64>>| -> f64 {
-        let Some(weights) = weights else { return 0. };
-        values.iter().zip(weights).map(|(v, w)| v * w).sum()
-    };
-    dot(&reference.loss, &upstream.loss) + dot(&reference.lse, &upstream.lse)
-}
-
-#[test]
-fn the_reference_agrees_with_finite_differences() {
-    for (seed, reduction) in [(1, Reduced::Mean), (2, Reduced::Sum), (3, Reduced::None)] {
-        let mut case = Case::random(seed, DType::F64, &[2, 4], 5, 7)
-            .with_bias(seed)
-            .with_ignored(seed);
-        case.inputs.softcap = Some(2.);
-        case.inputs.shift = 1;
-        case.inputs.reduction = reduction;
-        let upstream = case.upstream(seed, true, true);
-        let want = Reference::new(case.inputs.clone()).gradients(&upstream, 0.);
-        let step = 1e-5;
-        let difference = |change: &dyn Fn(&mut Case, f64)| {
-            let up = reference_loss(&case, &upstream, |c| change(c, step));
-            let down = reference_loss(&case, &upstream, |c| change(c, -step));
-            (up - down) / (2. * step)
-        };
-        for (i, want) in want.embeddings.value.iter().enumerate() {
-            let got = difference(&|c, step| c.inputs.embeddings[i] += step);
-            assert!((got - want).abs() < 1e-8, "dE[{i}] = {got}, want {want}");
-        }
-        for (i, want) in want.classifier.value.iter().enumerate() {
-            let got = difference(&|c, step| c.inputs.classifier[i] += step);
-            assert!((got - want).abs() < 1e-8, "dC[{i}] = {got}, want {want}");
-        }
-        for (i, want) in want.bias.value.iter().enumerate() {
-            let got = difference(&|c, step| c.inputs.bias.as_mut().unwrap()[i] += step);
-            assert!((got - want).abs() < 1e-8, "db[{i}] = {got}, want {want}");
-        }
-    }
 }
 
 #[test]

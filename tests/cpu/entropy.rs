@@ -1,9 +1,9 @@
 //! The entropy and the predicted class of each position.
 
 use crate::common::reference::{Reduced, Upstream};
-use crate::common::{check, exact, numbers, weighted, Case};
+use crate::common::{check, close, exact, numbers, weighted, Case};
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_cut_cross_entropy::objectives::accuracy;
+use candle_cut_cross_entropy::objectives::{accuracy, grpo_loss, GrpoOptions};
 use candle_cut_cross_entropy::{
     linear_cross_entropy, Entropy, Filter, Implementation, Options, Output, Strategy,
 };
@@ -284,5 +284,31 @@ fn a_nan_is_in_the_entropy_of_its_row() -> Result<()> {
         assert_eq!([0, 1, 2].map(|i| entropy[i].is_nan()), [false, true, false]);
         assert!(predicted(&output)?.iter().all(|class| *class < 600));
     }
+    Ok(())
+}
+
+/// The entropy bonus of an objective: the gradient of the mean entropy, by its weight.
+#[test]
+fn an_entropy_bonus_has_its_gradient() -> Result<()> {
+    let mut case = Case::random(55, DType::F32, &[2, 6], 8, 60);
+    case.inputs.reduction = Reduced::None;
+    case.entropy = Entropy::Differentiable;
+    let tensors = case.tensors(&Device::Cpu)?;
+    let options = case.options(exact(), &tensors);
+    let (e, c) = (&tensors.embeddings, &tensors.classifier);
+    let output = linear_cross_entropy(e, c, &tensors.targets, &options)?;
+    let (log_probs, entropy) = (output.loss.neg()?, output.entropy.expect("asked for"));
+    let advantages = Tensor::new(&[1f32, -0.5], &Device::Cpu)?;
+    let loss = |options: &GrpoOptions| {
+        let old = log_probs.detach();
+        grpo_loss(&log_probs, &old, &advantages, None, options)
+    };
+    let of = |loss: Tensor| numbers(loss.backward()?.get(c).expect("a gradient"));
+    let with = of(loss(&GrpoOptions::default().entropy(&entropy, 0.1))?)?;
+    let without = of(loss(&GrpoOptions::default())?)?;
+    let bonus = of((entropy.mean_all()? * 0.1)?)?;
+    let want: Vec<f64> = without.iter().zip(&bonus).map(|(a, b)| a - b).collect();
+    close("dC", &with, &want, 1e-6, 1.).unwrap();
+    assert!(bonus.iter().any(|g| g.abs() > 1e-3));
     Ok(())
 }
