@@ -173,7 +173,7 @@ struct Slots {
   __device__ void init(int groups) {
     for (int i = 0; i < SLOTS; ++i) {
       barrier_init(shared_address(&full[i]), 1);
-      barrier_init(shared_address(&empty[i]), groups * GROUP / WARP);
+      barrier_init(shared_address(&empty[i]), groups * GROUP);
     }
   }
 };
@@ -198,9 +198,9 @@ struct Place {
   __device__ __forceinline__ void wait() const { barrier_wait(full(), at.round); }
   __device__ __forceinline__ void release() const { release(empty()); }
   static __device__ __forceinline__ void release(uint32_t empty) {
-    // Lanes may have read the slot themselves.
+    // Every thread for itself: threads read parts of a slot without the tensor cores.
     __syncwarp();
-    if (threadIdx.x % WARP == 0) barrier_arrive(empty);
+    barrier_arrive(empty);
   }
 };
 

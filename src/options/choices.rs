@@ -110,8 +110,8 @@ pub enum Strategy {
     ///
     /// This is `Recompute`, and [`Output::strategy`](crate::Output::strategy) says so, where it cannot be done: with
     /// reduction none, with a workspace too small for a block of rows with all classes, in Candle tensor operations, in CUDA
-    /// kernels other than those for bf16 on compute capability 9.0, on a shard of the classes, and where no gradient is
-    /// wanted.
+    /// kernels other than those for bf16 on compute capability 9.0, there also with weights of classes or tokens and a filter that
+    /// averages, on a shard of the classes, with an entropy that is differentiated on CUDA, and where no gradient is wanted.
     ///
     /// For any other upstream gradient (of lse or the entropy; on the CPU, for f16 a loss scale) or a second backward the
     /// gradients are computed anew: 6 products, so choose `Recompute` there. A

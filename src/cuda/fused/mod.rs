@@ -61,8 +61,13 @@ pub(super) fn plan(
     if !(pays && runs) {
         return None;
     }
+    let averaging = filter.is_some_and(|filter| !filter.drop);
+    // The rows that tiles are averaged by have their factors in them here: a weight would be one, of any sign.
+    if averaging && loss.terms.of_positions != 0 {
+        return None;
+    }
     let forming = Forming {
-        averaging: filter.is_some_and(|filter| !filter.drop),
+        averaging,
         asked,
         outputs: loss.more(),
     };
