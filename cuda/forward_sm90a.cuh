@@ -133,12 +133,12 @@ __device__ __forceinline__ float rescale(float max, float base) {
 
 // The exponent of a term, which is finite where the term is 0.
 __device__ __forceinline__ float exponent(float logit, float base) {
-  return fmaxf(fmaf(logit, LOG2E, -base), LEAST_EXPONENT);
+  return fmaxf(fmaf(logit, LOG2E, -base), LEAST_LOG2);
 }
 
 // What the terms' exponents change by when a sum relative to `max` is made relative to `base`.
 __device__ __forceinline__ float exponent_change(float max, float base) {
-  return fmaxf(__fadd_rn(base2(max), -base), LEAST_EXPONENT);
+  return fmaxf(__fadd_rn(base2(max), -base), LEAST_LOG2);
 }
 
 // The few threads that hold a target's logit: keep it, count it, and take it out of the tile, so that the

@@ -209,7 +209,7 @@ __device__ __forceinline__ void write_gradient(float (&z)[2][TILE_N / 2], const 
           const float logit = z[s / 2][4 * (first + i) + 2 * (s % 2) + e];
           const float log2_p = fmaf(logit - max, LOG2E, -log2_sum);
           float factor = p_scale;
-          if constexpr (ENTROPY) factor = fmaf(log2_scale, fmaxf(log2_p, LEAST_EXPONENT), factor);
+          if constexpr (ENTROPY) factor = fmaf(log2_scale, fmaxf(log2_p, LEAST_LOG2), factor);
           g[e] = factor * exp2_fast(log2_p);
           if (target == column) g[e] -= target_scale;
           if (capped) {
@@ -262,7 +262,7 @@ __device__ __forceinline__ void write_probabilities(float (&z)[2][TILE_N / 2], c
           if (!counts || first_class + column + lane_column >= p.vocab) g[e] = 0.0f;
           if (target == column) p.target_logit[row] = logit, g[e] = 0.0f;
           if constexpr (OUTPUTS) {
-            weighted = fmaf(g[e], fmaxf(log2_g, LEAST_EXPONENT), weighted);
+            weighted = fmaf(g[e], fmaxf(log2_g, LEAST_LOG2), weighted);
             const bool others = first_class + column + lane_column < p.vocab && target != column;
             if (others && logit > best_logit) best_logit = logit, best = first_class + column + lane_column;
           }

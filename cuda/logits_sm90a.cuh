@@ -18,7 +18,7 @@ __device__ __forceinline__ void stage_bias(float (&to)[N], const T* bias, int gr
 constexpr float LARGE_CAP = 64.0f;
 
 // The lowest exponent that an exponential is multiplied by: 2^ of it is 0, and it is finite.
-constexpr float LEAST_EXPONENT = -200.0f;
+constexpr float LEAST_LOG2 = -200.0f;
 
 // Adds the bias (null: none), multiplies by the scale and applies the softcap (<= 0: none).
 template <int R>

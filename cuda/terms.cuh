@@ -1,5 +1,6 @@
 // What the loss of a row is made of.
 #pragma once
+#include "common.cuh"
 
 // The factors of a row's nll, of its lse and of the square of its lse.
 struct Terms {

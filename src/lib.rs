@@ -51,6 +51,7 @@
 mod backward;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod devices;
 mod layer;
 mod loss;
 mod matrices;

@@ -8,7 +8,7 @@ use crate::{Entropy, Implementation, Options, Reduction, Strategy};
 use candle_core::{Result, Tensor};
 use std::sync::Arc;
 
-/// What [`linear_cross_entropy`] returns. Both tensors are f32 and differentiable.
+/// What [`linear_cross_entropy`] returns. `loss` and `lse` are f32 and differentiable.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor, Var};
@@ -80,12 +80,13 @@ impl Output {
 /// Products accumulate in f32 (f64 for f64 inputs). The gradients of the embeddings, the classifier
 /// and the bias have their argument's dtype and shape, and one that is not tracked costs nothing.
 /// Targets in i32 cost a wait for a GPU where Candle has to copy or cast them: not contiguous ones, and
-/// with a z-loss, or in [`objectives`](crate::objectives).
+/// with a z-loss, label smoothing, weights of classes or tokens, or in [`objectives`](crate::objectives).
 /// [`backward`](crate::backward()) saves memory over `loss.backward()` where the classifier is a `Var`.
 ///
 /// # Errors
-/// Shapes, dtypes or devices that do not match, an empty dimension, a `shift` that reaches beyond the
-/// sequence, a softcap, z-loss weight or filter threshold out of range, a target outside `[0, V)` that is not the
+/// Shapes, dtypes or devices that do not match, those of weights too, an empty dimension, a `shift` that reaches beyond the
+/// sequence, a softcap, `logit_scale`, label smoothing, z-loss weight or filter threshold out of range, label smoothing
+/// together with a softcap, a target outside `[0, V)` that is not the
 /// `ignore_index` (see [`Options::check_targets`]).
 ///
 /// # Example
@@ -113,7 +114,7 @@ pub fn linear_cross_entropy(
     options: &Options,
 ) -> Result<Output> {
     let (problem, matrices) = Problem::new(embeddings, classifier, targets, options)?;
-    let applied = apply(&problem, matrices.as_ref(), options.label_smoothing)?;
+    let applied = apply(&problem, matrices.as_ref())?;
     let loss = match options.reduction {
         Reduction::None => applied.losses.reshape(problem.shape.as_slice())?,
         Reduction::Mean | Reduction::Sum => applied.loss.reshape(())?,

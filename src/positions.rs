@@ -23,6 +23,18 @@ impl PositionMap {
         self.batch * self.time
     }
 
+    /// A number a row of the embeddings of numbers of positions: 0 for a row without one.
+    pub fn to_rows(self, values: &Tensor) -> Result<Tensor> {
+        let values = values.reshape((self.batch, self.time - self.shift))?;
+        values.pad_with_zeros(1, 0, self.shift)?.flatten_all()
+    }
+
+    /// The numbers of the rows that have a position.
+    pub fn of_rows(self, values: &Tensor) -> Result<Tensor> {
+        let values = values.reshape((self.batch, self.time))?;
+        values.narrow(1, 0, self.time - self.shift)?.flatten_all()
+    }
+
     /// The row of the embeddings that makes this prediction; its target is `shift` further on.
     pub fn row(&self, position: usize) -> usize {
         let steps = self.time - self.shift;

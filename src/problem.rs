@@ -1,5 +1,6 @@
 //! A validated call: what every implementation is given.
 
+use crate::devices::same_device;
 use crate::matrices::Matrices;
 use crate::positions::{copyable, pick_positions, PositionMap};
 use crate::terms::{Terms, Weights};
@@ -16,6 +17,8 @@ pub(crate) struct Settings {
     pub logit_scale: f64,
     /// Of every position, where the problem has no weights.
     pub terms: Terms,
+    /// The share of the uniform distribution in the targets.
+    pub label_smoothing: f64,
     pub entropy: Entropy,
     pub predicted: bool,
     pub filter_embeddings: Option<f64>,
@@ -110,9 +113,9 @@ impl Problem {
                     tensor.dtype()
                 )
             }
-            same_device(name, tensor, embeddings)?;
+            same_device(name, tensor, "embeddings", embeddings)?;
         }
-        same_device("targets", targets, embeddings)?;
+        same_device("targets", targets, "embeddings", embeddings)?;
         if let Some(shard) = &options.vocab_parallel {
             shard.validate(vocab)?;
         }
@@ -162,6 +165,7 @@ impl Problem {
                 ignore_index: options.ignore_index,
                 reduction: options.reduction,
                 terms: Terms::new(options),
+                label_smoothing: options.label_smoothing,
                 entropy: options.entropy,
                 predicted: options.predicted,
                 filter_embeddings: threshold(options.filter_embeddings)?,
@@ -264,17 +268,6 @@ impl Problem {
         }
         Ok(())
     }
-}
-
-fn same_device(name: &str, tensor: &Tensor, embeddings: &Tensor) -> Result<()> {
-    if !tensor.device().same_device(embeddings.device()) {
-        bail!(
-            "{name} must be on the device of embeddings, {:?}, got {:?}",
-            embeddings.device().location(),
-            tensor.device().location()
-        )
-    }
-    Ok(())
 }
 
 /// Whether the filters drop what they do not keep.

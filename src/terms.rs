@@ -1,5 +1,6 @@
 //! What the loss of a position is made of: its nll, its lse and the square of its lse, each with a factor.
 
+use crate::devices::same_device;
 use crate::objectives::counted;
 use crate::op::contract::accumulator;
 use crate::positions::{to_i64, PositionMap};
@@ -101,9 +102,10 @@ impl Weights {
                 of_positions(&weights.detach().to_dtype(dtype)?)?
             }
         };
-        // Whatever stands where a position does not count.
         let counts = counted(targets, options)?.flatten_all()?;
-        let tokens = counts.where_cond(&tokens, &tokens.zeros_like()?)?;
+        // 0 where a position does not count, whatever the weights hold there.
+        let masked = |values: Tensor| counts.where_cond(&values, &values.zeros_like()?);
+        let tokens = masked(tokens)?;
         let (of_class, mean, of_classes) = match &options.class_weights {
             None => (ones()?, None, None),
             Some(weights) => {
@@ -131,11 +133,13 @@ impl Weights {
                 (of_class, Some(mean), Some(weights))
             }
         };
-        let whole = (&tokens * &of_class)?;
+        let whole = masked((&tokens * &of_class)?)?;
         let smoothing = options.label_smoothing;
         let smoothed = match mean {
+            // The weights of classes that are no targets do not matter then.
+            _ if smoothing == 0. => tokens.zeros_like()?,
             None => (&tokens * smoothing)?,
-            Some(mean) => (tokens.broadcast_mul(&mean)? * smoothing)?,
+            Some(mean) => masked((tokens.broadcast_mul(&mean)? * smoothing)?)?,
         };
         let terms = [
             (&whole * (1. - smoothing))?,
@@ -173,12 +177,5 @@ fn check(name: &str, weights: &Tensor, targets: &Tensor) -> Result<()> {
     if !weights.dtype().is_float() {
         bail!("{name} must be of a float dtype, got {:?}", weights.dtype())
     }
-    if !weights.device().same_device(targets.device()) {
-        bail!(
-            "{name} must be on the device of targets, {:?}, got {:?}",
-            targets.device().location(),
-            weights.device().location()
-        )
-    }
-    Ok(())
+    same_device(name, weights, "targets", targets)
 }

@@ -49,15 +49,11 @@ pub(crate) struct Applied {
 }
 
 /// Makes the loss part of the graph.
-pub(crate) fn apply(
-    problem: &Problem,
-    matrices: Matrices<&Tensor>,
-    label_smoothing: f64,
-) -> Result<Applied> {
+pub(crate) fn apply(problem: &Problem, matrices: Matrices<&Tensor>) -> Result<Applied> {
     let kept = Arc::new(KeptTiles::default());
     let layout = Packed::of(problem);
     let detached = matrices.detach();
-    let smoothing = Smoothing::new(problem, detached.as_ref(), label_smoothing)?.map(Arc::new);
+    let smoothing = Smoothing::new(problem, detached.as_ref())?.map(Arc::new);
     let added = Added {
         shard: problem.settings.vocab_parallel.clone(),
         smoothing: smoothing.clone(),

@@ -2,24 +2,31 @@
 //! operations on blocks of rows.
 
 use super::contract::accumulator;
-use candle_core::{bail, DType, Result, Tensor, D};
+use crate::problem::Problem;
+use crate::Implementation;
+use candle_core::{bail, Result, Tensor, D};
 
-/// Numbers of a block of rows, at most. Up to four blocks of its size are in memory at once, outside of an
-/// implementation's own forward and backward.
-const NUMBERS_AT_ONCE: usize = 1 << 22;
+/// Bytes in use at most, outside of an implementation's own forward and backward.
+const WORKSPACE: usize = 64 << 20;
+/// Blocks of rows that are in memory at once.
+const BLOCKS: usize = 4;
 
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Passes {
     numbers_at_once: usize,
+    /// Whether kernels may run.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    kernels: bool,
 }
 
 impl Passes {
-    /// For matrices of this dtype, within the workspace where one is asked for.
-    pub fn new(workspace: Option<usize>, dtype: DType) -> Self {
-        let bytes = 4 * accumulator(dtype).size_in_bytes();
-        let numbers = |all: usize| NUMBERS_AT_ONCE.min(all / bytes);
+    /// Within the workspace of the call.
+    pub fn new(problem: &Problem) -> Self {
+        let bytes = BLOCKS * accumulator(problem.dtype).size_in_bytes();
+        let workspace = problem.settings.workspace.unwrap_or(WORKSPACE);
         Self {
-            numbers_at_once: workspace.map_or(NUMBERS_AT_ONCE, numbers),
+            numbers_at_once: workspace.min(WORKSPACE) / bytes,
+            kernels: problem.settings.implementation != Implementation::Native,
         }
     }
 
@@ -31,8 +38,10 @@ impl Passes {
         counts: Option<&Tensor>,
     ) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
-        if let Some(sum) = crate::cuda::smoothing::weighted_sum(matrix, weights, counts)? {
-            return Ok(sum);
+        if self.kernels {
+            if let Some(sum) = crate::cuda::smoothing::weighted_sum(matrix, weights, counts)? {
+                return Ok(sum);
+            }
         }
         let mut sum: Option<Tensor> = None;
         for block in self.blocks(matrix)? {
@@ -53,8 +62,10 @@ impl Passes {
     /// The products of the rows of a matrix with a vector.
     pub fn dots(self, matrix: &Tensor, vector: &Tensor) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
-        if let Some(dots) = crate::cuda::smoothing::dots(matrix, vector)? {
-            return Ok(dots);
+        if self.kernels {
+            if let Some(dots) = crate::cuda::smoothing::dots(matrix, vector)? {
+                return Ok(dots);
+            }
         }
         let vector = vector.unsqueeze(1)?;
         let products = self
@@ -73,7 +84,7 @@ impl Passes {
         counts: Option<&Tensor>,
     ) -> Result<()> {
         #[cfg(feature = "cuda")]
-        if crate::cuda::smoothing::add_outer(matrix, left, right, counts)? {
+        if self.kernels && crate::cuda::smoothing::add_outer(matrix, left, right, counts)? {
             return Ok(());
         }
         let right = right.unsqueeze(0)?;

@@ -10,6 +10,7 @@ use super::packed::Packed;
 use super::passes::Passes;
 use crate::matrices::Matrices;
 use crate::objectives::counted;
+use crate::positions::PositionMap;
 use crate::problem::Problem;
 use crate::Reduction;
 use candle_core::{DType, Result, Tensor};
@@ -17,8 +18,9 @@ use candle_core::{DType, Result, Tensor};
 pub(super) struct Smoothing {
     /// `(positions)`: `-f_i` times the scale of the logits, 0 where the position does not count.
     factors: Tensor,
-    /// `(rows of E)`, u8: whether the row counts.
+    /// `(rows of E)` and `(positions)`, u8: whether the row or the position counts.
     counts: Tensor,
+    counted: Tensor,
     /// What the reduced loss multiplies the sum of the losses by: one number.
     share: Tensor,
     /// `(V)`: the class weights here, or ones.
@@ -29,37 +31,13 @@ pub(super) struct Smoothing {
     /// What is added to the losses, `(positions)`, and to the reduced loss, `(1)`: f32.
     pub losses: Tensor,
     pub loss: Tensor,
-    rows: Rows,
-}
-
-/// How positions lie among the rows of the embeddings.
-#[derive(Clone, Copy)]
-struct Rows {
-    batch: usize,
-    time: usize,
-    shift: usize,
-}
-
-impl Rows {
-    /// A number a row of numbers of positions; 0 for a row without a position.
-    fn of_positions(self, values: &Tensor) -> Result<Tensor> {
-        let values = values.reshape((self.batch, self.time - self.shift))?;
-        values.pad_with_zeros(1, 0, self.shift)?.flatten_all()
-    }
-
-    fn to_positions(self, values: &Tensor) -> Result<Tensor> {
-        let values = values.reshape((self.batch, self.time))?;
-        values.narrow(1, 0, self.time - self.shift)?.flatten_all()
-    }
+    positions: PositionMap,
 }
 
 impl Smoothing {
     /// `None` where there is none. On a shard of the classes this calls the other ranks.
-    pub fn new(
-        problem: &Problem,
-        matrices: Matrices<&Tensor>,
-        smoothing: f64,
-    ) -> Result<Option<Self>> {
+    pub fn new(problem: &Problem, matrices: Matrices<&Tensor>) -> Result<Option<Self>> {
+        let smoothing = problem.settings.label_smoothing;
         if smoothing == 0. {
             return Ok(None);
         }
@@ -71,11 +49,6 @@ impl Smoothing {
         let device = embeddings.device();
         let acc = accumulator(problem.dtype);
         let positions = problem.positions;
-        let rows = Rows {
-            batch: positions.batch,
-            time: positions.time,
-            shift: positions.shift,
-        };
         let shard = problem.settings.vocab_parallel.as_ref();
         let here = classifier.dim(0)?;
         let of_classes = problem.weights.as_ref().and_then(|w| w.classes.as_ref());
@@ -102,9 +75,9 @@ impl Smoothing {
             (Reduction::Mean, Some(weights)) => inverse(&weights.total)?,
             _ => Tensor::ones(1, acc, device)?,
         };
-        let passes = Passes::new(problem.settings.workspace, problem.dtype);
+        let passes = Passes::new(problem);
         let sum = passes.weighted_sum(classifier, &weights, None)?;
-        let mut products = rows.to_positions(&passes.dots(embeddings, &sum)?)?;
+        let mut products = positions.of_rows(&passes.dots(embeddings, &sum)?)?;
         if let Some(bias) = bias {
             let of_bias = (bias.to_dtype(acc)? * &weights)?.sum_all()?;
             products = products.broadcast_add(&of_bias)?;
@@ -116,12 +89,13 @@ impl Smoothing {
         Ok(Some(Self {
             loss: (losses.sum_all()?.reshape(1)? * &share)?.to_dtype(DType::F32)?,
             losses: losses.to_dtype(DType::F32)?,
-            counts: rows.of_positions(&counts)?,
+            counts: positions.to_rows(&counts)?,
+            counted: counts,
             factors,
             share,
             weights,
             sum,
-            rows,
+            positions,
             passes,
         }))
     }
@@ -144,7 +118,11 @@ impl Smoothing {
             let of_losses = upstream.narrow(0, losses.start, losses.len())?;
             (of_losses.broadcast_add(&of_loss)? * &self.factors)?
         };
-        let of_rows = self.rows.of_positions(&of_losses)?;
+        // Whatever the upstream gradient of a position that does not count.
+        let of_losses = self
+            .counted
+            .where_cond(&of_losses, &of_losses.zeros_like()?)?;
+        let of_rows = self.positions.to_rows(&of_losses)?;
         if let Some(gradient) = &gradients.embeddings {
             let counts = Some(&self.counts);
             self.passes

@@ -175,7 +175,7 @@ impl Options {
     }
 
     /// Whether [`Output::predicted`](crate::Output::predicted), the likeliest class of each position, is computed. On a shard
-    /// of the classes it is the likeliest of all ranks', of at most 2^24 classes where inputs are not f64. Default: false.
+    /// of the classes it is the likeliest of all ranks'. Default: false.
     pub fn predicted(mut self, predicted: bool) -> Self {
         self.predicted = predicted;
         self

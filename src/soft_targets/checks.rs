@@ -1,5 +1,6 @@
 //! Checks that the divergences share.
 
+use crate::devices::same_device;
 use crate::Options;
 use candle_core::{bail, DType, Result, Tensor};
 
@@ -42,18 +43,5 @@ pub(super) fn classes(classes: &Tensor, embeddings: &Tensor) -> Result<()> {
     if !matches!(classes.dtype(), DType::U32 | DType::I64 | DType::I32) {
         bail!("classes must be u32, i64 or i32, got {:?}", classes.dtype())
     }
-    same_device("classes", classes, embeddings)
-}
-
-/// # Errors
-/// Two devices.
-pub(super) fn same_device(name: &str, tensor: &Tensor, embeddings: &Tensor) -> Result<()> {
-    if !tensor.device().same_device(embeddings.device()) {
-        bail!(
-            "{name} must be on the device of embeddings, {:?}, got {:?}",
-            embeddings.device().location(),
-            tensor.device().location()
-        )
-    }
-    Ok(())
+    same_device("classes", classes, "embeddings", embeddings)
 }

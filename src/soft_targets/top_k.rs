@@ -2,6 +2,7 @@
 
 use super::checks;
 use super::class_logits;
+use crate::devices::same_device;
 use crate::objectives::counted;
 use crate::op::contract::accumulator;
 use crate::op::graph::apply;
@@ -106,7 +107,7 @@ impl TopK {
             )
         }
         checks::classes(classes, embeddings)?;
-        checks::same_device("probabilities", probabilities, embeddings)?;
+        same_device("probabilities", probabilities, "embeddings", embeddings)?;
         checks::temperature(self.temperature)
     }
 
@@ -148,7 +149,7 @@ impl TopK {
 ///   from. With [`Rest::OneClass`] the filter is off, for the gradient of the others' probability lies in classes that
 ///   it would not keep; else gradients of the reductions mean and sum are formed in the forward where those of a loss are.
 /// - The gradients of classifier and bias come in two parts, of the lse and of the named classes, which are added up: of the
-///   classifier's size there are three tensors for a moment.
+///   classifier's size there are three tensors for a moment, one of them in f32 elsewhere than on the CPU.
 /// - The temperature is that of [`TopK::temperature`]. The loss is not multiplied by its square, as in TRL; who wants
 ///   gradients of the same size at every temperature, as Hinton et al. do, multiplies it: `(loss * (t * t))?`.
 ///
@@ -194,6 +195,9 @@ pub fn top_k_divergence(
     };
     let (mut problem, matrices) = Problem::new(embeddings, classifier, targets, options)?;
     let said = teacher.said(&problem, targets, options)?;
+    // What is contiguous now is not copied again.
+    let classifier = &matrices.classifier;
+    let options = &options.clone().bias(matrices.bias.as_ref());
     let logits = class_logits(embeddings, classifier, &said.classes, options)?;
     let logits = said.at.values(&logits)?;
     let mass = said.probabilities.sum(D::Minus1)?;
@@ -201,7 +205,7 @@ pub fn top_k_divergence(
     if teacher.rest != Rest::OneClass {
         // The lse enters by its product with the mass alone, so that its gradients can be formed in the forward.
         problem.weights = Some(said.at.of_lse(&mass, problem.dtype)?);
-        let of_lse = apply(&problem, matrices.as_ref(), 0.)?;
+        let of_lse = apply(&problem, matrices.as_ref())?;
         let of_lse = match options.reduction {
             Reduction::None => of_lse.losses.reshape(mass.shape())?,
             Reduction::Mean | Reduction::Sum => of_lse.loss.reshape(())?,

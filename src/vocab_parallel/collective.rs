@@ -1,5 +1,5 @@
 //! All that the ranks of a sharded head tell each other: two all-reduces in a forward, one in a backward; in a forward one
-//! or two more with label smoothing, and one with the predicted class.
+//! or two more with label smoothing, and two with the predicted class.
 
 use super::{ReduceOp, VocabParallel};
 use crate::op::contract::accumulator;
@@ -8,8 +8,8 @@ use candle_core::{bail, DType, Result, Tensor};
 /// `exp` of less is 0 in f64 too: a factor beside it may be this, where an infinity would make NaN.
 pub(crate) const LEAST_LOGARITHM: f64 = -1e4;
 
-/// Integers up to this are f32 numbers.
-const CLASSES_IN_F32: usize = 1 << 24;
+/// Classes of which the high digits of a class are the same.
+const LOW_DIGITS: i64 = 1 << 12;
 
 /// What is known of each row that counts over some classes: tensors `(n)`.
 #[derive(Debug)]
@@ -62,32 +62,32 @@ impl VocabParallel {
 
     /// The lowest class, as one of all ranks' classes, that has the largest logit: tensors `(n)`, of u32. `classes` are
     /// the lowest of this rank, counted from its first, that have the largest logits here, `max_here`; `max` are those over
-    /// all ranks. Every rank with the maximum offers its class, and the lowest is minus the largest of minus the offers.
-    ///
-    /// # Errors
-    /// In f32, more classes than f32 has integers.
+    /// all ranks. Every rank with the maximum offers its class, and the lowest is minus the largest of minus the offers: first
+    /// that of the high digits, then that of the low ones, for f32 has not every class. [`u32::MAX`] where no rank has it.
     pub(crate) fn predicted(
         &self,
         classes: &Tensor,
         max_here: &Tensor,
         max: &Tensor,
     ) -> Result<Tensor> {
-        if max.dtype() == DType::F32 && self.stop > CLASSES_IN_F32 {
-            bail!(
-                "on shards the predicted class is found among the first {CLASSES_IN_F32} classes, got a shard {}..{}",
-                self.start,
-                self.stop
-            )
-        }
-        let classes = classes.to_dtype(max.dtype())?;
-        let offers = classes.affine(-1., -(self.start as f64))?;
-        let none = Tensor::full(f32::NEG_INFINITY, max.shape(), max.device())?;
-        let offers = max_here
-            .eq(max)?
-            .where_cond(&offers, &none.to_dtype(max.dtype())?)?;
-        self.all_reduce(offers, ReduceOp::Max)?
-            .neg()?
-            .to_dtype(DType::U32)
+        let dtype = max.dtype();
+        let none = Tensor::full(f32::NEG_INFINITY, max.shape(), max.device())?.to_dtype(dtype)?;
+        // The lowest of what ranks offer that have something to, at most `most`.
+        let lowest = |digits: &Tensor, has: &Tensor, most: i64| -> Result<Tensor> {
+            let offers = has.where_cond(&digits.to_dtype(dtype)?.neg()?, &none)?;
+            let lowest = self.all_reduce(offers, ReduceOp::Max)?.neg()?;
+            lowest.minimum(most as f64)?.to_dtype(DType::I64)
+        };
+        let number = |n: i64| Tensor::full(n, max.shape(), max.device());
+        let classes = (classes.to_dtype(DType::I64)? + number(self.start as i64)?)?;
+        let digits = number(LOW_DIGITS)?;
+        let high = (&classes / &digits)?;
+        let low = (&classes - (&high * &digits)?)?;
+        let has = max_here.eq(max)?;
+        let lowest_high = lowest(&high, &has, i64::from(u32::MAX) / LOW_DIGITS)?;
+        let has = (has * high.eq(&lowest_high)?)?;
+        let lowest_low = lowest(&low, &has, LOW_DIGITS - 1)?;
+        ((lowest_high * digits)? + lowest_low)?.to_dtype(DType::U32)
     }
 
     /// The sum over the ranks.
@@ -121,5 +121,38 @@ impl VocabParallel {
             )
         }
         reduced.detach().contiguous()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vocab_parallel::ThreadCommunicator;
+    use candle_core::Device;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    #[test]
+    fn predicted_classes_are_exact_where_f32_has_them_not() -> Result<()> {
+        let start = (1 << 24) + 1;
+        let group = ThreadCommunicator::group(1, Duration::from_secs(60))?;
+        for communicator in group {
+            let shard = VocabParallel {
+                start,
+                stop: start + 10_000,
+                communicator: Arc::new(communicator),
+                reduce_e_grad: true,
+            };
+            let classes = Tensor::new(&[0u32, 1, 4095, 4096, 9_999, 7], &Device::Cpu)?;
+            let here = Tensor::new(&[1f32, 2., 3., 4., 5., 6.], &Device::Cpu)?;
+            let max = Tensor::new(&[1f32, 2., 3., 4., 5., 7.], &Device::Cpu)?;
+            let predicted = shard.predicted(&classes, &here, &max)?.to_vec1::<u32>()?;
+            let start = start as u32;
+            let has = [start, start + 1, start + 4095, start + 4096, start + 9_999];
+            assert_eq!(predicted[..5], has);
+            // Of no rank.
+            assert_eq!(predicted[5], u32::MAX);
+        }
+        Ok(())
     }
 }

@@ -6,7 +6,7 @@ use candle_cut_cross_entropy::soft_targets::{
     class_logits, divergence, top_k_divergence, Divergence, Rest, Teacher, TopK,
 };
 use candle_cut_cross_entropy::vocab_parallel::ThreadCommunicator;
-use candle_cut_cross_entropy::{backward, Options, Reduction, VocabParallel};
+use candle_cut_cross_entropy::{backward, Options, Reduction, Strategy, VocabParallel};
 use candle_nn::ops::log_softmax;
 use std::sync::Arc;
 use std::time::Duration;
@@ -347,12 +347,17 @@ fn errors_say_what_is_wrong() -> Result<()> {
         run(&whole.clone().temperature(0.), kl, &options),
         &["temperature", "got 0"],
     );
-    for beta in [0., 1., f64::NAN] {
+    for beta in [0., 1., 1e-9, f64::NAN] {
         says(
             run(&whole, Divergence::JensenShannon(beta), &options),
             &["beta", "ForwardKl"],
         );
     }
+    let too_hot = whole.clone().temperature(1e30);
+    says(
+        run(&too_hot, kl, &options.clone().logit_scale(1e-30)),
+        &["logit_scale"],
+    );
     says(
         run(&whole, kl, &options.clone().z_loss_weight(0.1)),
         &["z_loss_weight 0.1"],
@@ -396,4 +401,57 @@ fn errors_say_what_is_wrong() -> Result<()> {
         &["u32, i64 or i32", "F32"],
     );
     Ok(())
+}
+
+#[test]
+fn a_loss_scale_beyond_f16_is_multiplied_before_rounding() -> Result<()> {
+    let half = |seed, shape: &[usize]| -> Result<Var> {
+        Var::from_tensor(&normal(seed, shape)?.to_dtype(DType::F16)?)
+    };
+    let (e, c) = (half(1, &[6, 8])?, half(2, &[40, 8])?);
+    let (teacher_e, teacher_c) = (half(3, &[6, 8])?, half(4, &[40, 8])?);
+    let teacher = Teacher::new(&teacher_e.detach(), &teacher_c.detach());
+    let mut all = Vec::new();
+    for strategy in [Strategy::Fused, Strategy::Recompute] {
+        let options = Options::default().strategy(strategy);
+        let loss = divergence(
+            &e,
+            &c,
+            &targets(6)?,
+            &teacher,
+            Divergence::ForwardKl,
+            &options,
+        )?;
+        let gradients = (loss * 65536.)?.backward()?;
+        all.push(numbers(gradients.get(&e).unwrap())?);
+    }
+    let size = all[1].iter().fold(0f64, |size, g| size.max(g.abs()));
+    assert!(size.is_finite() && size > 1.);
+    close("dE", &all[0], &all[1], 2e-3, size).map_err(candle_core::Error::msg)
+}
+
+#[test]
+fn equal_weights_of_f64_tokens_change_nothing() -> Result<()> {
+    let wide = |seed, shape: &[usize]| -> Result<Var> {
+        Var::from_tensor(&normal(seed, shape)?.to_dtype(DType::F64)?)
+    };
+    let (e, c) = (wide(1, &[3, 8])?, wide(2, &[40, 8])?);
+    let (teacher_e, teacher_c) = (wide(3, &[3, 8])?, wide(4, &[40, 8])?);
+    let teacher = Teacher::new(&teacher_e.detach(), &teacher_c.detach());
+    let gradient = |options: &Options| -> Result<Vec<f64>> {
+        let loss = divergence(
+            &e,
+            &c,
+            &targets(3)?,
+            &teacher,
+            Divergence::ForwardKl,
+            options,
+        )?;
+        numbers(loss.backward()?.get(&c).unwrap())
+    };
+    let weights = Tensor::new(&[0.1f64; 3], &CPU)?;
+    let without = gradient(&Options::default())?;
+    let with = gradient(&Options::default().token_weights(&weights))?;
+    let size = without.iter().fold(0f64, |size, g| size.max(g.abs()));
+    close("dC", &with, &without, 1e-13, size).map_err(candle_core::Error::msg)
 }

@@ -286,3 +286,50 @@ fn smoothed_gradients_come_again_and_for_what_is_tracked() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn the_weight_of_a_class_that_is_no_target_may_be_anything() -> Result<()> {
+    // As the inverse of how often a class occurs is.
+    let case = Case::random(3, DType::F32, &[6], 8, 10);
+    let tensors = case.tensors(&Device::Cpu)?;
+    let targets = Tensor::new(&[1i64, -100, 3, 4, 5, 9], &Device::Cpu)?;
+    let mut weights = vec![2f32; 10];
+    weights[9] = 0.5;
+    let loss = |weights: Vec<f32>| -> Result<Vec<f64>> {
+        let weights = Tensor::new(weights, &Device::Cpu)?;
+        let options = exact().class_weights(&weights);
+        let output =
+            linear_cross_entropy(&tensors.embeddings, &tensors.classifier, &targets, &options)?;
+        let gradients = backward(&output.loss)?;
+        let mut all = numbers(&output.loss)?;
+        all.extend(numbers(gradients.get(&tensors.classifier).unwrap())?);
+        Ok(all)
+    };
+    let want = loss(weights.clone())?;
+    for anything in [f32::INFINITY, f32::NAN] {
+        weights[0] = anything;
+        assert_eq!(loss(weights.clone())?, want);
+    }
+    Ok(())
+}
+
+#[test]
+fn an_infinite_upstream_gradient_of_an_ignored_position_does_not_matter() -> Result<()> {
+    let case = Case::random(4, DType::F32, &[4], 8, 10).with_bias(5);
+    let tensors = case.tensors(&Device::Cpu)?;
+    let bias = tensors.bias.as_ref().unwrap();
+    let targets = Tensor::new(&[1i64, -100, 3, 4], &Device::Cpu)?;
+    let options = exact()
+        .bias(bias.as_tensor())
+        .label_smoothing(0.1)
+        .reduction(candle_cut_cross_entropy::Reduction::None);
+    let output =
+        linear_cross_entropy(&tensors.embeddings, &tensors.classifier, &targets, &options)?;
+    // The loss of the ignored position is 0, and the slope of its logarithm infinite.
+    let gradients = output.loss.log()?.sum_all()?.backward()?;
+    for var in [&tensors.embeddings, &tensors.classifier, bias] {
+        let gradient = numbers(gradients.get(var).unwrap())?;
+        assert!(gradient.iter().all(|g| g.is_finite()), "{gradient:?}");
+    }
+    Ok(())
+}

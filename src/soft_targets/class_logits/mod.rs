@@ -19,11 +19,12 @@ use candle_core::{bail, DType, Device, Result, Tensor};
 /// - `embeddings` of shape `(.., D)` and `classifier` of shape `(V, D)`, in bf16, f16, f32 or f64.
 /// - `classes` of shape `(.., k)`, in u32, i64 or i32, each in `[0, V)`.
 /// - `options`: the bias, the softcap, the `logit_scale`, and whether classes are checked on a GPU ([`Options::check_targets`]; without it
-///   the logit of a class that does not exist is NaN there). The others are not read.
+///   the logit of a class that does not exist is NaN there). The others are not read, but `vocab_parallel` is an error.
 ///
 /// With the lse of [`linear_cross_entropy`](crate::linear_cross_entropy) they give log-probabilities, `z_ij - lse_i`, of
-/// as many tokens as one likes. On the CPU nothing is stored but the result, and the gradient of the classifier is summed
-/// up in the order of the positions; elsewhere these are Candle operations on blocks of positions, within 64 MiB.
+/// as many tokens as one likes. For a backward the classes are kept and, with a softcap, the result. On the CPU the
+/// gradient of the classifier is summed up in the order of the positions. Elsewhere these are Candle operations on blocks of
+/// positions, within 64 MiB and, for the gradient of the classifier, an f32 tensor of its size.
 ///
 /// ```
 /// # use candle_core::{DType, Device, Tensor, D};
@@ -69,8 +70,11 @@ pub fn class_logits(
     }
     // Embeddings, classifier and options are checked as those of a loss are.
     let targets = Tensor::zeros(lead, DType::U32, embeddings.device())?;
-    let (problem, matrices) =
-        Problem::new(embeddings, classifier, &targets, &options.clone().shift(0))?;
+    let read = Options::default()
+        .bias(options.bias.as_ref())
+        .softcap(options.softcap)
+        .logit_scale(options.logit_scale);
+    let (problem, matrices) = Problem::new(embeddings, classifier, &targets, &read)?;
     let checked = options.check_targets || embeddings.device().is_cpu();
     let chosen = Chosen {
         classes: match checked {
@@ -90,7 +94,7 @@ pub fn class_logits(
     let mut arguments = vec![&matrices.embeddings, &matrices.classifier];
     arguments.extend(&matrices.bias);
     let node = ClassLogits {
-        logits: logits.clone(),
+        logits: chosen.softcap.map(|softcap| (logits.clone(), softcap)),
         chosen,
     };
     attach(logits, &arguments, node)?.reshape(shape)
@@ -203,8 +207,8 @@ impl Chosen {
 
 /// Joins the graph ready-made: the logits are few, and elsewhere than on the CPU tensor operations compute them.
 struct ClassLogits {
-    /// The result.
-    logits: Tensor,
+    /// The result and its cap, where there is one.
+    logits: Option<(Tensor, f64)>,
     chosen: Chosen,
 }
 
@@ -220,10 +224,10 @@ impl Node for ClassLogits {
         let wanted = wanted(matrices);
         let matrices = matrices.detach();
         let upstream = (upstream.detach() * self.chosen.scale)?;
-        let upstream = match self.chosen.softcap {
+        let upstream = match &self.logits {
             None => upstream,
-            Some(softcap) => {
-                let slope = (&self.logits / softcap)?.sqr()?.affine(-1., 1.)?;
+            Some((logits, softcap)) => {
+                let slope = (logits / *softcap)?.sqr()?.affine(-1., 1.)?;
                 (upstream * slope)?
             }
         };

@@ -18,6 +18,9 @@ use block::Pair;
 use candle_core::{bail, DType, Result, Tensor};
 use sweep::{Call, Head};
 
+/// What `beta` is at least, and `1 - beta`: f32 tells less hardly from 0.
+const LEAST_BETA: f64 = 1e-6;
+
 pub use kind::Divergence;
 
 /// A teacher: what its last layer is given and its head.
@@ -99,7 +102,7 @@ impl Teacher {
 /// training step costs four products for the student alone, six for both; under [`Reduction::None`](crate::Reduction),
 /// for f16, and with [`Strategy::Recompute`](crate::Strategy) a backward computes the logits again. The logits of a block,
 /// and what else it needs, take the workspace of the options: by default 64 MiB on the CPU, 512 MiB elsewhere. Gradients
-/// are exact: filters are not read, nor is the implementation. On a GPU these are Candle operations, and the targets are
+/// are exact: filters are not read, nor are the implementation, `entropy` and `predicted`. On a GPU these are Candle operations, and the targets are
 /// waited for once a call.
 ///
 /// ```
@@ -123,7 +126,7 @@ impl Teacher {
 ///
 /// # Errors
 /// Those of `linear_cross_entropy`, of the student or the teacher; numbers of classes that differ; a temperature that is
-/// not positive and finite; a `beta` that is not between 0 and 1; a target that is no class;
+/// not positive and finite; a `beta` that is not between 1e-6 and 1 - 1e-6; a target that is no class;
 /// [`Options::z_loss_weight`], [`Options::label_smoothing`], [`Options::class_weights`] and
 /// [`Options::vocab_parallel`].
 ///
@@ -141,15 +144,21 @@ pub fn divergence(
     checks::ruled_out(options)?;
     checks::temperature(teacher.temperature)?;
     if let Divergence::JensenShannon(beta) = kind {
-        if !(beta > 0. && beta < 1.) {
-            bail!("beta must be between 0 and 1, ends excluded, got {beta}: at the ends are ForwardKl and ReverseKl")
+        if !(LEAST_BETA..=1. - LEAST_BETA).contains(&beta) {
+            bail!(
+                "beta must be between {LEAST_BETA} and 1 - {LEAST_BETA}, got {beta}: at the ends are ForwardKl and ReverseKl"
+            )
         }
     }
-    let (problem, student) = Problem::new(embeddings, classifier, targets, options)?;
+    // Scales are checked as what they are after the temperature.
+    let of_student = options
+        .clone()
+        .logit_scale(options.logit_scale / teacher.temperature);
+    let (problem, student) = Problem::new(embeddings, classifier, targets, &of_student)?;
     let of_teacher = Options::default()
         .bias(teacher.bias.as_ref())
         .softcap(teacher.softcap)
-        .logit_scale(teacher.logit_scale)
+        .logit_scale(teacher.logit_scale / teacher.temperature)
         .shift(options.shift);
     let checked = Problem::new(
         &teacher.embeddings,
@@ -179,12 +188,12 @@ pub fn divergence(
             student: Head {
                 matrices: student.as_ref().detach(),
                 softcap: options.softcap,
-                scale: options.logit_scale / teacher.temperature,
+                scale: problem.settings.logit_scale,
             },
             teacher: Head {
                 matrices: matrices.as_ref().detach(),
                 softcap: teacher.softcap,
-                scale: teacher.logit_scale / teacher.temperature,
+                scale: teachers.settings.logit_scale,
             },
         },
         rows: HostRows::new(&problem)?,

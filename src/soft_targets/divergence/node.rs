@@ -8,11 +8,15 @@ use super::block::Pair;
 use super::sweep::{Call, Swept};
 use crate::matrices::Matrices;
 use crate::node::{attach, Node};
-use crate::op::contract::{Gradients, Wanted};
+use crate::op::contract::{accumulator, Gradients, Wanted};
 use crate::op::graph::wanted;
+use crate::soft_targets::blocks::blocks;
 use crate::{Reduction, Strategy};
 use candle_core::{DType, Result, Tensor};
 use std::sync::{Arc, Mutex, PoisonError};
+
+/// Numbers of a gradient that are multiplied at a time.
+const NUMBERS_AT_ONCE: usize = 1 << 22;
 
 /// The reduced divergence; `shape` is that of the positions.
 pub(super) fn apply(
@@ -126,15 +130,27 @@ fn scaled(gradients: Gradients, upstream: &Tensor) -> Result<Gradients> {
     if upstream.device().is_cpu() && upstream.to_scalar::<f32>()? == 1. {
         return Ok(gradients);
     }
-    let times = |gradient: Option<Tensor>| match gradient {
-        Some(gradient) => gradient
-            .broadcast_mul(&upstream.to_dtype(gradient.dtype())?)
-            .map(Some),
-        None => Ok(None),
-    };
-    Ok(Gradients {
-        embeddings: times(gradients.embeddings)?,
-        classifier: times(gradients.classifier)?,
-        bias: times(gradients.bias)?,
-    })
+    let all = [
+        &gradients.embeddings,
+        &gradients.classifier,
+        &gradients.bias,
+    ];
+    for gradient in all.into_iter().flatten() {
+        multiply(gradient, upstream)?;
+    }
+    Ok(gradients)
+}
+
+/// Multiplies a gradient in place by one number, in the type of sums: half precision would round the number.
+fn multiply(gradient: &Tensor, upstream: &Tensor) -> Result<()> {
+    let acc = accumulator(gradient.dtype());
+    let upstream = upstream.to_dtype(acc)?;
+    let rows = gradient.dim(0)?;
+    let of_row = gradient.elem_count() / rows;
+    for rows in blocks(rows, (NUMBERS_AT_ONCE / of_row).max(1)) {
+        let part = gradient.narrow(0, rows.start, rows.len())?.to_dtype(acc)?;
+        let part = part.broadcast_mul(&upstream)?.to_dtype(gradient.dtype())?;
+        gradient.slice_set(&part, 0, rows.start)?;
+    }
+    Ok(())
 }

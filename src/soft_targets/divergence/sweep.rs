@@ -69,9 +69,10 @@ impl Call {
 
     /// The weights of the rows that count among each other, 1 unless the options say otherwise.
     pub fn tokens(&self) -> Result<Tensor> {
-        let of_row = |row| self.rows.terms(row).nll as f32;
-        let tokens: Vec<f32> = (0..self.rows.len()).map(of_row).collect();
-        Tensor::new(tokens, self.device())?.to_dtype(self.dtype)
+        let of_row = |row| self.rows.terms(row).nll;
+        let tokens: Vec<f64> = (0..self.rows.len()).map(of_row).collect();
+        let tokens = Tensor::new(tokens, &Device::Cpu)?.to_dtype(self.dtype)?;
+        tokens.to_device(self.device())
     }
 
     /// The weight of each row that counts in the reduced divergence, times the upstream gradient of that.
