@@ -1,5 +1,6 @@
 //! A low-rank adapter: two small matrices beside a frozen one.
 
+use super::linear::linear;
 use crate::node::{attach, Node};
 use candle_core::{Result, Tensor};
 use rand::rngs::StdRng;
@@ -41,7 +42,7 @@ impl Adapter {
     pub fn beside(&self, weight: &Tensor, x: &Tensor, seed: Option<u64>) -> Result<Tensor> {
         let drops = seed.is_some() && self.dropout > 0.;
         if drops || weight.track_op() || self.a.dtype() != x.dtype() {
-            return product(x, weight)? + self.forward(x, seed)?;
+            return linear(x, weight)? + self.forward(x, seed)?;
         }
         // One node: as Candle's operations, each part of the sum and of its gradient would take passes of its own.
         let detached = self.detached();
@@ -106,16 +107,6 @@ pub(super) fn last_name(module: &str) -> &str {
     module.rsplit('.').next().unwrap_or(module)
 }
 
-/// `x W^T` for rows `x`. Where `W` is not tracked, its gradient is not computed: Candle's product would
-/// compute and drop it.
-pub(super) fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    if weight.track_op() || !x.track_op() {
-        return x.matmul(&weight.t()?);
-    }
-    let y = x.detach().matmul(&weight.t()?)?;
-    attach(y, &[x], Frozen(weight.clone()))
-}
-
 /// `W + scale B A` of `A` and `B`. Candle's sum would form a gradient of `W` too.
 struct Merge(f64);
 
@@ -159,17 +150,6 @@ impl Node for Beside {
                 false => None,
             },
         ])
-    }
-}
-
-/// A product with a matrix that does not change.
-struct Frozen(Tensor);
-
-impl Node for Frozen {
-    const NAME: &'static str = "frozen-linear";
-
-    fn backward(&self, _: &[&Tensor], upstream: &Tensor) -> Result<Vec<Option<Tensor>>> {
-        Ok(vec![Some(upstream.matmul(&self.0)?)])
     }
 }
 

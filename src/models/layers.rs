@@ -1,7 +1,8 @@
 //! The parts of a decoder, in operations that have a backward: those of [`crate::ops`] and Candle's products.
 
-use super::adapter::{product, Adapter};
+use super::adapter::Adapter;
 use super::config::Config;
+use super::linear::linear;
 use super::loader::Loader;
 use super::rope::Angles;
 use crate::ops::{add_rms_norm, attention, geglu, rms_norm, swiglu, AttentionOptions};
@@ -66,7 +67,7 @@ impl Linear {
 
     fn forward(&self, x: &Tensor, dropout_seed: Option<u64>) -> Result<Tensor> {
         let y = match &self.adapter {
-            None => product(x, &self.weight)?,
+            None => linear(x, &self.weight)?,
             Some(adapter) => adapter.beside(&self.weight, x, dropout_seed)?,
         };
         match &self.bias {

@@ -33,6 +33,7 @@ mod decoder;
 mod entries;
 mod gradients;
 mod layers;
+mod linear;
 mod loader;
 mod lora;
 mod recompute;
