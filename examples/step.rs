@@ -74,6 +74,7 @@ const LLAMA_3_2_1B: &str = r#"{
 const MIB: f64 = (1 << 20) as f64;
 
 fn main() -> Result<()> {
+    common::memory::keep_freed();
     let args = Args::parse();
     ensure!(args.steps > 0, "--steps must be at least 1");
     ensure!(args.length > 1, "--length must be at least 2");
