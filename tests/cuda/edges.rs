@@ -341,6 +341,39 @@ fn logits_of_ten_thousand_are_finite_and_right() -> Result<()> {
     Ok(())
 }
 
+/// What a cap far above the logits takes from them is less than their rounding.
+#[test]
+fn small_logits_under_a_large_cap_keep_their_digits() -> Result<()> {
+    let Some(device) = device() else {
+        return Ok(());
+    };
+    for dtype in [DType::BF16, DType::F32] {
+        for softcap in [100., 1e3, 1e4, 1e6] {
+            let mut case = Case::random(115, dtype, &[150], 64, 300);
+            case.inputs.reduction = Reduced::None;
+            case.inputs.softcap = Some(softcap);
+            let reference = Reference::new(case.inputs.clone());
+            assert!(reference.largest_logit < 20.);
+            for implementation in KERNELS {
+                let tensors = case.tensors(&device)?;
+                let options = case.options(exact().implementation(implementation), &tensors);
+                let (e, c) = (&tensors.embeddings, &tensors.classifier);
+                let output = linear_cross_entropy(e, c, &tensors.targets, &options)?;
+                let loss = numbers(&output.loss)?;
+                close(
+                    "loss",
+                    &loss,
+                    &reference.loss,
+                    1e-6,
+                    reference.largest_logit,
+                )
+                .unwrap_or_else(|e| panic!("{implementation:?} {dtype:?} softcap {softcap}: {e}"));
+            }
+        }
+    }
+    Ok(())
+}
+
 /// A case whose every target has a logit about `margin` above the others.
 fn confident(seed: u64, dtype: DType, margin: f64) -> Case {
     let (rows, vocab) = (150, 264);
