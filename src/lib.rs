@@ -49,6 +49,7 @@
 #![deny(missing_docs)]
 
 mod backward;
+mod blocks;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod devices;

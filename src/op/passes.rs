@@ -2,6 +2,7 @@
 //! operations on blocks of rows.
 
 use super::contract::accumulator;
+use crate::blocks::blocks;
 use crate::problem::Problem;
 use crate::Implementation;
 use candle_core::{bail, Result, Tensor, D};
@@ -103,9 +104,9 @@ impl Passes {
         let (rows, columns) = matrix.dims2()?;
         let acc = accumulator(matrix.dtype());
         let block = (self.numbers_at_once / columns).max(1);
-        Ok((0..rows).step_by(block).map(move |start| {
-            let part = matrix.narrow(0, start, block.min(rows - start))?;
-            Ok((start, part.to_dtype(acc)?))
+        Ok(blocks(rows, block).map(move |rows| {
+            let part = matrix.narrow(0, rows.start, rows.len())?;
+            Ok((rows.start, part.to_dtype(acc)?))
         }))
     }
 }

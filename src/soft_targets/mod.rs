@@ -10,7 +10,6 @@
 //! [`linear_cross_entropy`](crate::linear_cross_entropy) does, and their results can be added to its loss.
 //! [`class_logits`] computes the logits of chosen classes.
 
-mod blocks;
 mod checks;
 mod class_logits;
 mod divergence;

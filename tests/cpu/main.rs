@@ -25,5 +25,6 @@ mod reference;
 mod shards;
 mod soft_targets;
 mod soft_targets_edges;
+mod soft_targets_errors;
 mod vocab_parallel;
 mod weights;

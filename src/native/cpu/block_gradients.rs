@@ -6,7 +6,8 @@ use super::inputs::Inputs;
 use super::kept::{Kept, CLASSIFIER, EMBEDDINGS};
 use super::passes;
 use super::product::{multiply, Matrix};
-use super::statistics::{blocks, gathered_rows, Scale, Softmax, LEAST_ROWS, TILE};
+use super::statistics::{gathered_rows, Scale, Softmax, LEAST_ROWS, TILE};
+use crate::blocks::blocks;
 use rayon::prelude::*;
 use std::ops::Range;
 

@@ -3,7 +3,8 @@
 use super::element::{Element, Real};
 use super::inputs::Inputs;
 use super::kept::Kept;
-use super::statistics::{blocks, RowLoss, RowSum, Softmax};
+use super::statistics::{RowLoss, RowSum, Softmax};
+use crate::blocks::blocks;
 use crate::native::rows::HostRows;
 use crate::op::contract::accumulator;
 use crate::problem::Problem;

@@ -5,7 +5,6 @@
 //! and find what they wrote in their cache.
 
 use super::element::Real;
-use std::ops::Range;
 
 /// Classes that one task multiplies. The filter keeps or averages those of a row together.
 pub(super) const TILE: usize = 256;
@@ -15,12 +14,6 @@ pub(super) const LEAST_ROWS: usize = 32;
 /// Rows that do not lie together and are multiplied together, at most: a MiB of f32, within 64 and 256 rows.
 pub(super) fn gathered_rows(hidden: usize) -> usize {
     ((1 << 18) / hidden.max(1)).clamp(64, 256)
-}
-
-pub(super) fn blocks(len: usize, block: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..len)
-        .step_by(block)
-        .map(move |start| start..(start + block).min(len))
 }
 
 /// A row's softmax is `exp(z - max) * inverse_sum`: no rounded lse comes between the two.

@@ -1,6 +1,7 @@
 //! Gradients from logits that are computed again.
 
-use super::blocks::{blocks, logits, Blocks, DeviceRows};
+use super::blocks::{logits, Blocks, DeviceRows};
+use crate::blocks::blocks;
 use crate::matrices::Matrices;
 use crate::native::workspace::workspace;
 use crate::op::contract::{accumulator, Backward, Gradients, KeptTiles, Wanted};

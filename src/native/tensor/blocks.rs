@@ -136,12 +136,6 @@ impl Blocks {
     }
 }
 
-pub(super) fn blocks(len: usize, block: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..len)
-        .step_by(block)
-        .map(move |start| start..(start + block).min(len))
-}
-
 /// The block's logits: bias, scale and softcap applied.
 pub(super) fn logits(
     embeddings: &Tensor,

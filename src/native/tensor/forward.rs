@@ -1,7 +1,8 @@
 //! Losses and lse of all rows.
 
 use super::backward::TensorBackward;
-use super::blocks::{blocks, logits, Blocks, DeviceRows};
+use super::blocks::{logits, Blocks, DeviceRows};
+use crate::blocks::blocks;
 use crate::matrices::Matrices;
 use crate::native::rows::HostRows;
 use crate::native::workspace::workspace;

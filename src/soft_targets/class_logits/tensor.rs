@@ -1,8 +1,8 @@
 //! In Candle tensor operations, a block of rows at a time.
 
+use crate::blocks::blocks;
 use crate::matrices::Matrices;
 use crate::op::contract::{accumulator, Gradients, Wanted};
-use crate::soft_targets::blocks::blocks;
 use candle_core::{DType, Result, Tensor};
 use std::ops::Range;
 

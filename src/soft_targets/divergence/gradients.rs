@@ -1,9 +1,9 @@
 //! The gradients of a head while they are summed up over blocks of rows.
 
 use super::add_product::AddProduct;
+use crate::blocks::blocks;
 use crate::matrices::Matrices;
 use crate::op::contract::{Gradients, Wanted};
-use crate::soft_targets::blocks::blocks;
 use candle_core::{DType, Result, Tensor};
 
 pub(super) struct HeadGradient<'a> {

@@ -18,10 +18,10 @@ use block::Pair;
 use candle_core::{bail, DType, Result, Tensor};
 use sweep::{Call, Head};
 
-/// What `beta` is at least, and `1 - beta`: f32 tells less hardly from 0.
-const LEAST_BETA: f64 = 1e-6;
-
 pub use kind::Divergence;
+
+/// What `beta` and `1 - beta` are at least: less is lost in the rounding of f32.
+const LEAST_BETA: f64 = 1e-6;
 
 /// A teacher: what its last layer is given and its head.
 ///

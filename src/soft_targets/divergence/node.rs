@@ -6,11 +6,11 @@
 
 use super::block::Pair;
 use super::sweep::{Call, Swept};
+use crate::blocks::blocks;
 use crate::matrices::Matrices;
 use crate::node::{attach, Node};
 use crate::op::contract::{accumulator, Gradients, Wanted};
 use crate::op::graph::wanted;
-use crate::soft_targets::blocks::blocks;
 use crate::{Reduction, Strategy};
 use candle_core::{DType, Result, Tensor};
 use std::sync::{Arc, Mutex, PoisonError};

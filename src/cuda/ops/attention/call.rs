@@ -61,6 +61,16 @@ impl Pass {
             Pass::Queries => "queries",
         }
     }
+
+    /// Tiles of `rows` positions, of all heads.
+    pub fn tiles(self, params: &AttentionParams, rows: usize) -> usize {
+        let heads = params.batch as usize * params.heads as usize;
+        let (positions, heads) = match self {
+            Pass::Keys => (params.keys, heads / params.group as usize),
+            _ => (params.queries, heads),
+        };
+        (positions as usize).div_ceil(rows) * heads
+    }
 }
 
 fn strides(layout: &Layout) -> StrideParams {

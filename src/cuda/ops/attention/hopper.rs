@@ -119,19 +119,7 @@ fn of_pass(call: &Call, pass: Pass, params: &AttentionParams) -> Result<Kernel> 
         (Pass::Queries, 64) => (2, 100_352),
         (Pass::Queries, _) => (2, 198_656),
     };
-    let &AttentionParams {
-        batch,
-        queries,
-        keys,
-        heads,
-        group,
-        ..
-    } = params;
-    let (positions, heads) = match pass {
-        Pass::Keys => (keys, batch * heads / group),
-        _ => (queries, batch * heads),
-    };
-    let tiles = (positions as usize).div_ceil(64 * groups) * heads as usize;
+    let tiles = pass.tiles(params, 64 * groups);
     Ok(Kernel {
         module: module(call),
         name: name(call, pass.name(), size),

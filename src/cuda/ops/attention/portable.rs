@@ -46,18 +46,7 @@ fn launch(call: &Call, pass: Pass, params: &AttentionParams) -> Result<()> {
         bail!("attention: heads of {head_dim} dimensions, the CUDA kernels have at most {MOST}")
     };
     let tiles = Tiles::new(pass, call.kind.size == 2, size);
-    let &AttentionParams {
-        batch,
-        queries,
-        keys,
-        heads,
-        group,
-        ..
-    } = params;
-    let blocks = match pass {
-        Pass::Keys => (keys as usize).div_ceil(tiles.rows) * (batch * heads / group) as usize,
-        _ => (queries as usize).div_ceil(tiles.rows) * (batch * heads) as usize,
-    };
+    let blocks = pass.tiles(params, tiles.rows);
     let name = pass.name();
     let kernel = Kernel {
         module: module(call),
