@@ -117,8 +117,7 @@ impl Weights {
                         "class_weights must have shape [{classes}], one for each class, got {dims:?}"
                     ),
                     (dims, Some(shard)) => bail!(
-                        "class_weights must be those of all ranks' classes, of a shard {}..{} too, got {dims:?}",
-                        shard.start,
+                        "class_weights must have shape [V], one for each class of all ranks and so at least {}, got {dims:?}",
                         shard.stop
                     ),
                 }

@@ -20,10 +20,10 @@ pub(super) fn ruled_out(options: &Options) -> Result<()> {
         )
     }
     if options.class_weights.is_some() {
-        bail!("a divergence has no weights of classes, for targets are not learnt: token_weights are those of positions")
+        bail!("a divergence takes no class_weights, as it does not learn the targets: token_weights weigh its positions")
     }
     if options.vocab_parallel.is_some() {
-        bail!("a divergence is over the classes of one classifier, got the shard of a vocab_parallel one")
+        bail!("a divergence takes no vocab_parallel: it needs all classes of the classifier, got a shard of them")
     }
     Ok(())
 }

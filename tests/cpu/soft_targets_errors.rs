@@ -43,7 +43,7 @@ fn errors_say_what_is_wrong() -> Result<()> {
     };
     says(
         run(&teacher(&[5, 4], &[31, 4])?, kl, &options),
-        &["as many classes", "[31, 4]", "[30, 8]"],
+        &["the same number of classes", "[31, 4]", "[30, 8]"],
     );
     says(
         run(&teacher(&[4, 4], &[30, 4])?, kl, &options),

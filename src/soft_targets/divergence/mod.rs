@@ -169,7 +169,7 @@ pub fn divergence(
     let (teachers, matrices) = checked.map_err(|e| e.context("the teacher"))?;
     if teachers.vocab() != problem.vocab() {
         bail!(
-            "teacher and student must have as many classes, got classifiers {:?} and {:?}",
+            "teacher and student must have the same number of classes, got classifiers {:?} and {:?}",
             teacher.classifier.dims(),
             classifier.dims()
         )
