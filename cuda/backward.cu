@@ -104,7 +104,9 @@ struct BiasParams {
   uint32_t first_row;  // that row 0 of the gradient is, a multiple of 128
   uint32_t rows;       // at most
   uint32_t class_tiles;
-  uint32_t overwrite;  // 0: add to what is there
+  uint32_t overwrite;  // 1 for the first chunk of rows, 0: add to `bias_sums`
+  float *bias_sums;    // (vocab) what several chunks of rows leave for the next, or null
+  uint32_t last;       // 1 for the last chunk of rows, which rounds to T
 };
 
 constexpr int BIAS_COLUMNS = 32, BIAS_PARTS = 8;
@@ -134,8 +136,11 @@ template <typename T> __device__ void bias_gradient(const BiasParams &p) {
     for (int i = 1; i < BIAS_PARTS; i++) sum += parts[i][column];
     if (p.slots && p.slots[at]) sum += p.target_bias[p.slots[at] - 1];
     if (p.shares) sum += p.shares[at] * p.mass_sums[at / TILE];
-    T &out = ((T *)p.bias_grad)[at];
-    out = from_float<T>((p.scale ? *p.scale : 1.f) * sum + (p.overwrite ? 0.f : to_float(out)));
+    const float now = (p.scale ? *p.scale : 1.f) * sum + (p.overwrite ? 0.f : p.bias_sums[at]);
+    if (p.last)
+      ((T *)p.bias_grad)[at] = from_float<T>(now);
+    else
+      p.bias_sums[at] = now;
   }
 }
 

@@ -47,6 +47,8 @@ struct ProductParams {
   uint32_t range;            // classes of the range
   uint32_t class_tiles;      // ceil(vocab / 128)
   uint32_t overwrite;        // 1 for the first that writes the output; 0: add to what is there
+  uint8_t* exponents;        // dC of several chunks of rows: [strips][CLUSTER][vocab] of Between, else null
+  uint32_t last;             // dC: 1 for the last chunk of rows, which rounds to T
   uint32_t band;             // at least 1: strips of 384 columns that go through the output tiles together, so
                              // many that their part of C or E stays in L2
 };
@@ -209,14 +211,46 @@ __device__ __forceinline__ void stage_masses(float (&to)[TILE_N], const ProductP
   named_wait(BIAS + group, GROUP);
 }
 
-// dC: scaled and rounded; by the first chunk of rows, which may be the only one, to its place, by others after
-// adding what they find there.
+// dC between two chunks of rows: integers of 16 bits in the place of T, in units of a power of two that a class has in
+// the columns of a block. The largest of them takes 15 bits, so that a sum over many chunks is as good as rounded once.
+// Of the power, the biased exponent of the largest number is kept; what is not finite makes all of them NaN.
+struct Between {
+  static constexpr uint32_t LEAST = 30;  // the unit is a normal number
+
+  // Of the largest absolute value, as bits: NaN is above all. One that would be rounded to 2^15 units has the next exponent.
+  static __device__ __forceinline__ uint32_t exponent(uint32_t largest) {
+    return min(max((largest + 0x100) >> 23, LEAST), 255);
+  }
+  static __device__ __forceinline__ float unit(uint32_t exponent) {
+    return __uint_as_float(exponent == 255 ? 0x7FFFFFFF : (exponent - 14) << 23);
+  }
+  static __device__ __forceinline__ float per_unit(uint32_t exponent) { return __uint_as_float((268 - exponent) << 23); }
+  // Integers as the last digits of large numbers: the units that convert have a quarter of the rate.
+  static __device__ __forceinline__ float2 unpack(uint32_t word, float unit) {
+    const uint32_t shifted = word ^ 0x80008000;  // from 0 on
+    const float low = __uint_as_float(__byte_perm(shifted, 0x4B00, 0x5410)) - (0x1p23f + 0x1p15f);
+    const float high = __uint_as_float(__byte_perm(shifted, 0x4B00, 0x5432)) - (0x1p23f + 0x1p15f);
+    return make_float2(unit * low, unit * high);
+  }
+  static __device__ __forceinline__ uint32_t pack(float low, float high, float per_unit) {
+    constexpr float LAST_DIGIT_1 = 0x1.8p23f;
+    return __byte_perm(__float_as_uint(fmaf(per_unit, low, LAST_DIGIT_1)), __float_as_uint(fmaf(per_unit, high, LAST_DIGIT_1)),
+                       0x5410);
+  }
+};
+
+// The exponents of a block's columns, which begin at `first_column`.
+__device__ __forceinline__ uint8_t* exponents_of(const ProductParams& p, uint32_t first_column) {
+  return p.exponents + static_cast<size_t>(first_column / STRIP * CLUSTER + cluster_rank()) * p.vocab;
+}
+
+// dC: scaled; what earlier chunks of rows left is added; rounded by the last chunk, which may be the only one.
 template <typename T, bool AVERAGED, int R>
-__device__ __forceinline__ void write_classes(const float (&product)[2][R], const ProductParams& p,
-                                              const float* masses, uint32_t first_class, uint32_t first_column,
-                                              uint32_t end_column) {
+__device__ __forceinline__ void write_classes(float (&product)[2][R], const ProductParams& p, const float* masses,
+                                              uint32_t first_class, uint32_t first_column, uint32_t end_column) {
   const float scale = p.scale ? *p.scale : 1.0f;
   const uint32_t lane_column = first_column + 8 * (threadIdx.x % 4);
+  uint8_t* exponents = exponents_of(p, first_column);
   uint32_t slot[4];
   float share[4];
   uint2 listed[4];
@@ -240,6 +274,7 @@ __device__ __forceinline__ void write_classes(const float (&product)[2][R], cons
       const void* rows = listed[s].x & COMBINED ? p.combined : p.embeddings;
       target = static_cast<const T*>(rows) + static_cast<size_t>((listed[s].x & ~COMBINED) - 1) * p.hidden;
     }
+    const float unit = !p.overwrite && row < p.vocab ? Between::unit(exponents[row]) : 0.0f;
     // Each lane loads the 16 bytes that it will write, all before the first is needed; then they are dealt out as the
     // product lies.
     uint4 old[R / 16];
@@ -249,12 +284,12 @@ __device__ __forceinline__ void write_classes(const float (&product)[2][R], cons
       if (!p.overwrite && row < p.vocab && lane_column + 8 * first < end_column)
         old[first / 4] = *reinterpret_cast<const uint4*>(to + 8 * first);
     }
+    uint32_t largest = 0;  // of the absolute values, as bits
 #pragma unroll
     for (int first = 0; first < R / 4; first += 4) {
-      const bool inside = row < p.vocab && lane_column + 8 * first < end_column;
       const uint4 dealt = p.overwrite ? old[first / 4] : deal_chunk(old[first / 4]);
       const uint32_t before[4] = {dealt.x, dealt.y, dealt.z, dealt.w};
-      uint32_t word[4], of_target[4] = {};
+      uint32_t of_target[4] = {};
       if (AVERAGED && any_listed) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -266,7 +301,9 @@ __device__ __forceinline__ void write_classes(const float (&product)[2][R], cons
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int j = 4 * (first + i) + 2 * (s % 2);
-        float2 was = unpack<T>(before[i]), sum = make_float2(product[s / 2][j], product[s / 2][j + 1]);
+        float& x = product[s / 2][j];
+        float& y = product[s / 2][j + 1];
+        float2 was = Between::unpack(before[i], unit);
         const uint32_t column = first_column + 8 * (first + i) + threadIdx.x % 4 * 2;
         if (more && column < end_column) {
           const float2 target = *reinterpret_cast<const float2*>(more + column);
@@ -274,15 +311,37 @@ __device__ __forceinline__ void write_classes(const float (&product)[2][R], cons
         }
         if (AVERAGED && column < end_column) {
           const float2 mass = *reinterpret_cast<const float2*>(masses + 8 * (first + i) + threadIdx.x % 4 * 2);
-          sum.x = fmaf(share[s], mass.x, sum.x), sum.y = fmaf(share[s], mass.y, sum.y);
+          x = fmaf(share[s], mass.x, x), y = fmaf(share[s], mass.y, y);
           const float2 e = unpack<T>(of_target[i]);
           const float entry = __uint_as_float(listed[s].y);
-          sum.x = fmaf(entry, e.x, sum.x), sum.y = fmaf(entry, e.y, sum.y);
+          x = fmaf(entry, e.x, x), y = fmaf(entry, e.y, y);
         }
-        word[i] = pack<T>(fmaf(scale, sum.x, was.x), fmaf(scale, sum.y, was.y));
+        x = fmaf(scale, x, was.x), y = fmaf(scale, y, was.y);
+        largest = max(largest, max(__float_as_uint(x) & 0x7FFFFFFF, __float_as_uint(y) & 0x7FFFFFFF));
       }
-      const uint4 chunk = collect_chunk(word[0], word[1], word[2], word[3]);
-      if (inside) *reinterpret_cast<uint4*>(to + 8 * first) = chunk;
+    }
+    const auto store = [&](auto word_of) {
+#pragma unroll
+      for (int first = 0; first < R / 4; first += 4) {
+        uint32_t word[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int j = 4 * (first + i) + 2 * (s % 2);
+          word[i] = word_of(product[s / 2][j], product[s / 2][j + 1]);
+        }
+        const uint4 chunk = collect_chunk(word[0], word[1], word[2], word[3]);
+        if (row < p.vocab && lane_column + 8 * first < end_column) *reinterpret_cast<uint4*>(to + 8 * first) = chunk;
+      }
+    };
+    if (p.last) {
+      store([](float x, float y) { return pack<T>(x, y); });
+    } else {
+      largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
+      largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
+      const uint32_t exponent = Between::exponent(largest);
+      if (row < p.vocab && threadIdx.x % 4 == 0) exponents[row] = exponent;
+      const float per_unit = Between::per_unit(exponent);
+      store([=](float x, float y) { return Between::pack(x, y, per_unit); });
     }
   }
 }
@@ -299,6 +358,11 @@ __device__ void write_zeros(const ProductParams& p, uint32_t end_row, uint32_t f
       *reinterpret_cast<uint4*>(static_cast<Out*>(p.out) + static_cast<size_t>(row) * p.hidden + column) =
           make_uint4(0, 0, 0, 0);
   }
+}
+
+__device__ void clear_exponents(const ProductParams& p, uint32_t first_class, uint32_t first_column) {
+  const uint32_t row = first_class + threadIdx.x % GROUP;
+  if (row < p.vocab) exponents_of(p, first_column)[row] = Between::LEAST;
 }
 
 template <typename T, bool CLASSIFIER, bool AVERAGED>
@@ -322,10 +386,13 @@ __device__ void consume(ProductPlan& plan, uint32_t group, const ProductParams& 
       if (n + 1 < tiles.share) give_turn(1 - group);
     };
     if (n > 0) take_turn(group);
-    if (blocks == 0 && !AVERAGED && !(CLASSIFIER && p.slots)) {
+    // Numbers that earlier chunks left wait for the last one, which rounds them.
+    const bool waiting = CLASSIFIER && !p.overwrite && p.last;
+    if (blocks == 0 && !AVERAGED && !(CLASSIFIER && p.slots) && !waiting) {
       hand_over();
       if constexpr (CLASSIFIER) {
         if (p.overwrite) write_zeros<T>(p, p.vocab, p.first_class + tile * KEEP, column, end_column);
+        if (p.overwrite && !p.last) clear_exponents(p, p.first_class + tile * KEEP, column);
       } else if (p.overwrite) {
         write_zeros<float>(p, tiles.rows, tile * KEEP, column, end_column);
       }

@@ -1,6 +1,7 @@
 //! The gradients from what a forward left: the logits are computed again, a range of classes at a time.
 
 use super::averages::{Averages, Masses};
+use super::between::Between;
 use super::call::{AverageAddresses, Call, Range, Scales, Statistics};
 use super::filter::{count_kept, Filtered};
 use super::launch::{Buffer, Gpu, Kernel, BACKWARD};
@@ -96,9 +97,12 @@ impl Saved {
             let averaging = matches!(&self.filtered, Some(f) if f.masses.is_some());
             with_room(self.settings.workspace, |workspace| {
                 let sizes = operands.sizes();
-                sweeps(path, sizes, n, wanted, workspace, averaging)
+                let sweeps = sweeps(path, sizes, n, wanted, workspace, averaging);
+                let chunks = sweeps.iter().filter(|sweep| sweep.path == Path::Hopper);
+                let between = Between::new(gpu, operands, results, chunks.count())?;
+                sweeps
                     .iter()
-                    .try_for_each(|sweep| self.sweep(call, results, &scales, sweep))
+                    .try_for_each(|sweep| self.sweep(call, results, &scales, sweep, &between))
             })?;
             self.kept.set(count_kept(call, self.keep())?);
             Ok(())
@@ -162,6 +166,7 @@ impl Saved {
         results: Results,
         scales: &Scales,
         sweep: &Sweep,
+        between: &Between,
     ) -> Result<()> {
         let Call { gpu, operands, .. } = call;
         let Operands {
@@ -178,6 +183,8 @@ impl Saved {
             wanted,
         } = *sweep;
         let results = results.of(wanted);
+        let last = first_row + rows >= self.rows.positions;
+        let chunk = between.chunk(first_row == 0, last);
         let class_tiles = operands.class_tiles() as u32;
         let keep = self.keep();
         let count = self.rows.count.address;
@@ -214,7 +221,7 @@ impl Saved {
                 sums: of_sums,
                 add_to_sums: first_class > 0 || averages.is_some(),
                 classifier_grad: results.classifier,
-                add_to_classifier: first_row > 0,
+                chunk,
                 averages: of_averages,
                 ..Default::default()
             };
@@ -239,7 +246,9 @@ impl Saved {
                     first_row: first_row as u32,
                     rows: rows as u32,
                     class_tiles,
-                    overwrite: u32::from(first_row == 0),
+                    overwrite: chunk.first.into(),
+                    bias_sums: chunk.bias_sums,
+                    last: chunk.last.into(),
                     ..Default::default()
                 };
                 let grid = (range.div_ceil(32), 1);

@@ -63,14 +63,36 @@ pub(super) struct Range {
     pub add_to_sums: bool,
     /// 0 where not wanted.
     pub classifier_grad: u64,
-    /// Whether the gradient of the classifier holds something already.
-    pub add_to_classifier: bool,
+    pub chunk: RowChunk,
     /// What tiles that are not kept leave in the gradient of the classifier.
     pub averages: AverageAddresses,
     /// What the gradient of the classifier gets in f32: `(vocab)` of a class 1 + its row of `target_rows`, or 0. 0 for
     /// none at all.
     pub slots: u64,
     pub target_rows: u64,
+}
+
+/// Which of the chunks of rows that add to dC and db one is, and what they leave between two of them: addresses, 0 of a chunk
+/// that is the only one, as it is by default.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RowChunk {
+    pub first: bool,
+    pub last: bool,
+    /// `(vocab, strips, 2)`: the units of dC.
+    pub exponents: u64,
+    /// `(vocab)` in f32: db.
+    pub bias_sums: u64,
+}
+
+impl Default for RowChunk {
+    fn default() -> Self {
+        Self {
+            first: true,
+            last: true,
+            exponents: 0,
+            bias_sums: 0,
+        }
+    }
 }
 
 /// Where the kernels find what stands in the place of averaged tiles; 0 for what there is not.

@@ -321,6 +321,8 @@ pub(super) fn products(
             range: classes as u32,
             class_tiles: operands.class_tiles() as u32,
             overwrite: overwrite.into(),
+            exponents: part.chunk.exponents,
+            last: part.chunk.last.into(),
             band: band as u32,
         };
         let kernel = Kernel {
@@ -341,14 +343,8 @@ pub(super) fn products(
             0 => "classifier_gradient_sm90a",
             _ => "averaged_classifier_gradient_sm90a",
         };
-        let overwrite = !part.add_to_classifier;
-        multiply(
-            name,
-            &embeddings,
-            part.classifier_grad,
-            part.rows,
-            overwrite,
-        )?;
+        let first = part.chunk.first;
+        multiply(name, &embeddings, part.classifier_grad, part.rows, first)?;
     }
     Ok(())
 }

@@ -7,6 +7,7 @@
 
 mod averages;
 mod backward;
+mod between;
 mod call;
 mod filter;
 mod forward;

@@ -1,7 +1,7 @@
 //! The chunks of rows whose gradients the forward forms.
 
 use super::forward::EVALUATION_BYTES;
-use super::hopper::{longest_range, PIECE_ROWS, ROWS_A_CHUNK, STRIP};
+use super::hopper::{longest_range, ROWS_A_CHUNK, STRIP};
 use super::{Sizes, Workspace, TILE};
 
 /// Bytes of the workspace unless the user says otherwise.
@@ -10,8 +10,6 @@ const WORKSPACE: usize = 3 << 29;
 const LEAST_ROWS: usize = 1024;
 /// Bytes of what entropy and the likeliest class need of a row in a tile.
 pub(crate) const OUTPUTS_BYTES: usize = 12;
-/// The most chunks: dC is rounded once in each. More rows than one piece of a sum in f32 are one chunk.
-const MOST_CHUNKS: usize = 4;
 
 /// How many rows go through at a time, and how many classes of them through a launch of the products.
 #[derive(Debug, Clone, Copy)]
@@ -67,16 +65,15 @@ pub(crate) fn fused(
     if averaging {
         budget = budget.saturating_sub(sizes.averages_bytes());
     }
-    let most = budget.saturating_sub(EVALUATION_BYTES) / row_bytes / TILE * TILE;
-    let chunks = match all_rows > PIECE_ROWS {
-        true => 1,
-        false => MOST_CHUNKS,
+    let budget = budget.saturating_sub(EVALUATION_BYTES);
+    let most = match budget / row_bytes >= all_rows {
+        true => all_rows,
+        false => budget.saturating_sub(sizes.between_bytes()) / row_bytes / TILE * TILE,
     };
-    let fewest = (all_rows / TILE).div_ceil(chunks).max(1) * TILE;
-    if most < least.max(fewest) {
+    if most < least {
         return None;
     }
-    let rows = best_chunk(sizes, all_rows, fewest..=most.min(all_rows));
+    let rows = best_chunk(sizes, all_rows, least..=most);
     let range = longest_range(sizes, rows);
     (range > 0).then_some(Chunks { rows, range })
 }

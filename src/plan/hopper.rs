@@ -4,8 +4,8 @@ use super::{Sizes, TILE};
 
 /// Classes of a range that a backward must have room for to be worth these kernels ...
 const LEAST_RANGE: usize = 2048;
-/// ... and chunks of rows it is cut into at most: dC is rounded once in each.
-const MOST_CHUNKS: usize = 8;
+/// ... and chunks of rows it is cut into at most.
+const MOST_CHUNKS: usize = 64;
 /// Rows whose products take as long as reading and writing dC once.
 pub(super) const ROWS_A_CHUNK: usize = 375;
 /// What a launch costs, in steps of 128 x 192 products: 10 microseconds.
@@ -36,8 +36,7 @@ pub(super) fn longest_range(sizes: Sizes, all_rows: usize) -> usize {
 
 /// Rows of a chunk and classes of a range of a backward: of what fits the workspace, where a row of a chunk takes
 /// `row_bytes` beside its classes, the pair that leaves the fewest clusters idle and goes through its sums least often.
-/// Very many rows are one chunk where that fits, for dC is rounded once in each. `chunk_steps` is what a chunk costs
-/// besides, in steps of the products. `None` where nothing fits.
+/// `chunk_steps` is what a chunk costs besides, in steps of the products. `None` where nothing fits.
 pub(super) fn chunk_and_range(
     sizes: Sizes,
     all_rows: usize,
@@ -57,20 +56,24 @@ pub(super) fn chunk_and_range(
         let classifier = rounds(range / TILE * strips) * (rows + ROWS_A_CHUNK);
         tiles + embeddings + classifier + 3 * LAUNCH
     };
-    let partials = match all_rows > PIECE_ROWS {
-        true => clusters * 2 * PARTIALS_BYTES,
-        false => 0,
+    // Beside the rows: of sums in several pieces, and of several chunks.
+    let fixed = |rows: usize| {
+        let partials = match rows > PIECE_ROWS {
+            true => clusters * 2 * PARTIALS_BYTES,
+            false => 0,
+        };
+        let between = match rows < all_rows {
+            true => sizes.between_bytes(),
+            false => 0,
+        };
+        partials + between
     };
-    let workspace = workspace.saturating_sub(partials);
     let panels = all_rows.div_ceil(PANEL);
-    let (least, step) = (panels.div_ceil(MOST_CHUNKS), panels.div_ceil(64).max(1));
+    let step = panels.div_ceil(MOST_CHUNKS);
     let mut best = None;
-    for rows in [panels].into_iter().chain((least..panels).step_by(step)) {
-        if all_rows > PIECE_ROWS && best.is_some_and(|(_, (rows, _))| rows >= all_rows) {
-            break;
-        }
+    for rows in [panels].into_iter().chain((step..panels).step_by(step)) {
         let rows = (rows * PANEL).min(all_rows);
-        let left = workspace.saturating_sub(rows * row_bytes);
+        let left = workspace.saturating_sub(fixed(rows) + rows * row_bytes);
         let most = (left / (rows * size)).min(longest_range(sizes, rows));
         let most = most / COLUMNS * COLUMNS;
         if most < LEAST_RANGE.min(vocab.next_multiple_of(COLUMNS)) {

@@ -58,6 +58,16 @@ impl Sizes {
         self.hidden * self.number / 2 + 8
     }
 
+    /// Bytes of the units of dC between two chunks of rows on compute capability 9.0: one a class and block of columns.
+    pub fn exponent_bytes(self) -> usize {
+        self.vocab * self.hidden.div_ceil(STRIP) * 2
+    }
+
+    /// Bytes of what chunks of rows leave of dC and db beside dC itself.
+    fn between_bytes(self) -> usize {
+        self.exponent_bytes() + self.vocab * 4
+    }
+
     /// Pairs of blocks that run at the same time on compute capability 9.0.
     fn clusters(self) -> usize {
         (self.multiprocessors / 2).max(1)

@@ -86,7 +86,11 @@ fn sweeps_stay_within_the_workspace() {
         for mebibytes in [128, 512, 2048] {
             let workspace = mebibytes << 20;
             for sweep in sweeps(Path::Hopper, sizes, rows, ALL, given(workspace), false) {
-                let held = sweep.rows * (sizes.hidden * 6 + sweep.range * 2);
+                let between = match sweep.rows < rows {
+                    true => sizes.exponent_bytes(),
+                    false => 0,
+                };
+                let held = sweep.rows * (sizes.hidden * 6 + sweep.range * 2) + between;
                 let fits = held <= workspace || sweep.path == Path::Portable;
                 assert!(fits, "{sizes:?}: {sweep:?} holds {held} of {workspace}");
             }
@@ -109,7 +113,7 @@ fn halved_workspaces_are_smaller() {
 }
 
 #[test]
-fn fused_gradients_go_through_few_chunks_that_fit() {
+fn fused_gradients_go_through_chunks_that_fit() {
     for (sizes, rows) in heads() {
         for workspace in [128 << 20, 512 << 20, 3 << 29, 8 << 30] {
             let asked = Forming {
@@ -119,11 +123,11 @@ fn fused_gradients_go_through_few_chunks_that_fit() {
             let Some(chunks) = fused(sizes, rows, asked, given(workspace)) else {
                 continue;
             };
-            let all_rows = rows.next_multiple_of(TILE);
-            let count = all_rows.div_ceil(chunks.rows);
-            let most = if all_rows > 16_384 { 1 } else { 4 };
-            assert!(count <= most, "{sizes:?} {rows} rows: {count} chunks");
-            let held = chunks.rows * (sizes.vocab * 2 + sizes.hidden * 6);
+            let between = match chunks.rows < rows {
+                true => sizes.exponent_bytes(),
+                false => 0,
+            };
+            let held = chunks.rows * (sizes.vocab * 2 + sizes.hidden * 6) + between;
             assert!(held <= workspace, "{sizes:?} {rows} rows hold {held}");
             assert!(chunks.range <= longest_range(sizes, chunks.rows));
         }
@@ -131,7 +135,7 @@ fn fused_gradients_go_through_few_chunks_that_fit() {
     // The logits of 8192 rows take 3.9 GiB: at least three chunks of the default.
     let chunks = fused(half(2304, 256_000), 8192, Forming::default(), DEFAULT);
     assert!(chunks.is_some_and(|chunks| (2048..4096).contains(&chunks.rows)));
-    assert!(fused(half(4096, 128_256), 65_536, Forming::default(), DEFAULT).is_none());
+    assert!(fused(half(4096, 128_256), 65_536, Forming::default(), DEFAULT).is_some());
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! A chunk of rows, from its logits to its part of the gradients.
 
 use crate::cuda::averages::{Averages, Masses};
+use crate::cuda::between::Between;
 use crate::cuda::call::{AverageAddresses, Call, Range};
 use crate::cuda::filter::{filter_blocks, Filter};
 use crate::cuda::hopper;
@@ -43,6 +44,7 @@ pub(super) struct Chunk<'a> {
     pub gathered: Buffer,
     /// `(chunk_rows, hidden)` in f32: sums of dE, then the targets' part of dC.
     pub wide: Buffer,
+    pub between: Between,
     pub reference: Buffer,
     pub target_part: Buffer,
     pub factor: Buffer,
@@ -305,10 +307,12 @@ impl Chunk<'_> {
             return Ok(());
         }
         let targets = self.targets(first_row, rows)?;
+        let last = first_row + rows >= self.call.rows.positions;
+        let chunk = self.between.chunk(first_row == 0, last);
         if self.results.classifier != 0 {
             self.multiply(first_row, rows, |part| Range {
                 classifier_grad: self.results.classifier,
-                add_to_classifier: first_row > 0,
+                chunk,
                 slots: targets.slots.address,
                 target_rows: self.wide.address,
                 averages: of_averages,
@@ -331,7 +335,9 @@ impl Chunk<'_> {
                 first_row: first_row as u32,
                 rows: rows as u32,
                 class_tiles: self.call.operands.class_tiles() as u32,
-                overwrite: u32::from(first_row == 0),
+                overwrite: chunk.first.into(),
+                bias_sums: chunk.bias_sums,
+                last: chunk.last.into(),
                 ..Default::default()
             };
             let grid = (vocab.div_ceil(32), 1);

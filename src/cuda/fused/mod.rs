@@ -12,6 +12,7 @@
 mod chunk;
 
 use super::backward::Saved;
+use super::between::Between;
 use super::call::Call;
 use super::filter::{count_kept, Filter};
 use super::launch::{Kernel, FUSED};
@@ -124,6 +125,7 @@ pub(super) fn forward(
         },
         gathered: gpu.buffer(plan.rows * operands.hidden * operands.kind.size)?,
         wide: gpu.buffer(plan.rows * operands.hidden * 4)?,
+        between: Between::new(gpu, operands, results, all_rows.div_ceil(plan.rows))?,
         reference: gpu.buffer(plan.rows * 4)?,
         target_part: gpu.buffer(plan.rows * 4)?,
         factor: gpu.buffer(plan.rows * 4)?,

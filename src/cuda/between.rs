@@ -1,0 +1,39 @@
+//! What chunks of rows leave of dC and db for those that follow, so that each is rounded to its dtype once.
+
+use super::call::RowChunk;
+use super::launch::{Buffer, Gpu};
+use super::operands::Operands;
+use super::outputs::Results;
+use candle_core::Result;
+
+/// dC itself lies in its place meanwhile, in 16 bits a number: see `Between` in `cuda/products_sm90a.cu`.
+#[derive(Default)]
+pub(super) struct Between {
+    exponents: Option<Buffer>,
+    bias_sums: Option<Buffer>,
+}
+
+impl Between {
+    /// For `chunks` of rows. Of a single one nothing is left.
+    pub fn new(gpu: &Gpu, operands: Operands, results: Results, chunks: usize) -> Result<Self> {
+        let sizes = operands.sizes();
+        let buffer = |grad: u64, bytes: usize| match grad != 0 && chunks > 1 {
+            true => gpu.buffer(bytes).map(Some),
+            false => Ok(None),
+        };
+        Ok(Self {
+            exponents: buffer(results.classifier, sizes.exponent_bytes())?,
+            bias_sums: buffer(results.bias, sizes.vocab * 4)?,
+        })
+    }
+
+    pub fn chunk(&self, first: bool, last: bool) -> RowChunk {
+        let address = |buffer: &Option<Buffer>| buffer.as_ref().map_or(0, |buffer| buffer.address);
+        RowChunk {
+            first,
+            last,
+            exponents: address(&self.exponents),
+            bias_sums: address(&self.bias_sums),
+        }
+    }
+}
