@@ -6,7 +6,7 @@ use std::process::Command;
 use std::{env, fs};
 
 /// Sources and the virtual architecture each is compiled for.
-const KERNELS: [(&str, &str); 25] = [
+const KERNELS: [(&str, &str); 27] = [
     ("rows", "compute_80"),
     ("loss", "compute_80"),
     ("fused", "compute_80"),
@@ -14,6 +14,8 @@ const KERNELS: [(&str, &str); 25] = [
     ("filter", "compute_80"),
     ("averages", "compute_80"),
     ("smoothing", "compute_80"),
+    ("class_logits", "compute_80"),
+    ("sort", "compute_80"),
     ("forward_sm80", "compute_80"),
     ("forward_outputs_sm80", "compute_80"),
     ("gradient_sm80", "compute_80"),

@@ -12,6 +12,7 @@ use benchmark::data;
 use benchmark::table::{Sample, Table};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
+use candle_cut_cross_entropy::soft_targets::{top_k_divergence, TopK};
 use candle_cut_cross_entropy::{backward, linear_cross_entropy, Entropy, Options, Output, Preset};
 use clap::Parser;
 use common::meter::Meter;
@@ -84,6 +85,8 @@ struct Bench<'a> {
     classifier: Var,
     bias: Option<Var>,
     targets: Tensor,
+    /// Where a method needs it.
+    teacher: Option<TopK>,
 }
 
 /// A loss and, from this crate's, what else came with it.
@@ -103,9 +106,21 @@ impl<'a> Bench<'a> {
             )?)?),
             false => None,
         };
+        let distils = args.methods.iter().any(|m| matches!(m, Method::TopK(_)));
+        let teacher = match distils {
+            true => Some(data::teacher(
+                inputs.embeddings.dim(0)?,
+                inputs.classifier.dim(0)?,
+                args.k,
+                args.seed,
+                inputs.classifier.device(),
+            )?),
+            false => None,
+        };
         Ok(Self {
             args,
             meter,
+            teacher,
             embeddings: Var::from_tensor(&inputs.embeddings)?,
             classifier: Var::from_tensor(&inputs.classifier)?,
             bias,
@@ -151,7 +166,7 @@ impl<'a> Bench<'a> {
     fn check_memory(&self, method: Method) -> Result<()> {
         let logits = self.embeddings.dims()[0] * self.classifier.dims()[0];
         let needed = match method {
-            Method::Preset(_) => return Ok(()),
+            Method::Preset(_) | Method::TopK(_) => return Ok(()),
             Method::Product => logits * self.embeddings.dtype().size_in_bytes(),
             // Logits, what log_softmax makes of them, and their gradients.
             Method::Baseline => logits * 8 * DType::F32.size_in_bytes(),
@@ -268,6 +283,7 @@ impl<'a> Bench<'a> {
         let bias = self.bias.as_ref().map(pick);
         let preset = match method {
             Method::Preset(preset) => preset,
+            Method::TopK(_) => Preset::CceExact,
             Method::Baseline => {
                 let loss = self.baseline(&embeddings, &classifier, bias.as_ref())?;
                 return Ok(Loss { loss, output: None });
@@ -291,6 +307,12 @@ impl<'a> Bench<'a> {
         }
         if preset != Preset::Native {
             options = options.implementation(self.args.implementation);
+        }
+        if let (Method::TopK(rest), Some(teacher)) = (method, &self.teacher) {
+            let teacher = teacher.clone().rest(rest);
+            let (e, c) = (&embeddings, &classifier);
+            let loss = top_k_divergence(e, c, &self.targets, &teacher, &options)?;
+            return Ok(Loss { loss, output: None });
         }
         let output = linear_cross_entropy(&embeddings, &classifier, &self.targets, &options)?;
         let loss = match (self.args.entropy, &output.entropy) {

@@ -102,7 +102,16 @@ impl Matrices<Tensor> {
     }
 }
 
-impl Matrices<&Tensor> {
+impl<'a> Matrices<&'a Tensor> {
+    /// The arguments of a node: embeddings, classifier and, if there is one, the bias.
+    pub fn of(arguments: &[&'a Tensor]) -> Self {
+        Self {
+            embeddings: arguments[0],
+            classifier: arguments[1],
+            bias: arguments.get(2).copied(),
+        }
+    }
+
     /// The same outside of the user's graph.
     pub fn detach(self) -> Matrices<Tensor> {
         Matrices {

@@ -2,6 +2,7 @@
 
 use super::data;
 use candle_core::DType;
+use candle_cut_cross_entropy::soft_targets::Rest;
 use candle_cut_cross_entropy::{Entropy, Filter, Implementation, Preset, Strategy};
 use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
@@ -16,7 +17,8 @@ use std::str::FromStr;
 #[derive(Parser, Debug)]
 pub struct Args {
     /// cce, cce_kahan, cce_kahan_full_c, cce_kahan_full_e, cce_exact, native, baseline (Candle's
-    /// logits and candle_nn::loss::cross_entropy), mm (the product E C^T alone)
+    /// logits and candle_nn::loss::cross_entropy), top_k and top_k_left_out (top_k_divergence, exact, from a teacher of
+    /// random classes: the others as one class, or left out), mm (the product E C^T alone)
     #[arg(
         long,
         value_delimiter = ',',
@@ -81,6 +83,9 @@ pub struct Args {
     /// The likeliest class of each position
     #[arg(long)]
     pub predicted: bool,
+    /// Classes that the teacher of top_k names a position
+    #[arg(long, default_value_t = 64)]
+    pub k: usize,
     /// loss.backward() in place of this crate's backward(&loss)
     #[arg(long)]
     pub plain_backward: bool,
@@ -90,6 +95,7 @@ pub struct Args {
 pub enum Method {
     Preset(Preset),
     Baseline,
+    TopK(Rest),
     Product,
 }
 
@@ -99,6 +105,8 @@ impl FromStr for Method {
     fn from_str(name: &str) -> candle_core::Result<Self> {
         Ok(match name {
             "baseline" => Method::Baseline,
+            "top_k" => Method::TopK(Rest::OneClass),
+            "top_k_left_out" => Method::TopK(Rest::LeftOut),
             "mm" => Method::Product,
             preset => Method::Preset(preset.parse()?),
         })
@@ -110,6 +118,8 @@ impl Method {
         match self {
             Method::Preset(preset) => preset.name(),
             Method::Baseline => "baseline",
+            Method::TopK(Rest::OneClass) => "top_k",
+            Method::TopK(_) => "top_k_left_out",
             Method::Product => "mm",
         }
     }

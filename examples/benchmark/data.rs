@@ -5,6 +5,7 @@
 
 use anyhow::{bail, Context, Result};
 use candle_core::{DType, Device, Tensor};
+use candle_cut_cross_entropy::soft_targets::TopK;
 use clap::ValueEnum;
 use rand::{rngs::StdRng, Rng, SeedableRng};
 use rand_distr::{Distribution, StandardNormal};
@@ -117,6 +118,7 @@ enum Purpose {
     Targets,
     Ids,
     Likely,
+    Teacher,
 }
 
 fn rng(seed: u64, purpose: Purpose, block: usize) -> StdRng {
@@ -153,6 +155,19 @@ fn normal(
 /// A bias `(V)` of small random numbers.
 pub fn bias(v: usize, dtype: DType, seed: u64, device: &Device) -> Result<Tensor> {
     normal(&[v], 0.1, dtype, (seed, Purpose::Bias), device)
+}
+
+/// A teacher that names `k` classes of `v` at each of `n` positions, no matter which: of all there are, that no row of the
+/// classifier is in a cache. The `i`-th has a share of `1 / i`, all together 0.9.
+pub fn teacher(n: usize, v: usize, k: usize, seed: u64, device: &Device) -> Result<TopK> {
+    let mut rng = rng(seed, Purpose::Teacher, 0);
+    let classes = (0..n).flat_map(|_| rand::seq::index::sample(&mut rng, v, k).into_vec());
+    let classes: Vec<u32> = classes.map(|class| class as u32).collect();
+    let sum: f32 = (1..=k).map(|i| 1. / i as f32).sum();
+    let shares: Vec<f32> = (1..=k).map(|i| 0.9 / sum / i as f32).collect();
+    let classes = Tensor::from_vec(classes, (n, k), device)?;
+    let shares = Tensor::from_vec(shares, k, device)?.broadcast_as((n, k))?;
+    Ok(TopK::new(&classes, &shares.contiguous()?))
 }
 
 /// Random inputs of this kind.

@@ -52,6 +52,8 @@ modules! {
     FILTER = "filter";
     AVERAGES = "averages";
     SMOOTHING = "smoothing";
+    CLASS_LOGITS = "class_logits";
+    SORT = "sort";
     FORWARD_SM80 = "forward_sm80";
     FORWARD_OUTPUTS_SM80 = "forward_outputs_sm80";
     GRADIENT_SM80 = "gradient_sm80";

@@ -9,6 +9,7 @@ mod averages;
 mod backward;
 mod between;
 mod call;
+pub(crate) mod class_logits;
 mod filter;
 mod forward;
 mod fused;
@@ -26,8 +27,10 @@ mod room;
 mod rows;
 mod shards;
 pub(crate) mod smoothing;
+mod sort;
 mod tensor_map;
 mod terms;
+mod write;
 
 pub(crate) use forward::forward;
 

@@ -4,7 +4,7 @@ use super::launch::Gpu;
 use crate::matrices::{Matrices, View};
 use crate::plan::Sizes;
 use crate::problem::Settings;
-use candle_core::{bail, CudaStorage, DType, Result};
+use candle_core::{bail, CudaStorage, DType, Device, Result, Tensor};
 
 /// The end of a kernel's name, and the bytes of a number.
 #[derive(Debug, Clone, Copy)]
@@ -32,6 +32,27 @@ impl Kind {
     pub fn kernel(self, name: &str) -> String {
         format!("{name}_{}", self.suffix)
     }
+}
+
+/// The device and kind of a matrix, `None` where the kernels cannot read it.
+pub(super) fn kernels(matrix: &Tensor) -> Result<Option<(Gpu, Kind)>> {
+    let Device::Cuda(device) = matrix.device() else {
+        return Ok(None);
+    };
+    let gpu = Gpu::new(device);
+    let runs = matches!(matrix.dtype(), DType::BF16 | DType::F16 | DType::F32)
+        && gpu.compute_capability()?.0 >= 8;
+    Ok(match runs {
+        true => Some((gpu, Kind::of(matrix.dtype())?)),
+        false => None,
+    })
+}
+
+/// Whether numbers of these addresses, this many apart, all begin on 16 bytes.
+pub(super) fn aligned(kind: Kind, addresses: &[u64], strides: &[usize]) -> bool {
+    let on_16 = |bytes: u64| bytes.is_multiple_of(16);
+    addresses.iter().all(|address| on_16(*address))
+        && strides.iter().all(|s| on_16((s * kind.size) as u64))
 }
 
 /// The addresses of a problem's matrices and what every kernel wants to know of them.

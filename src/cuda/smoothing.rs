@@ -2,30 +2,14 @@
 //! results f32.
 
 use super::launch::{Gpu, Kernel, SMOOTHING};
-use super::operands::Kind;
+use super::operands::{kernels, Kind};
 use super::params::smoothing::{DotsParams, OuterParams, SumPartialsParams, SumRowsParams};
 use candle_core::backend::BackendStorage;
-use candle_core::{
-    bail, CpuStorage, CudaStorage, DType, Device, InplaceOp3, Layout, Result, Tensor,
-};
+use candle_core::{bail, CpuStorage, CudaStorage, DType, InplaceOp3, Layout, Result, Tensor};
 
 const THREADS: usize = 256;
 /// Blocks that have every so-many-th row.
 const PARTS: usize = 256;
-
-/// The device and kind of a matrix, `None` where the kernels cannot read it.
-fn kernels(matrix: &Tensor) -> Result<Option<(Gpu, Kind)>> {
-    let Device::Cuda(device) = matrix.device() else {
-        return Ok(None);
-    };
-    let gpu = Gpu::new(device);
-    let runs = matches!(matrix.dtype(), DType::BF16 | DType::F16 | DType::F32)
-        && gpu.compute_capability()?.0 >= 8;
-    Ok(match runs {
-        true => Some((gpu, Kind::of(matrix.dtype())?)),
-        false => None,
-    })
-}
 
 fn parts(rows: usize) -> usize {
     rows.min(PARTS)

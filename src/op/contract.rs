@@ -29,11 +29,26 @@ impl Wanted {
 
 /// Gradients in the dtype and shape of what they belong to, `None` where not wanted. That of the embeddings may be f32
 /// where the classes are sharded: then it is this rank's part of a sum.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub(crate) struct Gradients {
     pub embeddings: Option<Tensor>,
     pub classifier: Option<Tensor>,
     pub bias: Option<Tensor>,
+}
+
+impl Gradients {
+    /// The sums of two that have the same.
+    pub fn plus(self, other: Self) -> Result<Self> {
+        let sum = |a: Option<Tensor>, b: Option<Tensor>| match (a, b) {
+            (Some(a), Some(b)) => (a + b).map(Some),
+            (a, b) => Ok(a.or(b)),
+        };
+        Ok(Self {
+            embeddings: sum(self.embeddings, other.embeddings)?,
+            classifier: sum(self.classifier, other.classifier)?,
+            bias: sum(self.bias, other.bias)?,
+        })
+    }
 }
 
 /// What a forward leaves behind. Used as often as the user differentiates the graph.

@@ -133,11 +133,7 @@ fn gradients(
     arguments: &[&Tensor],
     upstream: &Tensor,
 ) -> Result<Vec<Option<Tensor>>> {
-    let matrices = Matrices {
-        embeddings: arguments[0],
-        classifier: arguments[1],
-        bias: arguments.get(2).copied(),
-    };
+    let matrices = Matrices::of(arguments);
     let wanted = wanted(matrices);
     let detached = matrices.detach();
     let upstream = upstream.detach().contiguous()?;

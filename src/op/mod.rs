@@ -3,6 +3,7 @@
 
 pub(crate) mod contract;
 mod dispatch;
+pub(crate) mod forward;
 pub(crate) mod graph;
 pub(crate) mod packed;
 mod passes;

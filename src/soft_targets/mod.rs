@@ -13,6 +13,7 @@
 mod checks;
 mod class_logits;
 mod divergence;
+mod loss_and_logits;
 mod top_k;
 
 pub use class_logits::class_logits;

@@ -1,15 +1,15 @@
 //! A teacher that names the likeliest classes of each position.
 
 use super::checks;
-use super::class_logits;
+use super::class_logits::Chosen;
+use super::loss_and_logits::LossAndLogits;
 use crate::devices::same_device;
 use crate::objectives::counted;
 use crate::op::contract::accumulator;
-use crate::op::graph::apply;
 use crate::positions::to_i64;
 use crate::problem::Problem;
 use crate::terms::Weights;
-use crate::{linear_cross_entropy, Entropy, Filter, Options, Reduction};
+use crate::{Entropy, Options, Reduction};
 use candle_core::{bail, DType, Result, Tensor, D};
 
 /// What a student's probability of all unnamed classes is at least, in the logarithm: f32 numbers do not tell less from
@@ -195,32 +195,31 @@ pub fn top_k_divergence(
     };
     let (mut problem, matrices) = Problem::new(embeddings, classifier, targets, options)?;
     let said = teacher.said(&problem, targets, options)?;
-    // What is contiguous now is not copied again.
-    let classifier = &matrices.classifier;
-    let options = &options.clone().bias(matrices.bias.as_ref());
-    let logits = class_logits(embeddings, classifier, &said.classes, options)?;
-    let logits = said.at.values(&logits)?;
+    let chosen = Chosen::new(&said.classes, &problem)?;
     let mass = said.probabilities.sum(D::Minus1)?;
-    let apart_from_lse = said.apart_from_lse(&logits)?;
+    let of_steps = said.classes.shape();
     if teacher.rest != Rest::OneClass {
         // The lse enters by its product with the mass alone, so that its gradients can be formed in the forward.
         problem.weights = Some(said.at.of_lse(&mass, problem.dtype)?);
-        let of_lse = apply(&problem, matrices.as_ref())?;
+        let both = LossAndLogits::new(&problem, matrices.as_ref(), chosen)?;
         let of_lse = match options.reduction {
-            Reduction::None => of_lse.losses.reshape(mass.shape())?,
-            Reduction::Mean | Reduction::Sum => of_lse.loss.reshape(())?,
+            Reduction::None => both.losses.reshape(mass.shape())?,
+            Reduction::Mean | Reduction::Sum => both.loss.reshape(())?,
         };
+        let logits = said.at.values(&both.logits.reshape(of_steps)?)?;
+        let apart_from_lse = said.apart_from_lse(&logits)?;
         return of_lse + said.at.reduced(&apart_from_lse, options.reduction)?;
     }
-    let for_lse = Options {
-        token_weights: None,
-        ..options.clone()
-    };
-    let for_lse = for_lse.reduction(Reduction::None).filter(Filter::Off);
-    let lse = linear_cross_entropy(embeddings, classifier, targets, &for_lse)?.lse;
+    problem.weights = None;
+    problem.settings.reduction = Reduction::None;
+    problem.settings.filter_embeddings = None;
+    problem.settings.filter_classifier = None;
+    let both = LossAndLogits::new(&problem, matrices.as_ref(), chosen)?;
+    let lse = both.lse.reshape(mass.shape())?;
+    let logits = said.at.values(&both.logits.reshape(of_steps)?)?;
     let named = logits.broadcast_sub(&lse.unsqueeze(D::Minus1)?)?.exp()?;
     let of_rest = said.of_rest(&mass, &named.sum(D::Minus1)?)?;
-    let losses = ((mass * lse)? + apart_from_lse + of_rest)?;
+    let losses = ((mass * lse)? + said.apart_from_lse(&logits)? + of_rest)?;
     said.at.reduced(&losses, options.reduction)
 }
 

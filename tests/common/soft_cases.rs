@@ -21,6 +21,8 @@ pub struct Case {
 const IGNORED: i64 = -7;
 
 pub struct Features {
+    /// Columns of the student's matrices.
+    pub hidden: usize,
     pub bias: bool,
     pub softcap: Option<f64>,
     pub shift: usize,
@@ -31,6 +33,7 @@ pub struct Features {
 }
 
 pub const PLAIN: Features = Features {
+    hidden: 19,
     bias: false,
     softcap: None,
     shift: 0,
@@ -41,6 +44,7 @@ pub const PLAIN: Features = Features {
 };
 
 pub const ALL: Features = Features {
+    hidden: 19,
     bias: true,
     softcap: Some(4.),
     shift: 1,
@@ -92,7 +96,7 @@ impl Case {
         let mut random = Random::new(vocab as u64);
         let rows: usize = lead.iter().product();
         let time = lead.last().copied().unwrap_or(1);
-        let student = head(&mut random, dtype, [rows, 19, vocab], features);
+        let student = head(&mut random, dtype, [rows, features.hidden, vocab], features);
         let teacher = match kind {
             Kind::Whole(kind) => {
                 let head = head(&mut random, dtype, [rows, 23, vocab], features);

@@ -5,6 +5,7 @@
 mod common;
 
 mod chunks;
+mod class_logits;
 mod decoder;
 mod edges;
 mod filter;

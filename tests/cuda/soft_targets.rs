@@ -1,11 +1,11 @@
-//! Distillation on a GPU, where it is made of Candle tensor operations.
+//! Distillation on a GPU.
 
 use crate::common::numbers;
-use crate::common::soft_cases::{Case, ALL, KINDS, PLAIN, REDUCTIONS};
+use crate::common::soft_cases::{Case, Features, ALL, KINDS, PLAIN, REDUCTIONS};
 use crate::device;
 use candle_core::{DType, Result, Tensor, Var};
 use candle_cut_cross_entropy::soft_targets::class_logits;
-use candle_cut_cross_entropy::{backward, Options, Reduction, Strategy};
+use candle_cut_cross_entropy::{backward, Filter, Implementation, Options, Reduction, Strategy};
 
 #[test]
 fn losses_and_gradients_are_those_of_the_reference() -> Result<()> {
@@ -20,6 +20,37 @@ fn losses_and_gradients_are_those_of_the_reference() -> Result<()> {
                     let what = format!("{kind:?} {name}");
                     case.check(&what, &device, Options::default(), reduction)?;
                 }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Both gradients of a matrix in one tensor, whatever way that of the lse comes about; with columns that the kernels of
+/// Hopper take.
+#[test]
+fn the_loss_and_the_named_classes_share_a_gradient() -> Result<()> {
+    let Some(device) = device() else {
+        return Ok(());
+    };
+    let [plain, all] = [PLAIN, ALL].map(|features| Features {
+        hidden: 64,
+        ..features
+    });
+    for kind in &KINDS[3..] {
+        for (features, name) in [(&plain, "plain"), (&all, "all")] {
+            for dtype in [DType::F32, DType::BF16, DType::F16] {
+                let case = Case::new(dtype, &[2, 70], 300, *kind, features);
+                for strategy in [Strategy::Fused, Strategy::Recompute] {
+                    for reduction in REDUCTIONS {
+                        let options = Options::default().filter(Filter::Off).strategy(strategy);
+                        let what = format!("{kind:?} {name} {strategy:?}");
+                        case.check(&what, &device, options, reduction)?;
+                    }
+                }
+                let native = Options::default().implementation(Implementation::Native);
+                let what = format!("{kind:?} {name} native");
+                case.check(&what, &device, native, Reduction::Mean)?;
             }
         }
     }

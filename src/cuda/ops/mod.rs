@@ -7,7 +7,7 @@ pub(crate) mod rms_norm;
 pub(crate) mod rope;
 
 use super::launch::{Gpu, Kernel, Module};
-use super::operands::Kind;
+use super::operands::{aligned, Kind};
 use candle_core::cuda_backend::CudaStorage;
 use candle_core::{bail, DType, Device, Layout, Result, Storage, Tensor};
 
@@ -76,13 +76,6 @@ pub(crate) fn can_run(tensor: &Tensor) -> Result<bool> {
     };
     let dtype = matches!(tensor.dtype(), DType::BF16 | DType::F16 | DType::F32);
     Ok(dtype && tensor.elem_count() > 0 && Gpu::new(device).compute_capability()?.0 >= 8)
-}
-
-/// Whether numbers of these addresses, this many apart, all begin on 16 bytes.
-fn aligned(kind: Kind, addresses: &[u64], strides: &[usize]) -> bool {
-    let on_16 = |bytes: u64| bytes.is_multiple_of(16);
-    addresses.iter().all(|address| on_16(*address))
-        && strides.iter().all(|s| on_16((s * kind.size) as u64))
 }
 
 fn kernel(

@@ -1,13 +1,12 @@
 //! `cuda/optimizer.cu`.
 
 use super::{addresses, aligned, kernel, operands};
-use crate::cuda::launch::ONE_BLOCK;
-use crate::cuda::launch::{Gpu, OPTIMIZER};
+use crate::cuda::launch::{ONE_BLOCK, OPTIMIZER};
 use crate::cuda::operands::Kind;
 use crate::cuda::params::optimizer::{AdamWParams, GradientParams, NormParams};
+use crate::cuda::write::write;
 use crate::models::update::Step;
-use candle_core::cuda_backend::CudaStorage;
-use candle_core::{bail, CpuStorage, DType, InplaceOp1, Layout, Result, Tensor};
+use candle_core::{bail, DType, Result, Tensor};
 
 const THREADS: usize = 256;
 /// Blocks, and sums of squares, of a gradient at most.
@@ -145,28 +144,4 @@ pub(crate) fn adamw(gradient: &Tensor, state: &State<'_>, step: Step) -> Result<
             })
         })
     })
-}
-
-/// Runs `with` on the address of a tensor that is held for writing.
-fn write(tensor: &Tensor, with: &dyn Fn(u64) -> Result<()>) -> Result<()> {
-    tensor.inplace_op1(&Write(with))
-}
-
-struct Write<'a>(&'a dyn Fn(u64) -> Result<()>);
-
-impl InplaceOp1 for Write<'_> {
-    fn name(&self) -> &'static str {
-        "write"
-    }
-
-    fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> Result<()> {
-        bail!("expected a CUDA tensor, got one on the CPU")
-    }
-
-    fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
-        use candle_core::backend::BackendStorage;
-        let gpu = Gpu::new(storage.device());
-        let (address, _until_written) = gpu.address_to_write(storage, layout)?;
-        (self.0)(address)
-    }
 }

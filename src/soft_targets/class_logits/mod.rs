@@ -10,8 +10,8 @@ use crate::op::contract::{Gradients, Wanted};
 use crate::op::graph::wanted;
 use crate::positions::to_i64;
 use crate::problem::Problem;
-use crate::Options;
-use candle_core::{bail, DType, Device, Result, Tensor};
+use crate::{Implementation, Options};
+use candle_core::{bail, DType, Device, Result, Tensor, D};
 
 /// The logits of chosen classes, `z_ij = e_i . c_(y_ij) + b_(y_ij)` with the softcap and the scale of the options: f32 of
 /// shape `(.., k)`, differentiable in the embeddings, the classifier and the bias.
@@ -73,18 +73,11 @@ pub fn class_logits(
     let read = Options::default()
         .bias(options.bias.as_ref())
         .softcap(options.softcap)
-        .logit_scale(options.logit_scale);
+        .logit_scale(options.logit_scale)
+        .implementation(options.implementation)
+        .check_targets(options.check_targets);
     let (problem, matrices) = Problem::new(embeddings, classifier, &targets, &read)?;
-    let checked = options.check_targets || embeddings.device().is_cpu();
-    let chosen = Chosen {
-        classes: match checked {
-            true => Classes::Known(known(classes, problem.vocab())?),
-            false => Classes::Unknown(to_i64(classes)?.flatten_all()?.contiguous()?),
-        },
-        k,
-        scale: problem.settings.logit_scale,
-        softcap: problem.settings.softcap,
-    };
+    let chosen = Chosen::new(classes, &problem)?;
     let detached = matrices.as_ref().detach();
     let logits = chosen.logits(detached.as_ref())?;
     let shape = classes.shape();
@@ -94,7 +87,7 @@ pub fn class_logits(
     let mut arguments = vec![&matrices.embeddings, &matrices.classifier];
     arguments.extend(&matrices.bias);
     let node = ClassLogits {
-        logits: chosen.softcap.map(|softcap| (logits.clone(), softcap)),
+        logits: chosen.keep(&logits),
         chosen,
     };
     attach(logits, &arguments, node)?.reshape(shape)
@@ -131,15 +124,15 @@ fn known(classes: &Tensor, vocab: usize) -> Result<Vec<u32>> {
     Ok(classes.into_iter().map(|class| class as u32).collect())
 }
 
-/// The chosen classes of all rows, row by row.
+/// The chosen classes of all rows.
 enum Classes {
-    /// All exist.
-    Known(Vec<u32>),
-    /// i64 on a device; some may not exist.
-    Unknown(Tensor),
+    /// Row by row. All exist.
+    OnHost(Vec<u32>),
+    /// i64, `(rows, k)`, contiguous. Some may not exist.
+    OnDevice(Tensor),
 }
 
-struct Chosen {
+pub(super) struct Chosen {
     classes: Classes,
     /// Classes of a row.
     k: usize,
@@ -147,11 +140,34 @@ struct Chosen {
     scale: f64,
     /// Of the logits so scaled.
     softcap: Option<f64>,
+    /// Whether kernels may run.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    kernels: bool,
 }
 
 impl Chosen {
+    /// The settings are those of the problem. `classes` `(.., k)` are of its embeddings.
+    pub fn new(classes: &Tensor, problem: &Problem) -> Result<Self> {
+        let settings = &problem.settings;
+        let k = classes.dim(D::Minus1)?;
+        let on_host = match classes.device().is_cpu() || settings.check_targets {
+            true => Some(known(classes, problem.vocab())?),
+            false => None,
+        };
+        Ok(Self {
+            classes: match on_host {
+                Some(classes) if problem.device.is_cpu() => Classes::OnHost(classes),
+                _ => Classes::OnDevice(to_i64(classes)?.reshape(((), k))?.contiguous()?),
+            },
+            k,
+            scale: settings.logit_scale,
+            softcap: settings.softcap,
+            kernels: settings.implementation != Implementation::Native,
+        })
+    }
+
     /// `(rows, k)`, f32.
-    fn logits(&self, matrices: Matrices<&Tensor>) -> Result<Tensor> {
+    pub fn logits(&self, matrices: Matrices<&Tensor>) -> Result<Tensor> {
         let logits = self.products(matrices)?;
         let logits = match self.scale {
             1. => logits,
@@ -163,78 +179,90 @@ impl Chosen {
         }
     }
 
+    /// What of the logits a backward needs.
+    pub fn keep(&self, logits: &Tensor) -> Option<Tensor> {
+        self.softcap.map(|_| logits.clone())
+    }
+
     /// The logits without scale and softcap.
     fn products(&self, matrices: Matrices<&Tensor>) -> Result<Tensor> {
-        match (&self.classes, matrices.embeddings.device()) {
-            (Classes::Known(classes), Device::Cpu) => cpu::products(matrices, classes, self.k),
-            _ => {
-                let classes = self.on_device(matrices)?;
+        match &self.classes {
+            Classes::OnHost(classes) => cpu::products(matrices, classes, self.k),
+            Classes::OnDevice(classes) => {
+                #[cfg(feature = "cuda")]
+                if self.kernels {
+                    if let Some(products) = crate::cuda::class_logits::products(matrices, classes)?
+                    {
+                        return Ok(products);
+                    }
+                }
+                let classes = tensor::Classes::new(classes, matrices.classifier.dim(0)?)?;
                 tensor::products(matrices, &classes, self.k)
             }
         }
     }
 
-    /// `upstream` is the gradient of the products, contiguous.
-    fn gradients(
+    /// The gradients, added to `others` if there are any, which may be in place. `upstream` is the gradient of the logits,
+    /// `kept` what is [kept](Self::keep) of them.
+    pub fn gradients(
         &self,
         matrices: Matrices<&Tensor>,
+        kept: Option<&Tensor>,
         upstream: &Tensor,
         wanted: Wanted,
+        others: Option<Gradients>,
     ) -> Result<Gradients> {
-        match (&self.classes, matrices.embeddings.device()) {
-            (Classes::Known(classes), Device::Cpu) => {
-                cpu::gradients(matrices, classes, upstream, wanted)
+        let upstream = (upstream * self.scale)?;
+        let upstream = match (kept, self.softcap) {
+            (Some(logits), Some(softcap)) => {
+                let slope = (logits / softcap)?.sqr()?.affine(-1., 1.)?;
+                (upstream * slope)?
             }
-            _ => {
-                let classes = self.on_device(matrices)?;
-                tensor::gradients(matrices, &classes, upstream, wanted)
+            _ => upstream,
+        };
+        let upstream = upstream.contiguous()?;
+        let own = match &self.classes {
+            Classes::OnHost(classes) => cpu::gradients(matrices, classes, &upstream, wanted)?,
+            Classes::OnDevice(classes) => {
+                #[cfg(feature = "cuda")]
+                if self.kernels {
+                    use crate::cuda::class_logits::gradients;
+                    let others = others.as_ref();
+                    let sums = gradients(matrices, classes, &upstream, wanted, others)?;
+                    if let Some(sums) = sums {
+                        return Ok(sums);
+                    }
+                }
+                let classes = tensor::Classes::new(classes, matrices.classifier.dim(0)?)?;
+                tensor::gradients(matrices, &classes, &upstream, wanted)?
             }
-        }
-    }
-
-    fn on_device(&self, matrices: Matrices<&Tensor>) -> Result<tensor::Classes> {
-        let vocab = matrices.classifier.dim(0)?;
-        match &self.classes {
-            Classes::Unknown(classes) => tensor::Classes::new(classes, vocab),
-            Classes::Known(classes) => {
-                let device = matrices.embeddings.device();
-                let classes: Vec<i64> = classes.iter().map(|class| *class as i64).collect();
-                tensor::Classes::new(&Tensor::new(classes, device)?, vocab)
-            }
+        };
+        match others {
+            Some(others) => others.plus(own),
+            None => Ok(own),
         }
     }
 }
 
 /// Joins the graph ready-made: the logits are few, and elsewhere than on the CPU tensor operations compute them.
 struct ClassLogits {
-    /// The result and its cap, where there is one.
-    logits: Option<(Tensor, f64)>,
     chosen: Chosen,
+    /// What is kept of the result.
+    logits: Option<Tensor>,
 }
 
 impl Node for ClassLogits {
     const NAME: &'static str = "class-logits";
 
     fn backward(&self, arguments: &[&Tensor], upstream: &Tensor) -> Result<Vec<Option<Tensor>>> {
-        let matrices = Matrices {
-            embeddings: arguments[0],
-            classifier: arguments[1],
-            bias: arguments.get(2).copied(),
-        };
+        let matrices = Matrices::of(arguments);
         let wanted = wanted(matrices);
-        let matrices = matrices.detach();
-        let upstream = (upstream.detach() * self.chosen.scale)?;
-        let upstream = match &self.logits {
-            None => upstream,
-            Some((logits, softcap)) => {
-                let slope = (logits / *softcap)?.sqr()?.affine(-1., 1.)?;
-                (upstream * slope)?
-            }
-        };
-        let upstream = upstream.contiguous()?;
-        let gradients = self
-            .chosen
-            .gradients(matrices.as_ref(), &upstream, wanted)?;
+        let detached = matrices.detach();
+        let logits = self.logits.as_ref();
+        let upstream = upstream.detach();
+        let gradients =
+            self.chosen
+                .gradients(detached.as_ref(), logits, &upstream, wanted, None)?;
         Ok(vec![
             gradients.embeddings,
             gradients.classifier,

@@ -98,11 +98,7 @@ impl Node for Side {
         let gradients = match formed {
             Some(formed) => scaled(formed, &upstream)?,
             None => {
-                let asked = wanted(Matrices {
-                    embeddings: arguments[0],
-                    classifier: arguments[1],
-                    bias: arguments.get(2).copied(),
-                });
+                let asked = wanted(Matrices::of(arguments));
                 let weights = self.call.weights(Some(&upstream))?;
                 let none = Wanted::default();
                 let (student, teacher) = match self.of_teacher {
