@@ -28,29 +28,32 @@ extern "C" __global__ void __launch_bounds__(SORT_THREADS) count_digits(const So
   for (int i = threadIdx.x; i < DIGITS; i += SORT_THREADS) p.places[(int64_t)i * p.tiles + blockIdx.x] = counts[i];
 }
 
-// The sums of all counts before each, in place. One block, whose threads have as many after one another.
+// The sums of all counts before each, in place. One block, whose threads have four each at a time.
 extern "C" __global__ void __launch_bounds__(ONE_BLOCK) first_places(const SortParams p) {
   __shared__ uint32_t warp_sums[ONE_BLOCK / 32];
-  const int64_t all = (int64_t)DIGITS * p.tiles, each = (all + ONE_BLOCK - 1) / ONE_BLOCK;
-  const int64_t first = threadIdx.x * each, end = min(first + each, all);
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint32_t own = 0;
-#pragma unroll 8
-  for (int64_t i = first; i < end; i++) own += p.places[i];
-  uint32_t upto = own;
-  for (int i = 1; i < 32; i *= 2) {
-    const uint32_t before = __shfl_up_sync(0xffffffff, upto, i);
-    if (lane >= i) upto += before;
-  }
-  if (lane == 31) warp_sums[warp] = upto;
-  __syncthreads();
-  uint32_t place = upto - own;
-  for (uint32_t w = 0; w < warp; w++) place += warp_sums[w];
-#pragma unroll 8
-  for (int64_t i = first; i < end; i++) {
-    const uint32_t count = p.places[i];
-    p.places[i] = place;
-    place += count;
+  const int64_t fours = (int64_t)DIGITS / 4 * p.tiles;
+  uint4 *places = (uint4 *)p.places;
+  uint32_t total = 0;
+  for (int64_t first = 0; first < fours; first += ONE_BLOCK) {
+    const int64_t i = first + threadIdx.x;
+    const uint4 counts = i < fours ? places[i] : make_uint4(0, 0, 0, 0);
+    const uint32_t own = counts.x + counts.y + counts.z + counts.w;
+    uint32_t upto = own;
+    for (int step = 1; step < 32; step *= 2) {
+      const uint32_t before = __shfl_up_sync(0xffffffff, upto, step);
+      if (lane >= step) upto += before;
+    }
+    if (lane == 31) warp_sums[warp] = upto;
+    __syncthreads();
+    uint32_t place = total + upto - own;
+    for (uint32_t w = 0; w < ONE_BLOCK / 32; w++) {
+      if (w < warp) place += warp_sums[w];
+      total += warp_sums[w];
+    }
+    const uint32_t second = place + counts.x, third = second + counts.y;
+    if (i < fours) places[i] = make_uint4(place, second, third, third + counts.z);
+    __syncthreads();
   }
 }
 

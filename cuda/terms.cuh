@@ -2,9 +2,13 @@
 #pragma once
 #include "common.cuh"
 
-// The factors of a row's nll, of its lse and of the square of its lse.
+// The least probability of all unnamed classes, in the derivative of its logarithm.
+constexpr float LEAST_REST = 1e-6f;
+
+// The factors of a row's nll, of its lse and of the square of its lse; and, in the gradient alone, of -log(1 - S) where
+// S = exp(named - lse).
 struct Terms {
-  float nll, lse, square;
+  float nll, lse, square, rest, named;
 
   __device__ __forceinline__ float loss(float nll_, float lse_) const {
     float loss = nll * nll_;
@@ -15,21 +19,26 @@ struct Terms {
   }
   // What the softmax has in the gradient of the loss. The one-hot has `nll`.
   __device__ __forceinline__ float softmax(float lse_) const {
-    const float factor = nll + lse;
-    return square == 0.f ? factor : factor + 2.f * square * lse_;
+    float factor = nll + lse;
+    if (square != 0.f) factor += 2.f * square * lse_;
+    if (rest != 0.f) {
+      const float named_share = expf(named - lse_);
+      factor -= rest * named_share / fmaxf(1.f - named_share, LEAST_REST);
+    }
+    return factor;
   }
 };
 
 struct TermsParams {
-  const float *of_positions;  // (3, positions): the factors of each, or null: all have those below
+  const float *of_positions;  // (5, positions): the terms of each, or null: all have those below
   const float *total;         // what the mean divides by, or null: how many rows there are
   float nll, lse, square;
 };
 
 __device__ __forceinline__ Terms terms_of(const TermsParams &p, uint32_t position, uint32_t positions) {
-  if (!p.of_positions) return {p.nll, p.lse, p.square};
-  const int64_t n = positions;
-  return {p.of_positions[position], p.of_positions[n + position], p.of_positions[2 * n + position]};
+  if (!p.of_positions) return {p.nll, p.lse, p.square, 0.f, 0.f};
+  const auto of = [&](int64_t term) { return p.of_positions[term * positions + position]; };
+  return {of(0), of(1), of(2), of(3), of(4)};
 }
 
 // What the mean divides the sum of the losses by: 1 for 0.

@@ -1,4 +1,5 @@
-//! What the loss of a position is made of: its nll, its lse and the square of its lse, each with a factor.
+//! What the loss of a position is made of: its nll, its lse and the square of its lse, each with a factor; and what a teacher
+//! of few classes has in the gradient of the lse.
 
 use crate::devices::same_device;
 use crate::objectives::counted;
@@ -6,6 +7,10 @@ use crate::op::contract::accumulator;
 use crate::positions::{to_i64, PositionMap};
 use crate::{Options, Reduction};
 use candle_core::{bail, DType, Result, Tensor, D};
+
+/// What the probability of all classes that a teacher does not name is at least, in the derivative of its logarithm: f32
+/// numbers do not tell less from rounding.
+pub(crate) const LEAST_REST: f64 = 1e-6;
 
 /// `loss = nll_factor * nll + lse_factor * lse + square_factor * lse^2`
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -16,6 +21,11 @@ pub(crate) struct Terms {
     pub lse: f64,
     /// The weight of the z-loss.
     pub square: f64,
+    /// A teacher's probability of the classes it does not name. `-rest log(1 - S)`, where the named classes have the
+    /// probability `S = exp(named - lse)`, is in the gradient alone: who sets it adds its value.
+    pub rest: f64,
+    /// The log-sum-exp of the named classes' logits.
+    pub named: f64,
 }
 
 impl Terms {
@@ -25,6 +35,8 @@ impl Terms {
             nll: 1. - options.label_smoothing,
             lse: options.label_smoothing,
             square: options.z_loss_weight,
+            rest: 0.,
+            named: 0.,
         }
     }
 
@@ -43,10 +55,18 @@ impl Terms {
 
     /// What the softmax has in the gradient of a position's loss. The one-hot has `nll`.
     pub fn softmax(&self, lse: f64) -> f64 {
-        match self.square {
-            0. => self.nll + self.lse,
-            factor => self.nll + self.lse + 2. * factor * lse,
-        }
+        let of_square = match self.square {
+            0. => 0.,
+            factor => 2. * factor * lse,
+        };
+        let of_rest = match self.rest {
+            0. => 0.,
+            factor => {
+                let named = (self.named - lse).exp();
+                -factor * named / (1. - named).max(LEAST_REST)
+            }
+        };
+        self.nll + self.lse + of_square + of_rest
     }
 }
 
@@ -54,7 +74,7 @@ impl Terms {
 /// call, in the [accumulator] of its dtype.
 #[derive(Debug, Clone)]
 pub(crate) struct Weights {
-    /// `(3, positions)`, contiguous: the factors of nll, lse and its square.
+    /// `(5, positions)`, contiguous: the fields of [`Terms`], in their order.
     pub terms: Tensor,
     /// The sum of the weights of the positions that count: one number.
     pub total: Tensor,
@@ -140,10 +160,13 @@ impl Weights {
             None => (&tokens * smoothing)?,
             Some(mean) => masked((tokens.broadcast_mul(&mean)? * smoothing)?)?,
         };
+        let none = tokens.zeros_like()?;
         let terms = [
             (&whole * (1. - smoothing))?,
             smoothed,
             (&tokens * options.z_loss_weight)?,
+            none.clone(),
+            none,
         ];
         Ok(Some(Self {
             terms: Tensor::stack(&terms, 0)?,

@@ -77,6 +77,8 @@ impl HostRows {
                 nll: of(0, position),
                 lse: of(1, position),
                 square: of(2, position),
+                rest: of(3, position),
+                named: of(4, position),
             };
             rows.weights = Some(HostWeights {
                 terms: rows.position.iter().map(of_row).collect(),

@@ -12,24 +12,29 @@ use crate::op::graph::wanted;
 use crate::op::packed::Packed;
 use crate::problem::Problem;
 use candle_core::{Result, Tensor};
+use std::ops::Range;
 
 pub(super) struct LossAndLogits {
-    /// One number a position.
+    /// One number a position. Not to be differentiated where the problem has a reduction.
     pub losses: Tensor,
-    pub lse: Tensor,
-    /// One number. Where the problem has a reduction it alone of these three may be differentiated.
+    /// One number.
     pub loss: Tensor,
     /// `(rows, k)`
     pub logits: Tensor,
+    /// One number a position, outside of the graph.
+    pub lse: Tensor,
 }
 
 impl LossAndLogits {
-    /// Of a problem without label smoothing and shards.
-    pub fn new(problem: &Problem, matrices: Matrices<&Tensor>, chosen: Chosen) -> Result<Self> {
+    /// Of a problem without label smoothing and shards. `logits` are those of the chosen classes.
+    pub fn new(
+        problem: &Problem,
+        matrices: Matrices<&Tensor>,
+        chosen: Chosen,
+        logits: Tensor,
+    ) -> Result<Self> {
         let wanted = wanted(matrices);
-        let detached = matrices.detach();
-        let logits = chosen.logits(detached.as_ref())?;
-        let Forward { packed, left } = forward(problem, detached.as_ref(), wanted)?;
+        let Forward { packed, left } = forward(problem, matrices.detach().as_ref(), wanted)?;
         let layout = Packed::of(problem);
         let mut all = Tensor::cat(&[&packed, &logits.flatten_all()?], 0)?;
         if wanted.any() {
@@ -44,12 +49,13 @@ impl LossAndLogits {
             };
             all = attach(all, &arguments, node)?;
         }
-        let part = |start, len| all.narrow(0, start, len);
+        let part = |range: Range<usize>| all.narrow(0, range.start, range.len());
+        let after = layout.len()..layout.len() + logits.elem_count();
         Ok(Self {
-            losses: part(layout.losses().start, layout.losses().len())?,
-            lse: part(layout.lse().start, layout.lse().len())?,
-            loss: part(layout.loss(), 1)?,
-            logits: part(layout.len(), logits.elem_count())?.reshape(logits.shape())?,
+            losses: part(layout.losses())?,
+            loss: part(layout.loss()..layout.loss() + 1)?,
+            logits: part(after)?.reshape(logits.shape())?,
+            lse: part(layout.lse())?.detach(),
         })
     }
 }

@@ -8,13 +8,9 @@ use crate::objectives::counted;
 use crate::op::contract::accumulator;
 use crate::positions::to_i64;
 use crate::problem::Problem;
-use crate::terms::Weights;
+use crate::terms::{Weights, LEAST_REST};
 use crate::{Entropy, Options, Reduction};
 use candle_core::{bail, DType, Result, Tensor, D};
-
-/// What a student's probability of all unnamed classes is at least, in the logarithm: f32 numbers do not tell less from
-/// rounding.
-const LEAST_REST: f64 = 1e-6;
 
 /// What becomes of the probability that a [`TopK`] teacher gives to the classes it does not name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -196,31 +192,40 @@ pub fn top_k_divergence(
     let (mut problem, matrices) = Problem::new(embeddings, classifier, targets, options)?;
     let said = teacher.said(&problem, targets, options)?;
     let chosen = Chosen::new(&said.classes, &problem)?;
-    let mass = said.probabilities.sum(D::Minus1)?;
     let of_steps = said.classes.shape();
-    if teacher.rest != Rest::OneClass {
-        // The lse enters by its product with the mass alone, so that its gradients can be formed in the forward.
-        problem.weights = Some(said.at.of_lse(&mass, problem.dtype)?);
-        let both = LossAndLogits::new(&problem, matrices.as_ref(), chosen)?;
-        let of_lse = match options.reduction {
-            Reduction::None => both.losses.reshape(mass.shape())?,
-            Reduction::Mean | Reduction::Sum => both.loss.reshape(())?,
-        };
-        let logits = said.at.values(&both.logits.reshape(of_steps)?)?;
-        let apart_from_lse = said.apart_from_lse(&logits)?;
-        return of_lse + said.at.reduced(&apart_from_lse, options.reduction)?;
+    let mass = said.probabilities.sum(D::Minus1)?;
+    let logits = chosen.logits(matrices.as_ref().detach().as_ref())?;
+    let others = match teacher.rest {
+        Rest::OneClass => Some(said.others(&mass)?),
+        Rest::Renormalized | Rest::LeftOut => None,
+    };
+    // All that depends on the lse is the loss's business, so that its gradients can be formed in the forward.
+    let named = match &others {
+        Some(others) => {
+            let logits = said.at.values(&logits.reshape(of_steps)?)?;
+            let logits = logits.to_dtype(accumulator(problem.dtype))?;
+            Some((others, logits.log_sum_exp(D::Minus1)?))
+        }
+        None => None,
+    };
+    problem.weights = Some(said.at.of_lse(&mass, named, problem.dtype)?);
+    if others.is_some() {
+        problem.settings.filter_embeddings = None;
+        problem.settings.filter_classifier = None;
     }
-    problem.weights = None;
-    problem.settings.reduction = Reduction::None;
-    problem.settings.filter_embeddings = None;
-    problem.settings.filter_classifier = None;
-    let both = LossAndLogits::new(&problem, matrices.as_ref(), chosen)?;
-    let lse = both.lse.reshape(mass.shape())?;
+    let both = LossAndLogits::new(&problem, matrices.as_ref(), chosen, logits)?;
+    let of_lse = match options.reduction {
+        Reduction::None => both.losses.reshape(mass.shape())?,
+        Reduction::Mean | Reduction::Sum => both.loss.reshape(())?,
+    };
     let logits = said.at.values(&both.logits.reshape(of_steps)?)?;
-    let named = logits.broadcast_sub(&lse.unsqueeze(D::Minus1)?)?.exp()?;
-    let of_rest = said.of_rest(&mass, &named.sum(D::Minus1)?)?;
-    let losses = ((mass * lse)? + said.apart_from_lse(&logits)? + of_rest)?;
-    said.at.reduced(&losses, options.reduction)
+    let mut apart_from_lse = said.apart_from_lse(&logits)?;
+    if let Some(others) = others {
+        let lse = both.lse.reshape(mass.shape())?.unsqueeze(D::Minus1)?;
+        let named = logits.broadcast_sub(&lse)?.exp()?.sum(D::Minus1)?;
+        apart_from_lse = (apart_from_lse + of_rest(&others, &named)?)?;
+    }
+    of_lse + said.at.reduced(&apart_from_lse, options.reduction)?
 }
 
 /// The positions of a result.
@@ -275,13 +280,24 @@ impl Positions {
         }
     }
 
-    /// The weights of a loss that is the lse times the mass of a position.
-    fn of_lse(&self, mass: &Tensor, dtype: DType) -> Result<Weights> {
+    /// The weights of a loss that is the lse times the mass of a position, with the probability of the other classes and the
+    /// log-sum-exp of the named ones where they matter.
+    fn of_lse(
+        &self,
+        mass: &Tensor,
+        named: Option<(&Tensor, Tensor)>,
+        dtype: DType,
+    ) -> Result<Weights> {
         let acc = accumulator(dtype);
-        let factors = (mass * &self.tokens)?.flatten_all()?.to_dtype(acc)?;
+        let flat = |values: Tensor| values.flatten_all()?.to_dtype(acc);
+        let factors = flat((mass * &self.tokens)?)?;
         let none = factors.zeros_like()?;
+        let (rest, named) = match named {
+            Some((others, named)) => (flat((others * &self.tokens)?)?, flat(named)?),
+            None => (none.clone(), none.clone()),
+        };
         Ok(Weights {
-            terms: Tensor::stack(&[&none, &factors, &none], 0)?,
+            terms: Tensor::stack(&[&none, &factors, &none, &rest, &named], 0)?,
             total: self.total.reshape(1)?.to_dtype(acc)?,
             tokens: self.tokens.flatten_all()?.to_dtype(acc)?,
             classes: None,
@@ -318,15 +334,19 @@ impl Said {
         (p_log_p(q)? - (q * logits)?)?.sum(D::Minus1)
     }
 
-    /// The term of the unnamed classes, `q (log q - log p)`, the named ones having these probabilities in all. Where `p` is
-    /// too small to be told from 0 its logarithm stands still, but has a gradient yet.
-    fn of_rest(&self, teachers: &Tensor, students: &Tensor) -> Result<Tensor> {
-        let q = teachers.affine(-1., 1.)?.relu()?;
-        let q = self.at.counted.where_cond(&q, &q.zeros_like()?)?;
-        let p = students.affine(-1., 1.)?;
-        let raised = p.affine(-1., LEAST_REST)?.relu()?.detach();
-        p_log_p(&q)? - (q * (p + raised)?.log()?)?
+    /// The probabilities of the unnamed classes.
+    fn others(&self, mass: &Tensor) -> Result<Tensor> {
+        let q = mass.affine(-1., 1.)?.relu()?;
+        self.at.counted.where_cond(&q, &q.zeros_like()?)
     }
+}
+
+/// The term of the unnamed classes, `q (log q - log p)`, the named ones having this probability to the student in all. Where
+/// `p` is too small to be told from 0 its logarithm stands still, but has a gradient yet.
+fn of_rest(q: &Tensor, named: &Tensor) -> Result<Tensor> {
+    let p = named.affine(-1., 1.)?;
+    let raised = p.affine(-1., LEAST_REST)?.relu()?.detach();
+    p_log_p(q)? - (q * (p + raised)?.log()?)?
 }
 
 /// `p log p`, 0 for 0.

@@ -276,8 +276,8 @@ impl Case {
         assert_eq!(ran.loss.dtype(), DType::F32);
         close(&what, &numbers(&ran.loss)?, &want, 3e-6, 1.).unwrap();
         let tolerance = match (&self.soft.teacher, self.dtype) {
-            // What is between the loss and the logits is f32.
-            (Teacher::TopK(..), DType::F64) => 3e-6,
+            // What is between the loss and the logits is f32, and what the others have a difference of such numbers.
+            (Teacher::TopK(..), DType::F64) => 5e-6,
             // A temperature of 2 rounds nothing; z and lse each round their gradient.
             (Teacher::TopK(..), dtype) => 2. * gradient_tolerance(dtype),
             (_, dtype) => gradient_tolerance(dtype),

@@ -4,7 +4,7 @@ use crate::matrices::Matrices;
 use crate::native::rows::HostRows;
 use crate::op::contract::accumulator;
 use crate::problem::Settings;
-use crate::terms::Terms;
+use crate::terms::{Terms, LEAST_REST};
 use candle_core::{DType, Device, Result, Tensor};
 use std::ops::Range;
 
@@ -14,13 +14,14 @@ pub(super) struct DeviceRows {
     pub embedding: Tensor,
     pub position: Tensor,
     target: Tensor,
-    /// `(3, n)`, accumulator dtype: the factors of nll, lse and its square in a row's loss.
+    /// `(5, n)`, accumulator dtype: the fields of a row's [`Terms`], in their order.
     terms: Tensor,
 }
 
 impl DeviceRows {
     pub fn new(rows: HostRows, dtype: DType, device: &Device) -> Result<Self> {
-        let factors: [fn(Terms) -> f64; 3] = [|t| t.nll, |t| t.lse, |t| t.square];
+        let factors: [fn(Terms) -> f64; 5] =
+            [|t| t.nll, |t| t.lse, |t| t.square, |t| t.rest, |t| t.named];
         let of_rows = |factor: fn(Terms) -> f64| {
             let factors = (0..rows.len()).map(|row| factor(rows.terms(row)));
             factors.collect::<Vec<_>>()
@@ -30,7 +31,7 @@ impl DeviceRows {
             embedding: Tensor::new(rows.embedding.as_slice(), device)?,
             position: Tensor::new(rows.position.as_slice(), device)?,
             target: Tensor::new(rows.target.as_slice(), device)?,
-            terms: Tensor::from_vec(terms, (3, rows.len()), &Device::Cpu)?
+            terms: Tensor::from_vec(terms, (5, rows.len()), &Device::Cpu)?
                 .to_dtype(dtype)?
                 .to_device(device)?,
             rows,
@@ -39,7 +40,7 @@ impl DeviceRows {
 
     /// The loss of each row, `(n, 1)`, from its nll and lse.
     pub fn losses(&self, nll: &Tensor, lse: &Tensor) -> Result<Tensor> {
-        let [of_nll, of_lse, of_square] = self.terms()?;
+        let [of_nll, of_lse, of_square, ..] = self.terms()?;
         let loss = (nll * of_nll)?;
         let loss = keep(&of_lse, &(lse * &of_lse)?)? + loss;
         keep(&of_square, &(lse.sqr()? * &of_square)?)? + loss
@@ -47,9 +48,12 @@ impl DeviceRows {
 
     /// What the softmax and the one-hot of each row have in the gradient of its loss, `(n, 1)`.
     pub fn softmax_and_one_hot(&self, lse: &Tensor) -> Result<(Tensor, Tensor)> {
-        let [of_nll, of_lse, of_square] = self.terms()?;
+        let [of_nll, of_lse, of_square, of_rest, named] = self.terms()?;
         let square = keep(&of_square, &((lse * &of_square)? * 2.)?)?;
-        Ok((((&of_nll + of_lse)? + square)?, of_nll))
+        let named = (named - lse)?.exp()?;
+        let others = named.affine(-1., 1.)?.maximum(LEAST_REST)?;
+        let rest = keep(&of_rest, &((&of_rest * named)? / others)?)?;
+        Ok(((((&of_nll + of_lse)? + square)? - rest)?, of_nll))
     }
 
     /// The classes of rows, `(n)`, as those of positions: [`u32::MAX`] where one does not count.
@@ -64,9 +68,9 @@ impl DeviceRows {
         Tensor::cat(&[classes, &last], 0)?.index_select(&Tensor::new(row_of, device)?, 0)
     }
 
-    fn terms(&self) -> Result<[Tensor; 3]> {
+    fn terms(&self) -> Result<[Tensor; 5]> {
         let of = |kind: usize| self.terms.get(kind)?.unsqueeze(1);
-        Ok([of(0)?, of(1)?, of(2)?])
+        Ok([of(0)?, of(1)?, of(2)?, of(3)?, of(4)?])
     }
 
     /// The rows of this block of embeddings, in accumulator dtype.

@@ -196,7 +196,7 @@ impl Chosen {
                         return Ok(products);
                     }
                 }
-                let classes = tensor::Classes::new(classes, matrices.classifier.dim(0)?)?;
+                let classes = on_device(classes, matrices)?;
                 tensor::products(matrices, &classes, self.k)
             }
         }
@@ -233,7 +233,7 @@ impl Chosen {
                         return Ok(sums);
                     }
                 }
-                let classes = tensor::Classes::new(classes, matrices.classifier.dim(0)?)?;
+                let classes = on_device(classes, matrices)?;
                 tensor::gradients(matrices, &classes, &upstream, wanted)?
             }
         };
@@ -242,6 +242,11 @@ impl Chosen {
             None => Ok(own),
         }
     }
+}
+
+/// For tensor operations.
+fn on_device(classes: &Tensor, matrices: Matrices<&Tensor>) -> Result<tensor::Classes> {
+    tensor::Classes::new(&classes.flatten_all()?, matrices.classifier.dim(0)?)
 }
 
 /// Joins the graph ready-made: the logits are few, and elsewhere than on the CPU tensor operations compute them.
