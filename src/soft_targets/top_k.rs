@@ -143,9 +143,10 @@ impl TopK {
 ///   of `linear_cross_entropy`, and so is the result: f32, a scalar or one number a position, differentiable in the
 ///   embeddings, the classifier and the bias. Of the targets only the `ignore_index` counts: which positions are learnt
 ///   from. With [`Rest::OneClass`] the filter is off, for the gradient of the others' probability lies in classes that
-///   it would not keep; else gradients of the reductions mean and sum are formed in the forward where those of a loss are.
-/// - The gradients of classifier and bias come in two parts, of the lse and of the named classes, which are added up: of the
-///   classifier's size there are three tensors for a moment, one of them in f32 elsewhere than on the CPU.
+///   it would not keep. Gradients of the reductions mean and sum are formed in the forward where those of a loss are.
+/// - The gradients of classifier and bias have two parts, of the lse and of the named classes. On CUDA, in bf16, f16 and f32, the
+///   second is added to the first in place: beside what [`class_logits`](super::class_logits()) takes there is one tensor of the
+///   classifier's size. Elsewhere there are three for a moment, one of them in f32 if not on the CPU.
 /// - The temperature is that of [`TopK::temperature`]. The loss is not multiplied by its square, as in TRL; who wants
 ///   gradients of the same size at every temperature, as Hinton et al. do, multiplies it: `(loss * (t * t))?`.
 ///

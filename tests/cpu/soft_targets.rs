@@ -26,9 +26,9 @@ fn losses_and_gradients_are_those_of_the_reference() -> Result<()> {
 
 #[test]
 fn blocks_of_any_size_and_either_strategy_give_the_same() -> Result<()> {
-    for kind in &KINDS[..3] {
+    for kind in KINDS {
         for dtype in [DType::F32, DType::BF16] {
-            let case = Case::new(dtype, &[2, 9], 150, *kind, &ALL);
+            let case = Case::new(dtype, &[2, 9], 150, kind, &ALL);
             for workspace in [1, 5000, 20_000] {
                 for strategy in [Strategy::Fused, Strategy::Recompute] {
                     let options = Options::default().workspace(workspace).strategy(strategy);

@@ -18,13 +18,16 @@ use candle_core::{bail, DType, Device, Result, Tensor, D};
 ///
 /// - `embeddings` of shape `(.., D)` and `classifier` of shape `(V, D)`, in bf16, f16, f32 or f64.
 /// - `classes` of shape `(.., k)`, in u32, i64 or i32, each in `[0, V)`.
-/// - `options`: the bias, the softcap, the `logit_scale`, and whether classes are checked on a GPU ([`Options::check_targets`]; without it
-///   the logit of a class that does not exist is NaN there). The others are not read, but `vocab_parallel` is an error.
+/// - `options`: the bias, the softcap, the `logit_scale`, the implementation, and whether classes are checked on a GPU
+///   ([`Options::check_targets`]; without it the logit of a class that does not exist is NaN there). The others are not read,
+///   but `vocab_parallel` is an error.
 ///
 /// With the lse of [`linear_cross_entropy`](crate::linear_cross_entropy) they give log-probabilities, `z_ij - lse_i`, of
-/// as many tokens as one likes. For a backward the classes are kept and, with a softcap, the result. On the CPU the
-/// gradient of the classifier is summed up in the order of the positions. Elsewhere these are Candle operations on blocks of
-/// positions, within 64 MiB and, for the gradient of the classifier, an f32 tensor of its size.
+/// as many tokens as one likes. For a backward the classes are kept and, with a softcap, the result. The gradient of the
+/// classifier is summed up in f32 in the order of the positions and rounded once: on the CPU, and on CUDA in bf16, f16 and f32,
+/// where `N` positions take `17 N k + N k D / 64` bytes for it. Elsewhere, and with
+/// [`Implementation::Native`](crate::Implementation::Native) on a GPU, these are Candle operations on blocks of positions, within
+/// 64 MiB and, for the gradient of the classifier, an f32 tensor of its size.
 ///
 /// ```
 /// # use candle_core::{DType, Device, Tensor, D};
@@ -249,7 +252,7 @@ fn on_device(classes: &Tensor, matrices: Matrices<&Tensor>) -> Result<tensor::Cl
     tensor::Classes::new(&classes.flatten_all()?, matrices.classifier.dim(0)?)
 }
 
-/// Joins the graph ready-made: the logits are few, and elsewhere than on the CPU tensor operations compute them.
+/// Joins the graph ready-made: the logits are few, and what computes them takes tensors.
 struct ClassLogits {
     chosen: Chosen,
     /// What is kept of the result.
