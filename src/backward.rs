@@ -99,6 +99,17 @@ pub(crate) fn deliver<const COUNT: usize>(
     })
 }
 
+/// Hands over the sum of a variable's gradients so far, if [`backward`] differentiates `node` and has one.
+pub(crate) fn take_sum(node: &Tensor, variable: &Tensor) -> Option<Tensor> {
+    COLLECTED.with(|c| {
+        let mut collected = c.borrow_mut();
+        let ours = collected
+            .as_mut()
+            .filter(|c| c.nodes.contains(&node.id()))?;
+        ours.sums.remove(&variable.id()).map(|(_, sum)| sum)
+    })
+}
+
 impl Collected {
     fn add(&mut self, variable: &Tensor, gradient: Tensor) -> Result<()> {
         let sum = match self.sums.remove(&variable.id()) {

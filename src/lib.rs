@@ -50,6 +50,7 @@
 
 mod backward;
 mod blocks;
+mod by_class;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod devices;

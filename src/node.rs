@@ -5,7 +5,7 @@
 //! adapted layer likewise; and a forward of the loss may have a second result. The node copies the value, which Candle
 //! has no way to move out of a tensor.
 
-use crate::backward::deliver;
+use crate::backward::{deliver, take_sum};
 use candle_core::{
     bail, CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, MetalStorage, Result,
     Shape, Storage, Tensor,
@@ -16,9 +16,20 @@ use std::sync::Mutex;
 pub(crate) trait Node: Send + Sync + 'static {
     const NAME: &'static str;
 
-    /// The gradients of the arguments, in their order, shapes and dtypes, `None` for one that is not tracked. Called as
-    /// often as the user differentiates the graph.
+    /// The gradients of the arguments, in their order, shapes and dtypes, `None` for one that is not tracked. Each is in memory
+    /// that nothing else reads. Called as often as the user differentiates the graph.
     fn backward(&self, arguments: &[&Tensor], upstream: &Tensor) -> Result<Vec<Option<Tensor>>>;
+
+    /// The same for a node that can add to what a variable has from other nodes where that lies: `so_far` hands it over once,
+    /// and it is to be part of the gradient that is returned.
+    fn backward_onto(
+        &self,
+        arguments: &[&Tensor],
+        upstream: &Tensor,
+        _so_far: &dyn Fn(&Tensor) -> Option<Tensor>,
+    ) -> Result<Vec<Option<Tensor>>> {
+        self.backward(arguments, upstream)
+    }
 }
 
 /// `value` as the result of a node with these arguments, of which there are one to three.
@@ -91,7 +102,8 @@ impl<N: Node> Computed<N> {
         result: &Tensor,
         upstream: &Tensor,
     ) -> Result<[Option<Tensor>; COUNT]> {
-        let gradients = self.node.backward(&arguments, upstream)?;
+        let so_far = |variable: &Tensor| take_sum(result, variable);
+        let gradients = self.node.backward_onto(&arguments, upstream, &so_far)?;
         deliver(result, arguments, gradients)
     }
 }

@@ -101,6 +101,30 @@ pub(crate) fn gradients(
     Ok(Some(sums))
 }
 
+/// Adds rows of an f32 or half-precision gradient `(n, hidden)` to the rows of `sums` `(vocab, hidden)` that `ids` `(n)` name,
+/// in place. `false` where the kernels cannot run.
+#[cfg(feature = "models")]
+pub(crate) fn add_rows(sums: &Tensor, ids: &Tensor, rows: &Tensor) -> Result<bool> {
+    let count = ids.elem_count();
+    let matrices = Matrices {
+        embeddings: rows,
+        classifier: sums,
+        bias: None,
+    };
+    let wanted = Wanted {
+        embeddings: false,
+        classifier: true,
+        bias: false,
+    };
+    let others = Gradients {
+        classifier: Some(sums.clone()),
+        ..Gradients::default()
+    };
+    let ones = Tensor::ones((count, 1), DType::F32, ids.device())?;
+    let classes = ids.reshape((count, 1))?;
+    Ok(gradients(matrices, &classes, &ones, wanted, Some(&others))?.is_some())
+}
+
 fn zeros(matrices: Matrices<&Tensor>, wanted: Wanted) -> Result<Gradients> {
     let zeros = |wanted: bool, of: Option<&Tensor>| match of {
         Some(of) if wanted => of.zeros_like().map(Some),

@@ -5,6 +5,7 @@ use super::config::{Config, LayerConfig};
 use super::layers::{Layer, Norm, Past, Positions, Shared};
 use super::loader::{Loaded, Loader};
 use super::recompute::{checkpoint, Recompute};
+use crate::ops::embedding;
 use candle_core::{bail, DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 use std::collections::BTreeMap;
@@ -238,7 +239,7 @@ impl Decoder {
         mut past: Option<&mut Remembered>,
     ) -> Result<Tensor> {
         let start = past.as_ref().map_or(0, |past| past.time);
-        let rows = self.embedding.index_select(ids, 0)?;
+        let rows = embedding(&self.embedding, ids)?;
         let mut x = match self.config.embedding_scale {
             Some(scale) => (rows * scale)?,
             None => rows,

@@ -10,6 +10,7 @@
 //! | [`rms_norm`], [`add_rms_norm`] | both kinds of weight; with a residual added on the way |
 //! | [`rope`] | rotary embedding of all or the first dimensions of a head |
 //! | [`swiglu`], [`geglu`] | gated activations |
+//! | [`embedding`] | rows of a table; its gradient summed in f32, added to that of a tied head in place |
 //!
 //! On CUDA (compute capability 8.0 and later) each is one kernel forward and few backward, for bf16, f16 and f32 with f32
 //! inside. On the CPU they run on all threads, in f32 or f64; half precision is widened to f32 and rounded once at the
@@ -23,11 +24,13 @@ pub(crate) mod activation;
 pub(crate) mod angles;
 pub(crate) mod attention;
 pub(crate) mod cpu;
+pub(crate) mod embedding;
 pub(crate) mod gated;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
 
 pub use attention::{attention, AttentionOptions};
+pub use embedding::embedding;
 pub use gated::{geglu, swiglu};
 pub use rms_norm::{add_rms_norm, rms_norm};
 pub use rope::rope;

@@ -1,7 +1,9 @@
 //! The differentiable operations on the CPU.
 
 use crate::common::differences;
-use crate::common::ops::{attention, check, check_repeats, rows, Operation};
+use crate::common::ops::{
+    attention, check, check_repeats, check_tied_head, embedding, rows, Operation,
+};
 use crate::common::Random;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_cut_cross_entropy::ops::{
@@ -29,6 +31,45 @@ fn gated_activations_match_the_formulas() {
 #[test]
 fn rotary_embeddings_match_the_formulas() {
     check_all(rows::ropes);
+}
+
+#[test]
+fn embeddings_match_the_formulas() -> Result<()> {
+    check_all(embedding::lookups);
+    DTYPES
+        .into_iter()
+        .try_for_each(|dtype| check_tied_head(dtype, &Device::Cpu))
+}
+
+/// As sums in bf16 they would stay at 256.
+#[test]
+fn gradients_of_a_frequent_token_are_not_lost() -> Result<()> {
+    let table = Var::ones((3, 2), DType::BF16, &Device::Cpu)?;
+    let ids = Tensor::full(1u32, 1024, &Device::Cpu)?;
+    let rows = candle_cut_cross_entropy::ops::embedding(&table, &ids)?;
+    let gradients = rows.to_dtype(DType::F32)?.sum_all()?.backward()?;
+    let of_table = gradients.get(&table).expect("a gradient");
+    let of_table = of_table.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+    assert_eq!(of_table, [[0., 0.], [1024., 1024.], [0., 0.]]);
+    Ok(())
+}
+
+#[test]
+fn ids_that_name_no_row_are_errors() -> Result<()> {
+    use candle_cut_cross_entropy::ops::embedding;
+    let table = Tensor::ones((3, 2), DType::F32, &Device::Cpu)?;
+    for ids in [
+        Tensor::new(&[0u32, 3], &Device::Cpu)?,
+        Tensor::new(&[0u32, u32::MAX], &Device::Cpu)?,
+        Tensor::new(&[-1i64], &Device::Cpu)?,
+        Tensor::new(&[i64::MAX], &Device::Cpu)?,
+    ] {
+        let error = embedding(&table, &ids).expect_err("an id that is not there");
+        assert!(error.to_string().contains("outside [0, 3)"), "{error}");
+    }
+    let error = embedding(&table.flatten_all()?, &Tensor::new(&[0u32], &Device::Cpu)?);
+    assert!(error.is_err_and(|error| error.to_string().contains("(V, D)")));
+    Ok(())
 }
 
 #[test]

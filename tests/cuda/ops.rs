@@ -1,6 +1,8 @@
 //! The differentiable operations on a GPU.
 
-use crate::common::ops::{attention, check, check_repeats, rows, Operation};
+use crate::common::ops::{
+    attention, check, check_repeats, check_tied_head, embedding, rows, Operation,
+};
 use crate::{device, DTYPES};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_cut_cross_entropy::ops::{self, AttentionOptions};
@@ -28,6 +30,17 @@ fn rotary_embeddings_match_the_formulas() {
 }
 
 #[test]
+fn embeddings_match_the_formulas() -> Result<()> {
+    check_all(embedding::lookups);
+    let Some(device) = device() else {
+        return Ok(());
+    };
+    DTYPES
+        .into_iter()
+        .try_for_each(|dtype| check_tied_head(dtype, &device))
+}
+
+#[test]
 fn attention_matches_the_formulas() {
     check_all(attention::attentions);
 }
@@ -36,7 +49,13 @@ fn attention_matches_the_formulas() {
 fn candle_operations_match_the_formulas() {
     // There are no kernels for f64.
     let Some(device) = device() else { return };
-    for cases in [rows::norms, rows::gated, rows::ropes, attention::attentions] {
+    for cases in [
+        rows::norms,
+        rows::gated,
+        rows::ropes,
+        embedding::lookups,
+        attention::attentions,
+    ] {
         check(&cases(DType::F64), &device);
     }
 }
@@ -47,7 +66,13 @@ fn every_run_gives_the_same_bits() -> Result<()> {
         return Ok(());
     };
     for dtype in DTYPES {
-        for cases in [rows::norms, rows::gated, rows::ropes, attention::attentions] {
+        for cases in [
+            rows::norms,
+            rows::gated,
+            rows::ropes,
+            embedding::lookups,
+            attention::attentions,
+        ] {
             check_repeats(&cases(dtype), &device)?;
         }
     }

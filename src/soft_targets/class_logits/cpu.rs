@@ -1,5 +1,6 @@
 //! In main memory, on all threads. What is stored in half precision is widened row by row.
 
+use crate::by_class::ByClass;
 use crate::matrices::{Matrices, View};
 use crate::native::{Element, Real};
 use crate::op::contract::{Gradients, Wanted};
@@ -138,13 +139,14 @@ fn gradients_of<T: Element>(
             gradients.embeddings = tensor(operands.of_embeddings(upstream), matrices.embeddings)?;
         }
         if wanted.classifier || wanted.bias {
-            let by_class = ByClass::new(classes, matrices.classifier.dim(0)?);
+            let vocab = matrices.classifier.dim(0)?;
+            let by_class = ByClass::new(classes, vocab);
             if wanted.classifier {
                 let values = operands.of_classifier(&by_class, upstream);
                 gradients.classifier = tensor(values, matrices.classifier)?;
             }
             if let (true, Some(bias)) = (wanted.bias, matrices.bias) {
-                gradients.bias = tensor(by_class.sums::<T>(upstream), bias)?;
+                gradients.bias = tensor(sums::<T>(&by_class, vocab, upstream), bias)?;
             }
         }
         Ok(gradients)
@@ -222,42 +224,11 @@ impl<T: Element> Operands<'_, T> {
     }
 }
 
-/// The entries of `(rows, k)` that name each class, in their order.
-struct ByClass {
-    entries: Vec<usize>,
-    /// Where the entries of a class begin, and their end.
-    starts: Vec<usize>,
-}
-
-impl ByClass {
-    fn new(classes: &[u32], vocab: usize) -> Self {
-        let mut starts = vec![0; vocab + 1];
-        for class in classes {
-            starts[*class as usize + 1] += 1;
-        }
-        for class in 0..vocab {
-            starts[class + 1] += starts[class];
-        }
-        let mut next = starts.clone();
-        let mut entries = vec![0; classes.len()];
-        for (entry, class) in classes.iter().enumerate() {
-            let next = &mut next[*class as usize];
-            entries[*next] = entry;
-            *next += 1;
-        }
-        Self { entries, starts }
-    }
-
-    fn entries(&self, class: usize) -> &[usize] {
-        &self.entries[self.starts[class]..self.starts[class + 1]]
-    }
-
-    /// The sum of the upstream gradients of each class.
-    fn sums<T: Element>(&self, upstream: &[f32]) -> Vec<T> {
-        let sum = |class| {
-            let entries = self.entries(class).iter();
-            T::from_f64(entries.map(|entry| upstream[*entry] as f64).sum())
-        };
-        (0..self.starts.len() - 1).map(sum).collect()
-    }
+/// The sum of the upstream gradients of each class.
+fn sums<T: Element>(by_class: &ByClass, vocab: usize, upstream: &[f32]) -> Vec<T> {
+    let sum = |class| {
+        let entries = by_class.entries(class).iter();
+        T::from_f64(entries.map(|entry| upstream[*entry] as f64).sum())
+    };
+    (0..vocab).map(sum).collect()
 }

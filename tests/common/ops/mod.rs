@@ -1,6 +1,7 @@
 //! Cases of the differentiable operations: what they compute on a device, and what explicit formulas in f64 say.
 
 pub mod attention;
+pub mod embedding;
 pub mod rows;
 
 use super::{gradient_tolerance, norm, numbers, round_to, Random};
@@ -98,6 +99,16 @@ pub fn check(cases: &[Box<dyn Operation>], device: &Device) {
         cases.len(),
         shown.join("\n")
     );
+}
+
+/// Fails where the gradient of a tied head is not the sum of its parts.
+pub fn check_tied_head(dtype: DType, device: &Device) -> Result<()> {
+    let [ours, candles] = embedding::of_tied_head(dtype, device)?;
+    let error = norm((&ours - &candles)?.flatten_all()?.to_vec1::<f64>()?);
+    let size = norm(candles.flatten_all()?.to_vec1::<f64>()?);
+    let allowed = gradient_tolerance(dtype) * size;
+    assert!(error <= allowed, "{dtype:?}: {error:e} of {size:e}");
+    Ok(())
 }
 
 /// Fails where a second run gives other bits.
