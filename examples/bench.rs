@@ -294,6 +294,7 @@ impl<'a> Bench<'a> {
             .softcap(self.args.softcap)
             .logit_scale(self.args.logit_scale)
             .label_smoothing(self.args.label_smoothing)
+            .entropy_bonus(self.args.entropy_bonus)
             .entropy(self.args.entropy)
             .predicted(self.args.predicted)
             .strategy(self.args.strategy);

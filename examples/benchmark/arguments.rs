@@ -77,6 +77,9 @@ pub struct Args {
     pub logit_scale: f64,
     #[arg(long, default_value_t = 0.)]
     pub label_smoothing: f64,
+    /// Subtracts this times the entropy of each position from its loss.
+    #[arg(long, default_value_t = 0.)]
+    pub entropy_bonus: f64,
     /// The entropy of each position: off, value, or differentiable, which adds a hundredth of its mean to the loss
     #[arg(long, default_value = "off", value_parser = parse_entropy)]
     pub entropy: Entropy,

@@ -10,6 +10,7 @@
 //! the backward would; otherwise the launches that would do so find no rows.
 
 mod chunk;
+mod targets;
 
 use super::backward::Saved;
 use super::between::Between;
@@ -58,6 +59,8 @@ pub(super) fn plan(
         && call.operands.kind.dtype == DType::BF16
         && settings.reduction != Reduction::None
         && settings.entropy != Entropy::Differentiable
+        // The probabilities are stored times the softcap's slope: their logarithms are not known.
+        && !(loss.has_entropy() && call.operands.softcap > 0.)
         && wanted.any();
     if !(pays && runs) {
         return None;
@@ -167,7 +170,9 @@ impl op::Backward for Fused {
         let Some(formed) = formed else {
             let others =
                 Tensor::zeros(2 * self.saved.rows.positions, DType::F32, upstream.device())?;
-            let upstream = Tensor::cat(&[&others, upstream], 0)?;
+            let of_entropies =
+                Tensor::zeros(self.saved.rows.positions, DType::F32, upstream.device())?;
+            let upstream = Tensor::cat(&[&others, upstream, &of_entropies], 0)?;
             return self.saved.backward(matrices, &upstream, wanted);
         };
         let kind = Kind::of(matrices.classifier.dtype())?;
