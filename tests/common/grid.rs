@@ -174,8 +174,7 @@ fn run_problem(
     let tile = tile(&grid.device);
     // Tensor operations on another device than the CPU average nothing, and nothing is averaged of the entropy's gradient.
     let averages = (grid.implementation != Implementation::Native || grid.device.is_cpu())
-        && case.entropy != Entropy::Differentiable
-        && case.inputs.entropy_bonus == 0.;
+        && !case.differentiates_entropy();
     let eps = halving(&reference, tile).unwrap_or(0.);
     let tiles = reference.largest(tile);
     let kept = tiles.iter().filter(|p| **p >= eps).count() as f64 / tiles.len() as f64;

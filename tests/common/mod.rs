@@ -171,6 +171,11 @@ impl Case {
         self
     }
 
+    /// Whether gradients go through the entropy, so that no filter is applied.
+    pub fn differentiates_entropy(&self) -> bool {
+        self.entropy == Entropy::Differentiable || self.inputs.entropy_bonus != 0.
+    }
+
     /// Some of the options that come together with all others: which ones, a seed decides.
     pub fn with_some_options(mut self, seed: u64) -> Self {
         let mut random = Random::new(seed);

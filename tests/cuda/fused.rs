@@ -78,7 +78,11 @@ fn an_entropy_bonus_is_formed_in_the_forward() -> Result<()> {
         for softcap in [None, Some(5.)] {
             case.inputs.softcap = softcap;
             // All rows; 640 at a time; 384 at a time.
-            for workspace in [1 << 30, (15 << 20) + (2700 << 10), (15 << 20) + (1700 << 10)] {
+            for workspace in [
+                1 << 30,
+                (15 << 20) + (2700 << 10),
+                (15 << 20) + (1700 << 10),
+            ] {
                 let options = exact().strategy(Strategy::Fused).workspace(workspace);
                 check(&case, options.clone(), &device, &upstream, (0., 0.))
                     .unwrap_or_else(|e| panic!("{turn} {softcap:?} {workspace} bytes: {e}"));
