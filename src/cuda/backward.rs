@@ -90,7 +90,8 @@ impl Saved {
             };
             gpu.launch(&Kernel::one_block(BACKWARD, "upstream_scales"), &params)
         })?;
-        Operands::read(gpu, matrices, &self.settings, |operands| {
+        let (softcap, scale) = (self.settings.softcap, self.settings.logit_scale);
+        Operands::read(gpu, matrices, softcap, scale, |operands| {
             let path = hopper::path(gpu, operands, n, &self.settings)?;
             let call = self.call(operands);
             let averaging = matches!(&self.filtered, Some(f) if f.masses.is_some());

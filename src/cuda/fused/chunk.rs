@@ -112,7 +112,7 @@ impl Chunk<'_> {
                 None => hopper::Making::Probabilities,
                 Some(_) => hopper::Making::ProbabilitiesAndOutputs,
             },
-            &self.gathered,
+            self.gathered.address,
             &tiles,
         )?;
         // The count of rows where all must be done again, else 0.
@@ -202,7 +202,7 @@ impl Chunk<'_> {
                 true => hopper::Making::EntropyGradient,
                 false => hopper::Making::Gradient,
             },
-            &self.gathered,
+            self.gathered.address,
             &tiles,
         )
     }

@@ -16,10 +16,9 @@ use super::backward::Saved;
 use super::between::Between;
 use super::call::Call;
 use super::filter::{count_kept, Filter};
-use super::launch::{Kernel, FUSED};
 use super::operands::{Kind, Operands};
 use super::outputs::{Outputs, Results};
-use super::params::fused::UpstreamParams;
+use super::scale::scale;
 use super::terms::Loss;
 use crate::matrices::Matrices;
 use crate::op::contract::{self as op, Gradients, Wanted};
@@ -178,16 +177,7 @@ impl op::Backward for Fused {
         let kind = Kind::of(matrices.classifier.dtype())?;
         gpu.read(upstream, |upstream| {
             for grad in formed.iter() {
-                let params = UpstreamParams {
-                    upstream,
-                    gradient: grad.address,
-                    numbers: grad.elem_count() as i64,
-                };
-                let grid = (gpu.multiprocessors()? * 4, 1);
-                gpu.launch(
-                    &Kernel::new(FUSED, kind.kernel("scale_gradient"), grid, 512),
-                    &params,
-                )?;
+                scale(gpu, kind, grad.address, grad.elem_count(), upstream)?;
             }
             Ok(())
         })?;

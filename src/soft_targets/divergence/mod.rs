@@ -178,10 +178,6 @@ pub fn divergence(
         true => DType::F64,
         false => accumulator(problem.dtype),
     };
-    let default_workspace = match problem.device.is_cpu() {
-        true => 64 << 20,
-        false => 512 << 20,
-    };
     let call = Call {
         kind,
         heads: Pair {
@@ -199,7 +195,7 @@ pub fn divergence(
         rows: HostRows::new(&problem)?,
         dtype,
         reduction: options.reduction,
-        workspace: options.workspace.unwrap_or(default_workspace),
+        workspace: options.workspace,
     };
     let tracked = Pair {
         student: student.as_ref(),
