@@ -59,7 +59,7 @@ __device__ MaxSum block_merge(MaxSum x) {
 struct Row {
   const float *from;
   float max, log_sum;  // lse in two parts
-  float inverse_cap, scale;
+  float inverse_cap, scale;  // the former 0: none
 
   __device__ Row(const SideParams &p, const DivergenceParams &all, int64_t row)
       : from(p.logits + row * all.stride), inverse_cap(p.softcap > 0.f ? 1.f / p.softcap : 0.f), scale(p.logit_scale) {
@@ -88,6 +88,7 @@ struct Row {
 
   // The derivative of the logit by its product.
   __device__ __forceinline__ float slope(float z) const {
+    if (inverse_cap == 0.f) return scale;
     const float part = z * inverse_cap;
     return scale * fmaf(-part, part, 1.f);
   }

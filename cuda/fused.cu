@@ -163,7 +163,7 @@ struct EntropyParams {
   uint32_t first_row, positions;
 };
 
-constexpr int ENTROPY_THREADS = 256, ENTROPY_COLUMNS = 16384;
+constexpr int ENTROPY_THREADS = 256, ENTROPY_COLUMNS = 8192;
 
 // Of a loss with a factor e of the entropy H, what the softmax has in its gradient differs from class to class: s - e (H +
 // log p). It goes into the stored exp(z - reference), whose own logarithm is that of p but for a term of the row's: off by
@@ -176,15 +176,22 @@ template <typename T> __device__ void add_entropy(const EntropyParams &p) {
   const float to_all = terms.softmax(p.row_max[row] + log_sum) + to_log * (p.row_entropy[row] - log_sum);
   constexpr int WIDTH = 16 / sizeof(T);
   T *gradient = (T *)p.gradient + blockIdx.x * p.stride;
-  const int64_t first = (int64_t)blockIdx.y * ENTROPY_COLUMNS, end = min(first + ENTROPY_COLUMNS, p.stride);
-  for (int64_t i = first + threadIdx.x * WIDTH; i < end; i += ENTROPY_THREADS * WIDTH) {
-    auto numbers = Numbers<T, WIDTH>::load(gradient + i);
+  constexpr int STEP = ENTROPY_THREADS * WIDTH, STEPS = ENTROPY_COLUMNS / STEP;
+  const int64_t first = (int64_t)blockIdx.y * ENTROPY_COLUMNS + threadIdx.x * WIDTH;
+  // All are asked for before the first is needed.
+  Numbers<T, WIDTH> numbers[STEPS];
+#pragma unroll
+  for (int i = 0; i < STEPS; i++)
+    if (first + i * STEP < p.stride) numbers[i] = Numbers<T, WIDTH>::load(gradient + first + i * STEP);
+#pragma unroll
+  for (int i = 0; i < STEPS; i++) {
+    if (first + i * STEP >= p.stride) return;
 #pragma unroll
     for (int j = 0; j < WIDTH; j++) {
-      const float x = numbers.get(j);
-      numbers.set(j, x * fmaf(to_log, fmaxf(__logf(x), LEAST_EXPONENT), to_all));
+      const float x = numbers[i].get(j);
+      numbers[i].set(j, x * fmaf(to_log, fmaxf(__logf(x), LEAST_EXPONENT), to_all));
     }
-    numbers.store(gradient + i);
+    numbers[i].store(gradient + first + i * STEP);
   }
 }
 

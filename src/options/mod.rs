@@ -185,7 +185,7 @@ impl Options {
     }
 
     /// Whether [`Output::entropy`](crate::Output::entropy) is computed, and whether it can be differentiated. Default: it is
-    /// not computed.
+    /// not computed, but where there is an [`entropy_bonus`](Self::entropy_bonus).
     pub fn entropy(mut self, entropy: Entropy) -> Self {
         self.entropy = entropy;
         self

@@ -19,7 +19,7 @@ use crate::plan::{gradient_stride, Chunks, Path, TILE};
 use candle_core::Result;
 
 /// Columns of a block that adds the entropy.
-const ENTROPY_COLUMNS: usize = 16384;
+const ENTROPY_COLUMNS: usize = 8192;
 
 /// What all chunks of rows have in common, and the workspace that one after the other uses.
 pub(super) struct Chunk<'a> {
