@@ -109,7 +109,14 @@ fn several_chunks_of_rows_of_a_whole_teacher_are_right() -> Result<()> {
     };
     for kind in &KINDS[..3] {
         let case = Case::sized(DType::BF16, &[600], [24, 40], 700, *kind, &ALL);
-        for workspace in [8 << 20, 5300 << 10, 4 << 20, 2600 << 10, 1700 << 10, 300 << 10] {
+        for workspace in [
+            8 << 20,
+            5300 << 10,
+            4 << 20,
+            2600 << 10,
+            1700 << 10,
+            300 << 10,
+        ] {
             let options = Options::default().workspace(workspace);
             let what = format!("{kind:?} workspace {workspace}");
             case.check(&what, &device, options, Reduction::Mean)?;

@@ -102,8 +102,14 @@ impl Teacher {
 /// training step costs four products for the student alone, six for both; under [`Reduction::None`](crate::Reduction),
 /// for f16, and with [`Strategy::Recompute`](crate::Strategy) a backward computes the logits again. The logits of a block,
 /// and what else it needs, take the workspace of the options: by default 64 MiB on the CPU, 512 MiB elsewhere. Gradients
-/// are exact: filters are not read, nor are the implementation, `entropy` and `predicted`. On a GPU these are Candle operations, and the targets are
-/// waited for once a call.
+/// are exact: filters are not read, nor are the implementation, `entropy` and `predicted`. On a GPU the targets are waited
+/// for once a call.
+///
+/// On CUDA, compute capability 9.0, heads in bf16 whose hidden sizes are multiples of 8 have kernels. They hold a number in
+/// bf16 of every class for a quarter of the positions at least, of each head that learns, and the logits of up to 512
+/// positions: by default in 2.5 GiB, or what that quarter needs, and the gradient of a classifier is rounded to bf16 four
+/// times at most. Where the workspace is less, and everywhere else but on the CPU, these are Candle operations, which sum up
+/// the gradient of the classifier in f32, beyond the workspace.
 ///
 /// ```
 /// # use candle_core::{DType, Device, Tensor, Var};
@@ -127,7 +133,7 @@ impl Teacher {
 /// # Errors
 /// Those of `linear_cross_entropy`, of the student or the teacher; numbers of classes that differ; a temperature that is
 /// not positive and finite; a `beta` that is not between 1e-6 and 1 - 1e-6; a target that is no class;
-/// [`Options::z_loss_weight`], [`Options::label_smoothing`], [`Options::class_weights`] and
+/// [`Options::z_loss_weight`], [`Options::entropy_bonus`], [`Options::label_smoothing`], [`Options::class_weights`] and
 /// [`Options::vocab_parallel`].
 ///
 /// Source: Agarwal et al., *On-Policy Distillation of Language Models* (GKD),
