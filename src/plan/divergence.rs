@@ -4,12 +4,10 @@ use super::fused::{best_chunk, gradient_stride};
 use super::hopper::longest_range;
 use super::{Sizes, Workspace, TILE};
 
-/// Bytes of the workspace unless the user says otherwise, where the rows are not so many that they need more.
+/// Bytes of the workspace unless the user says otherwise.
 const WORKSPACE: usize = 5 << 29;
 /// Rows whose logits of both heads are there at once, at most.
 const MOST_ROWS: usize = 512;
-/// Chunks at most: dC is rounded once in each.
-const MOST_CHUNKS: usize = 4;
 
 /// A head, and whether a gradient of it is wanted.
 #[derive(Debug, Clone, Copy)]
@@ -25,7 +23,7 @@ pub(crate) struct Rounds {
     pub block: usize,
 }
 
-/// `None` where the workspace is too small, or has more chunks than the rounding of dC allows.
+/// `None` where the workspace is too small.
 pub(crate) fn divergence(sides: [Side; 2], rows: usize, workspace: Workspace) -> Option<Rounds> {
     let all_rows = rows.next_multiple_of(TILE);
     let of_row = |side: Side| {
@@ -50,17 +48,23 @@ pub(crate) fn divergence(sides: [Side; 2], rows: usize, workspace: Workspace) ->
             block,
         });
     };
-    let fewest = (all_rows / TILE).div_ceil(MOST_CHUNKS) * TILE;
-    let most_rows = MOST_ROWS.min(all_rows);
-    let usual = WORKSPACE.max(most_rows * block_bytes + fewest * row_bytes);
-    let budget = workspace.or(usual);
-    for block in (TILE..=most_rows).rev().step_by(TILE) {
-        let most = budget.saturating_sub(block * block_bytes) / row_bytes / TILE * TILE;
-        let most = most.min(all_rows);
-        if most < fewest {
+    let between: usize = wanted().map(|side| side.sizes.between_bytes()).sum();
+    let budget = workspace.or(WORKSPACE);
+    for block in (TILE..=MOST_ROWS.min(all_rows)).rev().step_by(TILE) {
+        let left = budget.saturating_sub(block * block_bytes);
+        let most = match left / row_bytes >= all_rows {
+            true => all_rows,
+            false => left.saturating_sub(between) / row_bytes / TILE * TILE,
+        };
+        // More logits at once are worth less than a chunk of their rows.
+        let least = match block {
+            TILE => TILE,
+            _ => (2 * block).min(all_rows),
+        };
+        if most < least {
             continue;
         }
-        let chunk = best_chunk(first.sizes, all_rows, fewest..=most);
+        let chunk = best_chunk(first.sizes, all_rows, least..=most);
         if wanted().all(|side| longest_range(side.sizes, chunk) > 0) {
             return Some(Rounds { chunk, block });
         }

@@ -205,17 +205,10 @@ fn rounds_of_a_divergence_fit_the_workspace() {
                     0 < block && block <= chunk && chunk <= all_rows,
                     "{what}: {chunk} {block}"
                 );
-                assert!(
-                    !wanted[0] || all_rows.div_ceil(chunk) <= 4,
-                    "{what}: {chunk}"
-                );
                 let gradients = wanted.iter().filter(|wanted| **wanted).count();
                 let logits = block * gradient_stride(sizes) * 8;
                 let bytes = logits + gradients * chunk * gradient_stride(sizes) * 2;
-                assert!(
-                    workspace.given.is_none_or(|most| bytes <= most),
-                    "{what}: {bytes}"
-                );
+                assert!(bytes <= workspace.or(5 << 29), "{what}: {bytes}");
             }
         }
     }

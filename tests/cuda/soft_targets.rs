@@ -101,7 +101,7 @@ fn kernels_of_a_whole_teacher_match_the_reference() -> Result<()> {
     Ok(())
 }
 
-/// One chunk of rows; several, of one block of logits or of two; and a workspace that leaves it to the operations.
+/// One chunk of rows; several, of one block of logits or more; and a workspace that leaves it to the operations.
 #[test]
 fn several_chunks_of_rows_of_a_whole_teacher_are_right() -> Result<()> {
     let Some(device) = device() else {

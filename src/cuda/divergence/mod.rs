@@ -73,11 +73,12 @@ pub(crate) fn sweep(
                 let Some(plan) = plan::divergence(sides, rows.positions, workspace) else {
                     return Ok(None);
                 };
+                let chunks = rows.positions.div_ceil(plan.chunk);
                 let side = |head: &Head<'_>, operands| {
                     let outputs = head
                         .matrices
                         .read(|matrices| Outputs::new(&gpu, matrices, head.wanted, DType::BF16))?;
-                    Side::new(&gpu, operands, outputs, plan)
+                    Side::new(&gpu, operands, outputs, plan, chunks)
                 };
                 let sides = [side(student, of_student)?, side(teacher, of_teacher)?];
                 let run = |weights| run(&gpu, kind, sides, &rows, weights, plan);

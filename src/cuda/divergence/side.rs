@@ -1,5 +1,6 @@
 //! One head of a divergence: its logits, and its gradients from those of the logits.
 
+use crate::cuda::between::Between;
 use crate::cuda::call::Range;
 use crate::cuda::hopper::{self, Making, Tiles};
 use crate::cuda::launch::{Buffer, Gpu, Kernel, BACKWARD};
@@ -25,12 +26,20 @@ pub(super) struct Side {
     gradient: Option<Buffer>,
     /// Of a chunk: `(rows, D)` in f32, where that of the embeddings is.
     sums: Option<Buffer>,
+    between: Between,
     /// Classes of a launch of the products.
     range: usize,
 }
 
 impl Side {
-    pub fn new(gpu: &Gpu, operands: Operands, outputs: Outputs, plan: Rounds) -> Result<Self> {
+    /// For `chunks` chunks of rows.
+    pub fn new(
+        gpu: &Gpu,
+        operands: Operands,
+        outputs: Outputs,
+        plan: Rounds,
+        chunks: usize,
+    ) -> Result<Self> {
         let Operands { hidden, kind, .. } = operands;
         let stride = gradient_stride(operands.sizes());
         let results = outputs.results();
@@ -44,6 +53,7 @@ impl Side {
             gathered: gpu.buffer(plan.chunk * hidden * kind.size)?,
             gradient: when(results.any(), plan.chunk * stride * kind.size)?,
             sums: when(results.embeddings != 0, plan.chunk * hidden * 4)?,
+            between: Between::new(gpu, operands, results, chunks)?,
             range: longest_range(operands.sizes(), plan.chunk),
             operands,
             outputs,
@@ -105,6 +115,9 @@ impl Side {
             ..
         } = self.operands;
         let count = rows.count.address;
+        let chunk = self
+            .between
+            .chunk(first == 0, first + len >= rows.positions);
         let stride = gradient_stride(self.operands.sizes());
         for first_class in (0..vocab).step_by(self.range) {
             let part = Range {
@@ -117,7 +130,7 @@ impl Side {
                 sums: self.sums.as_ref().map_or(0, |sums| sums.address),
                 add_to_sums: first_class > 0,
                 classifier_grad: self.results.classifier,
-                add_to_classifier: first > 0,
+                chunk,
                 ..Default::default()
             };
             hopper::products(gpu, self.operands, count, 0, part, &self.gathered)?;
@@ -145,7 +158,9 @@ impl Side {
                 first_row: first as u32,
                 rows: len as u32,
                 class_tiles: self.operands.class_tiles() as u32,
-                overwrite: u32::from(first == 0),
+                overwrite: chunk.first.into(),
+                bias_sums: chunk.bias_sums,
+                last: chunk.last.into(),
                 ..Default::default()
             };
             let grid = (vocab.div_ceil(32), 1);

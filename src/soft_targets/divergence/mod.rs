@@ -105,11 +105,11 @@ impl Teacher {
 /// are exact: filters are not read, nor are the implementation, `entropy` and `predicted`. On a GPU the targets are waited
 /// for once a call.
 ///
-/// On CUDA, compute capability 9.0, heads in bf16 whose hidden sizes are multiples of 8 have kernels. They hold a number in
-/// bf16 of every class for a quarter of the positions at least, of each head that learns, and the logits of up to 512
-/// positions: by default in 2.5 GiB, or what that quarter needs, and the gradient of a classifier is rounded to bf16 four
-/// times at most. Where the workspace is less, and everywhere else but on the CPU, these are Candle operations, which sum up
-/// the gradient of the classifier in f32, beyond the workspace.
+/// On CUDA, compute capability 9.0, heads in bf16 whose hidden sizes are multiples of 8 have kernels, by default within 2.5
+/// GiB. They hold 8 bytes of every class for 128 to 512 positions and 2, of each head that learns, for some chunk of them; so
+/// with 256,000 classes a workspace of less than 330 MiB is too small for them. There, and everywhere else but on the CPU,
+/// these are Candle operations, which sum up the gradient of a classifier in f32, beyond the workspace, and take many times as
+/// long.
 ///
 /// ```
 /// # use candle_core::{DType, Device, Tensor, Var};
