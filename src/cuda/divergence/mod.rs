@@ -9,7 +9,7 @@ mod side;
 
 use super::hopper;
 use super::launch::{Gpu, Kernel, DIVERGENCE};
-use super::operands::Operands;
+use super::operands::{kernels, Operands};
 use super::outputs::Outputs;
 use super::params::divergence::DivergenceParams;
 use super::room::with_room;
@@ -18,7 +18,7 @@ use crate::matrices::Matrices;
 use crate::op::contract::{Gradients, Wanted};
 use crate::plan::{self, gradient_stride, Rounds, TILE};
 use crate::soft_targets::Divergence;
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use side::Side;
 
 const THREADS: u32 = 512;
@@ -47,14 +47,13 @@ pub(crate) fn sweep(
     weights: Option<&Tensor>,
     workspace: Option<usize>,
 ) -> Result<Option<Swept>> {
-    let Device::Cuda(device) = heads[0].matrices.classifier.device() else {
+    let Some((gpu, _)) = kernels(heads[0].matrices.classifier)? else {
         return Ok(None);
     };
     let bf16 = |head: &Head<'_>| head.matrices.classifier.dtype() == DType::BF16;
     if !heads.iter().all(bf16) {
         return Ok(None);
     }
-    let gpu = Gpu::new(device);
     let rows = Rows::known(&gpu, rows)?;
     let [student, teacher] = &heads;
     with_room(workspace, |workspace| {
