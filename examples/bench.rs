@@ -12,9 +12,7 @@ use benchmark::data;
 use benchmark::table::{Sample, Table};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_cut_cross_entropy::soft_targets::{
-    divergence, top_k_divergence, Divergence, Teacher, TopK,
-};
+use candle_cut_cross_entropy::soft_targets::{divergence, top_k_divergence, Teacher, TopK};
 use candle_cut_cross_entropy::{backward, linear_cross_entropy, Entropy, Options, Output, Preset};
 use clap::Parser;
 use common::meter::Meter;
