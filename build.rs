@@ -6,7 +6,7 @@ use std::process::Command;
 use std::{env, fs};
 
 /// Sources and the virtual architecture each is compiled for.
-const KERNELS: [(&str, &str); 27] = [
+const KERNELS: [(&str, &str); 29] = [
     ("rows", "compute_80"),
     ("loss", "compute_80"),
     ("fused", "compute_80"),
@@ -16,6 +16,7 @@ const KERNELS: [(&str, &str); 27] = [
     ("smoothing", "compute_80"),
     ("class_logits", "compute_80"),
     ("sort", "compute_80"),
+    ("divergence", "compute_80"),
     ("forward_sm80", "compute_80"),
     ("forward_outputs_sm80", "compute_80"),
     ("gradient_sm80", "compute_80"),
@@ -31,6 +32,7 @@ const KERNELS: [(&str, &str); 27] = [
     ("forward_outputs_sm90a", "compute_90a"),
     ("gradient_sm90a", "compute_90a"),
     ("gradient_outputs_sm90a", "compute_90a"),
+    ("logits_sm90a", "compute_90a"),
     ("products_sm90a", "compute_90a"),
     ("attention_sm90a_bf16", "compute_90a"),
     ("attention_sm90a_f16", "compute_90a"),

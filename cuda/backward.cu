@@ -5,7 +5,7 @@
 struct ScaleParams {
   const float *upstream;  // gradient of the packed vector: losses (positions), lse (positions), loss (1), entropy (positions)
   const float *row_max, *row_log_sum;
-  const float *row_entropy;  // or null: the packed vector has no entropy
+  const float *row_entropy;  // or null: no gradient goes through it
   const uint32_t *row_position;
   const uint32_t *count;
   float *p_scale, *target_scale;  // out: (rows), of the softmax and of the one-hot
@@ -16,8 +16,8 @@ struct ScaleParams {
   float logit_scale;
 };
 
-// With the upstream gradients g of a row's loss (through the reduced loss or not), h of its lse and k of its entropy H, the
-// gradient of its logits is (g s + h - k H - k log p) p - g t onehot(y), where s and t are what the row's terms have of the
+// With the upstream gradients g of a row's loss (through the reduced loss or not), h of its lse and k of its entropy H (its
+// own or through the loss), the gradient of its logits is (g s + h - k H - k log p) p - g t onehot(y), where s and t are what the row's terms have of the
 // softmax and the one-hot. The largest of these factors goes into `scale` and out of the rows, so that no product of
 // half-precision numbers underflows for a mean over many.
 struct RowScales {
@@ -31,7 +31,7 @@ __device__ __forceinline__ RowScales scales_of(const ScaleParams &p, float loss,
   const float g = p.upstream[position] + loss, h = p.upstream[n + position];
   RowScales scales = {g * terms.softmax(p.row_max[row] + p.row_log_sum[row]) + h, g * terms.nll, 0.f};
   if (p.row_entropy) {
-    const float k = p.upstream[2 * n + 1 + position];
+    const float k = p.upstream[2 * n + 1 + position] + g * terms.entropy;
     scales.p -= k * p.row_entropy[row], scales.log = -k;
   }
   return scales;

@@ -1,6 +1,7 @@
 // Around the products of gradients formed in the forward.
 #include "common.cuh"
 #include "terms.cuh"
+#include "vectors.cuh"
 
 // A chunk of rows: what is theirs alone begins at the chunk's first row, the rest at row 0.
 struct ReferenceParams {
@@ -41,6 +42,7 @@ struct SumsParams {
   const int32_t *row_target;
   const uint32_t *count;
   float *row_max, *row_log_sum;  // out
+  float *row_entropy;            // out, where there are outputs
   float *packed;                 // out: loss, lse
   float *entropy;                // out: (positions), or null
   uint32_t *predicted;           // out: (positions), or null
@@ -63,8 +65,9 @@ struct Best {
   }
 };
 
-// Entropy and likeliest class of the rows of a block, from their tiles; `sum` is that of each row, in the first part.
-__device__ void merge_outputs(const SumsParams &p, uint32_t in_chunk, bool exists, float sum) {
+// Entropy and likeliest class of the rows of a block, from their tiles; `sum` is that of each row, in the first part, which
+// gets the entropy.
+__device__ float merge_outputs(const SumsParams &p, uint32_t in_chunk, bool exists, float sum) {
   __shared__ float weighted_parts[SUM_PARTS][SUM_ROWS];
   __shared__ Best best_parts[SUM_PARTS][SUM_ROWS];
   const uint32_t x = threadIdx.x % SUM_ROWS, part = threadIdx.x / SUM_ROWS, row = p.first_row + in_chunk;
@@ -79,7 +82,7 @@ __device__ void merge_outputs(const SumsParams &p, uint32_t in_chunk, bool exist
     }
   weighted_parts[part][x] = weighted, best_parts[part][x] = best;
   __syncthreads();
-  if (part > 0 || !exists) return;
+  if (part > 0 || !exists) return 0.f;
   for (int i = 1; i < SUM_PARTS; i++) {
     weighted += weighted_parts[i][x];
     best.merge(best_parts[i][x].logit, best_parts[i][x].at);
@@ -92,8 +95,11 @@ __device__ void merge_outputs(const SumsParams &p, uint32_t in_chunk, bool exist
     best.merge(logit, target);
   }
   const uint32_t position = p.row_position[row];
-  if (p.entropy) p.entropy[position] = logf(sum) - weighted / sum;
+  const float entropy = logf(sum) - weighted / sum;
+  p.row_entropy[row] = entropy;
+  if (p.entropy) p.entropy[position] = entropy;
   if (p.predicted) p.predicted[position] = best.at;
+  return entropy;
 }
 
 // 32 rows a block, 32 interleaved parts of the class tiles.
@@ -114,25 +120,28 @@ extern "C" __global__ void __launch_bounds__(ONE_BLOCK) merge_sums(const SumsPar
     max = p.reference[in_chunk];
     if (p.row_target[row] >= 0) sum += expf(p.target_logit[row] - max);
   }
-  if (p.outputs) merge_outputs(p, in_chunk, exists, sum);
+  const float entropy = p.outputs ? merge_outputs(p, in_chunk, exists, sum) : 0.f;
   if (part > 0 || !exists) return;
   const float log_sum = logf(sum);
   if (!(fabsf(log_sum) < FAR)) atomicMax(p.redo, *p.count);
   const bool in_range = p.row_target[row] >= 0;
-  write_row(p, row, max, log_sum, p.target_logit + row, in_range, in_range);
+  write_row(p, row, max, log_sum, p.target_logit + row, entropy, in_range, in_range);
 }
 
 struct SharesParams {
   const float *row_max, *row_log_sum;
+  const float *row_entropy;  // or null: the loss has none
   const uint32_t *row_position;
   const uint32_t *count;
   float *softmax, *one_hot;  // out: (chunk_rows)
+  float *log;                // out: (chunk_rows), where there is an entropy
   TermsParams terms;
   uint32_t first_row, positions;
 };
 
 struct FactorParams {
   const float *row_max, *row_log_sum, *target_logit;
+  const float *row_entropy;  // or null: the loss has none
   const uint32_t *row_position;
   const int32_t *row_target;
   const uint32_t *count, *redo;
@@ -144,12 +153,56 @@ struct FactorParams {
   float softcap, logit_scale;
 };
 
-// What the gradient kernel multiplies the softmax and the one-hot of a row by where a chunk is done again.
+struct EntropyParams {
+  void *gradient;  // (chunk_rows, stride), in and out
+  const float *row_max, *row_log_sum, *row_entropy;
+  const uint32_t *row_position;
+  const uint32_t *count, *redo;
+  int64_t stride;
+  TermsParams terms;
+  uint32_t first_row, positions;
+};
+
+constexpr int ENTROPY_THREADS = 256, ENTROPY_COLUMNS = 8192;
+
+// Of a loss with a factor e of the entropy H, what the softmax has in its gradient differs from class to class: s - e (H +
+// log p). It goes into the stored exp(z - reference), whose own logarithm is that of p but for a term of the row's: off by
+// the rounding of what is stored, 2^-9 at most. A block has some columns of a row.
+template <typename T> __device__ void add_entropy(const EntropyParams &p) {
+  const uint32_t row = p.first_row + blockIdx.x;
+  if (row >= *p.count || *p.redo) return;
+  const Terms terms = terms_of(p.terms, p.row_position[row], p.positions);
+  const float log_sum = p.row_log_sum[row], to_log = -terms.entropy;
+  const float to_all = terms.softmax(p.row_max[row] + log_sum) + to_log * (p.row_entropy[row] - log_sum);
+  constexpr int WIDTH = 16 / sizeof(T);
+  T *gradient = (T *)p.gradient + blockIdx.x * p.stride;
+  constexpr int STEP = ENTROPY_THREADS * WIDTH, STEPS = ENTROPY_COLUMNS / STEP;
+  const int64_t first = (int64_t)blockIdx.y * ENTROPY_COLUMNS + threadIdx.x * WIDTH;
+  // All are asked for before the first is needed.
+  Numbers<T, WIDTH> numbers[STEPS];
+#pragma unroll
+  for (int i = 0; i < STEPS; i++)
+    if (first + i * STEP < p.stride) numbers[i] = Numbers<T, WIDTH>::load(gradient + first + i * STEP);
+#pragma unroll
+  for (int i = 0; i < STEPS; i++) {
+    if (first + i * STEP >= p.stride) return;
+#pragma unroll
+    for (int j = 0; j < WIDTH; j++) {
+      const float x = numbers[i].get(j);
+      numbers[i].set(j, x * fmaf(to_log, fmaxf(__logf(x), LEAST_EXPONENT), to_all));
+    }
+    numbers[i].store(gradient + first + i * STEP);
+  }
+}
+
+// What the gradient kernel multiplies the softmax, its logarithm and the one-hot of a row by where a chunk is done again.
 extern "C" __global__ void row_shares(const SharesParams p) {
   const uint32_t in_chunk = blockIdx.x * blockDim.x + threadIdx.x, row = p.first_row + in_chunk;
   if (row >= *p.count) return;
   const Terms terms = terms_of(p.terms, p.row_position[row], p.positions);
-  p.softmax[in_chunk] = terms.softmax(p.row_max[row] + p.row_log_sum[row]);
+  float softmax = terms.softmax(p.row_max[row] + p.row_log_sum[row]);
+  if (p.row_entropy) softmax -= terms.entropy * p.row_entropy[row], p.log[in_chunk] = -terms.entropy;
+  p.softmax[in_chunk] = softmax;
   p.one_hot[in_chunk] = terms.nll;
 }
 
@@ -164,7 +217,9 @@ template <typename T> __device__ void factor_rows(const FactorParams &p) {
   // NaN for a bad target; of what was done again, all but the factors of all rows is in place.
   const Terms terms = terms_of(p.terms, p.row_position[row], p.positions);
   const float max = p.row_max[row], share = terms.softmax(max + log_sum);
-  const float to_softmax = redone ? 1.f : share * expf(-log_sum) + (max - max);
+  // What the softmax has with an entropy differs from class to class, and is in place.
+  const float of_row = p.row_entropy ? 1.f : share;
+  const float to_softmax = redone ? 1.f : of_row * expf(-log_sum) + (max - max);
   const float of_all = p.logit_scale * (p.mean ? 1.f / mean_divisor(p.terms, count) : 1.f), factor = of_all * to_softmax;
   if (p.gathered) {
     T *e = (T *)p.gathered + blockIdx.x * p.hidden;
@@ -176,8 +231,10 @@ template <typename T> __device__ void factor_rows(const FactorParams &p) {
   if (!redone && p.row_target[row] >= 0) {
     const float logit = p.target_logit[row], log_p = (logit - max) - log_sum;
     const float part = p.softcap > 0.f ? logit / p.softcap : 0.f;
-    // share p - nll, with p - 1 of a confident target without cancellation.
-    entry = of_all * ((share - terms.nll) * expf(log_p) + terms.nll * expm1f(log_p)) * (1.f - part * part);
+    float in_softmax = share;
+    if (p.row_entropy) in_softmax -= terms.entropy * (p.row_entropy[row] + fmaxf(log_p, LEAST_EXPONENT));
+    // in_softmax p - nll, with p - 1 of a confident target without cancellation.
+    entry = of_all * ((in_softmax - terms.nll) * expf(log_p) + terms.nll * expm1f(log_p)) * (1.f - part * part);
   }
   p.target_part[blockIdx.x] = entry;
 }
@@ -255,6 +312,9 @@ template <typename T> __device__ void scale_gradient(const UpstreamParams &p) {
 #define FUSED(SUFFIX, T)                                                                                     \
   extern "C" __global__ void __launch_bounds__(TILE) reference_logits_##SUFFIX(const ReferenceParams p) {   \
     reference_logits<T>(p);                                                                                  \
+  }                                                                                                          \
+  extern "C" __global__ void __launch_bounds__(ENTROPY_THREADS) add_entropy_##SUFFIX(const EntropyParams p) { \
+    add_entropy<T>(p);                                                                                       \
   }                                                                                                          \
   extern "C" __global__ void factor_rows_##SUFFIX(const FactorParams p) { factor_rows<T>(p); }              \
   extern "C" __global__ void __launch_bounds__(TARGET_THREADS) sum_targets_##SUFFIX(const TargetsParams p) { \

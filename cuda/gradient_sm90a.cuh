@@ -7,6 +7,8 @@
 //
 // `entropy_gradient`: the same with a factor of p log p besides, of a loss that has the entropy in it.
 //
+// `logits`: the logits themselves, in f32, and their largest and sum of exponentials in each tile; for what needs two heads'.
+//
 // `probabilities`: the same before lse is known, for gradients formed in the forward. It writes exp(z - reference),
 // times the slope, where the reference of a row is a logit of its own; the factor exp(reference - lse) of a row is
 // left to what reads G, and the target's entry, here 0, to what follows. The sums and maxima from which lse and the
@@ -25,7 +27,7 @@ constexpr uint32_t IDLE = 1u << 31;  // in a list: computed to keep the other bl
 static_assert(TILE_M == KEEP, "a consumer group works on the rows of one kept tile");
 
 // What a kernel makes of its tiles.
-enum class Tile { Gradient, EntropyGradient, Probabilities, ProbabilitiesAndOutputs };
+enum class Tile { Gradient, EntropyGradient, Probabilities, ProbabilitiesAndOutputs, Logits };
 
 // Everything but the two matrices; mirrored on the host. The boxes of both maps are 64 high.
 struct GradientParams {
@@ -38,8 +40,9 @@ struct GradientParams {
   const float* target_scale;    // [rows] factor of the one-hot, or null: 1
   const float* log_scale;       // [rows] factor of the softmax times its logarithm; of entropy_gradient
   const uint8_t* keep;          // [row tiles][class_tiles] 0: skip the tile; null: compute all
-  void* gradient;               // [rows][gradient_stride] T; column 0 is first_class
-  float* sums;                  // of probabilities, out: [class tiles][rows] sum of exp(z - reference), targets left out
+  void* gradient;               // [rows][gradient_stride] T, of logits f32; column 0 is first_class
+  float* sums;                  // of probabilities, out: [class tiles][rows] sum of exp(z - reference), targets left out;
+                                // of logits, out: [rows][class_tiles][2] the largest and the sum of exp(z - largest)
   float* maxima;                // of probabilities, out: [class tiles][rows] the largest of them, or null
   float* masses;                // of probabilities, out: [class tiles][rows] sum of them times the slope, or null
   float* outputs;               // of probabilities and outputs, out: [3][class tiles][rows] the sum of them by log2 of
@@ -309,6 +312,42 @@ __device__ __forceinline__ void write_probabilities(float (&z)[2][TILE_N / 2], c
   }
 }
 
+// Below every logit that matters, and finite: a tile of -inf alone has no NaN.
+constexpr float LOWEST = -1e30f;
+
+// Logits to memory as they are, and what lse follows from. Past the last class of a tile they are -inf.
+__device__ __forceinline__ void write_logits(float (&z)[2][TILE_N / 2], const GradientParams& p, uint32_t rows,
+                                             uint32_t first_row, uint32_t class_tile) {
+  const uint32_t first_column = class_tile * KEEP;
+  mask_logits<TILE_N>(z, p.first_class + first_column, p.vocab);
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    const uint32_t row = first_row + s / 2 * 64 + s % 2 * 8;
+    float* to = static_cast<float*>(p.gradient) + static_cast<size_t>(row) * p.gradient_stride + first_column +
+                threadIdx.x % 4 * 2;
+    float largest = LOWEST, even = 0.0f, odd = 0.0f;
+#pragma unroll
+    for (int i = 0; i < TILE_N / 8; ++i) {
+      const int j = 4 * i + 2 * (s % 2);
+      largest = fmaxf(largest, fmaxf(z[s / 2][j], z[s / 2][j + 1]));
+    }
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+#pragma unroll
+    for (int i = 0; i < TILE_N / 8; ++i) {
+      const int j = 4 * i + 2 * (s % 2);
+      even += exp2_fast((z[s / 2][j] - largest) * LOG2E);
+      odd += exp2_fast((z[s / 2][j + 1] - largest) * LOG2E);
+      if (row < rows) *reinterpret_cast<float2*>(to + 8 * i) = make_float2(z[s / 2][j], z[s / 2][j + 1]);
+    }
+    float sum = even + odd;
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    if (threadIdx.x % 4 == 0 && row < rows)
+      reinterpret_cast<float2*>(p.sums)[static_cast<size_t>(row) * p.class_tiles + class_tile] = make_float2(largest, sum);
+  }
+}
+
 template <typename T, Tile TILE_OF>
 __device__ void consume(GradientPlan& plan, int group, const GradientParams& p) {
   GradientShare share(plan, p);
@@ -338,6 +377,8 @@ __device__ void consume(GradientPlan& plan, int group, const GradientParams& p) 
     constexpr bool OUTPUTS = TILE_OF == Tile::ProbabilitiesAndOutputs;
     if constexpr (OUTPUTS || TILE_OF == Tile::Probabilities)
       write_probabilities<T, OUTPUTS>(z, p, share.tiles.rows, row, class_tile);
+    else if constexpr (TILE_OF == Tile::Logits)
+      write_logits(z, p, share.tiles.rows, row, class_tile);
     else
       write_gradient<T, TILE_OF == Tile::EntropyGradient>(z, p, share.tiles.rows, row, class_tile * KEEP);
   }

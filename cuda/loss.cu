@@ -30,10 +30,10 @@ extern "C" __global__ void merge_partials(const MergeParams p) {
   }
   const bool in_range = p.row_target[row] >= 0;
   const float log_sum = logf(all.sum);
-  write_row(p, row, all.max, log_sum, p.target_logit + row, in_range, in_range || p.sharded);
+  const float entropy = p.extra ? log_sum - all.weighted / all.sum : 0.f;
+  write_row(p, row, all.max, log_sum, p.target_logit + row, entropy, in_range, in_range || p.sharded);
   if (!p.extra) return;
   const uint32_t position = p.row_position[row];
-  const float entropy = log_sum - all.weighted / all.sum;
   p.row_entropy[row] = entropy;
   if (p.entropy) p.entropy[position] = entropy;
   if (p.predicted) p.predicted[position] = all.best;
@@ -76,7 +76,7 @@ extern "C" __global__ void merge_shards(const ShardParams p) {
   if (row >= p.positions || row >= *p.count) return;
   const int64_t n = p.positions;
   const bool on_one_rank = p.all[2 * n + row] == 1.f;
-  write_row(p, row, p.max[row], logf(p.all[row]), p.all + n + row, on_one_rank, on_one_rank);
+  write_row(p, row, p.max[row], logf(p.all[row]), p.all + n + row, 0.f, on_one_rank, on_one_rank);
 }
 
 struct LossParams {

@@ -12,7 +12,7 @@ use benchmark::data;
 use benchmark::table::{Sample, Table};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_cut_cross_entropy::soft_targets::{top_k_divergence, TopK};
+use candle_cut_cross_entropy::soft_targets::{divergence, top_k_divergence, Teacher, TopK};
 use candle_cut_cross_entropy::{backward, linear_cross_entropy, Entropy, Options, Output, Preset};
 use clap::Parser;
 use common::meter::Meter;
@@ -87,6 +87,8 @@ struct Bench<'a> {
     targets: Tensor,
     /// Where a method needs it.
     teacher: Option<TopK>,
+    /// Another position's distribution, by a classifier of its own, where a method needs it.
+    whole_teacher: Option<Teacher>,
 }
 
 /// A loss and, from this crate's, what else came with it.
@@ -106,6 +108,14 @@ impl<'a> Bench<'a> {
             )?)?),
             false => None,
         };
+        let wants_whole = |method: &Method| matches!(method, Method::Divergence(_));
+        let whole_teacher = match args.methods.iter().any(wants_whole) {
+            true => Some(Teacher::new(
+                &inputs.embeddings.roll(1, 0)?,
+                &inputs.classifier.copy()?,
+            )),
+            false => None,
+        };
         let distils = args.methods.iter().any(|m| matches!(m, Method::TopK(_)));
         let teacher = match distils {
             true => Some(data::teacher(
@@ -121,6 +131,7 @@ impl<'a> Bench<'a> {
             args,
             meter,
             teacher,
+            whole_teacher,
             embeddings: Var::from_tensor(&inputs.embeddings)?,
             classifier: Var::from_tensor(&inputs.classifier)?,
             bias,
@@ -166,7 +177,7 @@ impl<'a> Bench<'a> {
     fn check_memory(&self, method: Method) -> Result<()> {
         let logits = self.embeddings.dims()[0] * self.classifier.dims()[0];
         let needed = match method {
-            Method::Preset(_) | Method::TopK(_) => return Ok(()),
+            Method::Preset(_) | Method::TopK(_) | Method::Divergence(_) => return Ok(()),
             Method::Product => logits * self.embeddings.dtype().size_in_bytes(),
             // Logits, what log_softmax makes of them, and their gradients.
             Method::Baseline => logits * 8 * DType::F32.size_in_bytes(),
@@ -283,7 +294,7 @@ impl<'a> Bench<'a> {
         let bias = self.bias.as_ref().map(pick);
         let preset = match method {
             Method::Preset(preset) => preset,
-            Method::TopK(_) => Preset::CceExact,
+            Method::TopK(_) | Method::Divergence(_) => Preset::CceExact,
             Method::Baseline => {
                 let loss = self.baseline(&embeddings, &classifier, bias.as_ref())?;
                 return Ok(Loss { loss, output: None });
@@ -294,6 +305,7 @@ impl<'a> Bench<'a> {
             .softcap(self.args.softcap)
             .logit_scale(self.args.logit_scale)
             .label_smoothing(self.args.label_smoothing)
+            .entropy_bonus(self.args.entropy_bonus)
             .entropy(self.args.entropy)
             .predicted(self.args.predicted)
             .strategy(self.args.strategy);
@@ -312,6 +324,12 @@ impl<'a> Bench<'a> {
             let teacher = teacher.clone().rest(rest);
             let (e, c) = (&embeddings, &classifier);
             let loss = top_k_divergence(e, c, &self.targets, &teacher, &options)?;
+            return Ok(Loss { loss, output: None });
+        }
+        if let (Method::Divergence(kind), Some(teacher)) = (method, &self.whole_teacher) {
+            let teacher = teacher.clone().softcap(self.args.softcap);
+            let (e, c) = (&embeddings, &classifier);
+            let loss = divergence(e, c, &self.targets, &teacher, kind, &options)?;
             return Ok(Loss { loss, output: None });
         }
         let output = linear_cross_entropy(&embeddings, &classifier, &self.targets, &options)?;

@@ -37,7 +37,8 @@ pub struct Output {
     /// gradient goes through it. `None` where the weight is 0.
     pub z_loss: Option<Tensor>,
     /// The entropy of each position's distribution over the classes, `-sum_j p_ij log p_ij` in nats, 0 where the position
-    /// does not count: f32, the shape of `lse`. `None` unless [`Options::entropy`] asks for it.
+    /// does not count: f32, the shape of `lse`. `None` unless [`Options::entropy`] asks for it
+    /// or the loss has an [entropy bonus](Options::entropy_bonus).
     pub entropy: Option<Tensor>,
     /// The likeliest class of each position, the lowest of several: u32, the shape of `lse`, [`u32::MAX`] where the
     /// position does not count; where a logit is NaN, any class. `None` unless [`Options::predicted`] asks for it.
@@ -69,7 +70,7 @@ impl Output {
 ///
 /// With `z_ij = E_i . C_j + b_j`, capped to `softcap * tanh(z / softcap)` if a softcap is set, and times the
 /// `logit_scale`: `lse_i = log sum_j exp z_ij` and `loss_i = lse_i - z_{i, y_i}`, plus `w lse_i^2` if a z-loss of
-/// weight `w` is set. Label smoothing and weights of classes and tokens change a position's loss as [`Options`] says.
+/// weight `w` is set, less `w H_i` with an entropy bonus of weight `w`. Label smoothing and weights of classes and tokens change a position's loss as [`Options`] says.
 ///
 /// | argument | shape | dtype |
 /// |---|---|---|
@@ -85,7 +86,7 @@ impl Output {
 ///
 /// # Errors
 /// Shapes, dtypes or devices that do not match, those of weights too, an empty dimension, a `shift` that reaches beyond the
-/// sequence, a softcap, `logit_scale`, label smoothing, z-loss weight or filter threshold out of range, label smoothing
+/// sequence, a softcap, `logit_scale`, label smoothing, z-loss weight, entropy bonus or filter threshold out of range, label smoothing
 /// together with a softcap, a target outside `[0, V)` that is not the
 /// `ignore_index` (see [`Options::check_targets`]).
 ///

@@ -38,6 +38,13 @@ pub(crate) struct Settings {
     pub vocab_parallel: Option<VocabParallel>,
 }
 
+impl Settings {
+    /// Whether gradients go through the entropy: its own, or as part of the loss.
+    pub fn differentiates_entropy(&self) -> bool {
+        self.entropy == Entropy::Differentiable || self.terms.entropy != 0.
+    }
+}
+
 /// A validated call, without its matrices.
 #[derive(Debug, Clone)]
 pub(crate) struct Problem {
@@ -131,7 +138,8 @@ impl Problem {
         }
         let threshold = |filter: Filter| {
             let threshold = filter.threshold(dtype)?;
-            Ok::<_, Error>(threshold.filter(|_| options.entropy != Entropy::Differentiable))
+            let exact = options.entropy == Entropy::Differentiable || options.entropy_bonus != 0.;
+            Ok::<_, Error>(threshold.filter(|_| !exact))
         };
         let matrices = Matrices {
             // A matrix stays what it is: a `Var` that is reshaped is none to `backward`.
@@ -166,7 +174,10 @@ impl Problem {
                 reduction: options.reduction,
                 terms: Terms::new(options),
                 label_smoothing: options.label_smoothing,
-                entropy: options.entropy,
+                entropy: match options.entropy {
+                    Entropy::Off if options.entropy_bonus != 0. => Entropy::Value,
+                    entropy => entropy,
+                },
                 predicted: options.predicted,
                 filter_embeddings: threshold(options.filter_embeddings)?,
                 filter_classifier: threshold(options.filter_classifier)?,
@@ -287,12 +298,16 @@ fn drops(options: &Options) -> Result<bool> {
 fn check_numbers(options: &Options) -> Result<()> {
     let Options {
         z_loss_weight,
+        entropy_bonus,
         label_smoothing,
         logit_scale,
         ..
     } = *options;
     if !(z_loss_weight as f32).is_finite() {
         bail!("z_loss_weight must be finite, as an f32 too, got {z_loss_weight}")
+    }
+    if !(entropy_bonus as f32).is_finite() {
+        bail!("entropy_bonus must be finite, as an f32 too, got {entropy_bonus}")
     }
     // Inverses are used too: what f32 rounds to 0 or infinity would make NaN gradients.
     let normal = |x: f64| x > 0. && (x as f32).is_normal();

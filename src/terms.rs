@@ -1,5 +1,5 @@
-//! What the loss of a position is made of: its nll, its lse and the square of its lse, each with a factor; and what a teacher
-//! of few classes has in the gradient of the lse.
+//! What the loss of a position is made of: its nll, its lse, the square of its lse and its entropy, each with a factor; and
+//! what a teacher of few classes has in the gradient of the lse.
 
 use crate::devices::same_device;
 use crate::objectives::counted;
@@ -12,7 +12,7 @@ use candle_core::{bail, DType, Result, Tensor, D};
 /// numbers do not tell less from rounding.
 pub(crate) const LEAST_REST: f64 = 1e-6;
 
-/// `loss = nll_factor * nll + lse_factor * lse + square_factor * lse^2`
+/// `loss = nll_factor * nll + lse_factor * lse + square_factor * lse^2 + entropy_factor * entropy`
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Terms {
     /// 1, or the weight of the position's target less what label smoothing takes of it.
@@ -26,6 +26,8 @@ pub(crate) struct Terms {
     pub rest: f64,
     /// The log-sum-exp of the named classes' logits.
     pub named: f64,
+    /// Less the weight of the entropy bonus.
+    pub entropy: f64,
 }
 
 impl Terms {
@@ -37,23 +39,28 @@ impl Terms {
             square: options.z_loss_weight,
             rest: 0.,
             named: 0.,
+            entropy: -options.entropy_bonus,
         }
     }
 
-    /// The loss of a position.
-    pub fn loss(&self, nll: f64, lse: f64) -> f64 {
+    /// The loss of a position; `entropy` counts where it has a factor.
+    pub fn loss(&self, nll: f64, lse: f64, entropy: f64) -> f64 {
         // What is left out costs nothing, and an infinite lse no NaN.
         let with_lse = match self.lse {
             0. => self.nll * nll,
             factor => self.nll * nll + factor * lse,
         };
-        match self.square {
+        let with_square = match self.square {
             0. => with_lse,
             factor => with_lse + factor * lse * lse,
+        };
+        match self.entropy {
+            0. => with_square,
+            factor => with_square + factor * entropy,
         }
     }
 
-    /// What the softmax has in the gradient of a position's loss. The one-hot has `nll`.
+    /// What the softmax has in the gradient of a position's loss, the entropy's apart. The one-hot has `nll`.
     pub fn softmax(&self, lse: f64) -> f64 {
         let of_square = match self.square {
             0. => 0.,
@@ -74,7 +81,7 @@ impl Terms {
 /// call, in the [accumulator] of its dtype.
 #[derive(Debug, Clone)]
 pub(crate) struct Weights {
-    /// `(5, positions)`, contiguous: the fields of [`Terms`], in their order.
+    /// `(6, positions)`, contiguous: the fields of [`Terms`], in their order.
     pub terms: Tensor,
     /// The sum of the weights of the positions that count: one number.
     pub total: Tensor,
@@ -167,6 +174,7 @@ impl Weights {
             (&tokens * options.z_loss_weight)?,
             none.clone(),
             none,
+            (&tokens * -options.entropy_bonus)?,
         ];
         Ok(Some(Self {
             terms: Tensor::stack(&terms, 0)?,

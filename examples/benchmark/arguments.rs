@@ -2,7 +2,7 @@
 
 use super::data;
 use candle_core::DType;
-use candle_cut_cross_entropy::soft_targets::Rest;
+use candle_cut_cross_entropy::soft_targets::{Divergence, Rest};
 use candle_cut_cross_entropy::{Entropy, Filter, Implementation, Preset, Strategy};
 use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
@@ -18,7 +18,8 @@ use std::str::FromStr;
 pub struct Args {
     /// cce, cce_kahan, cce_kahan_full_c, cce_kahan_full_e, cce_exact, native, baseline (Candle's
     /// logits and candle_nn::loss::cross_entropy), top_k and top_k_left_out (top_k_divergence, exact, from a teacher of
-    /// random classes: the others as one class, or left out), mm (the product E C^T alone)
+    /// random classes: the others as one class, or left out), forward_kl, reverse_kl and jensen_shannon (divergence, from
+    /// a teacher with a head of the same size), mm (the product E C^T alone)
     #[arg(
         long,
         value_delimiter = ',',
@@ -77,6 +78,9 @@ pub struct Args {
     pub logit_scale: f64,
     #[arg(long, default_value_t = 0.)]
     pub label_smoothing: f64,
+    /// Subtracts this times the entropy of each position from its loss.
+    #[arg(long, default_value_t = 0.)]
+    pub entropy_bonus: f64,
     /// The entropy of each position: off, value, or differentiable, which adds a hundredth of its mean to the loss
     #[arg(long, default_value = "off", value_parser = parse_entropy)]
     pub entropy: Entropy,
@@ -91,12 +95,13 @@ pub struct Args {
     pub plain_backward: bool,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Method {
     Preset(Preset),
     Baseline,
     TopK(Rest),
     Product,
+    Divergence(Divergence),
 }
 
 impl FromStr for Method {
@@ -108,6 +113,9 @@ impl FromStr for Method {
             "top_k" => Method::TopK(Rest::OneClass),
             "top_k_left_out" => Method::TopK(Rest::LeftOut),
             "mm" => Method::Product,
+            "forward_kl" => Method::Divergence(Divergence::ForwardKl),
+            "reverse_kl" => Method::Divergence(Divergence::ReverseKl),
+            "jensen_shannon" => Method::Divergence(Divergence::JensenShannon(0.5)),
             preset => Method::Preset(preset.parse()?),
         })
     }
@@ -121,6 +129,9 @@ impl Method {
             Method::TopK(Rest::OneClass) => "top_k",
             Method::TopK(_) => "top_k_left_out",
             Method::Product => "mm",
+            Method::Divergence(Divergence::ForwardKl) => "forward_kl",
+            Method::Divergence(Divergence::ReverseKl) => "reverse_kl",
+            Method::Divergence(Divergence::JensenShannon(_)) => "jensen_shannon",
         }
     }
 }

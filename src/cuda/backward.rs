@@ -16,7 +16,7 @@ use crate::matrices::{Matrices, View};
 use crate::op::contract::{self as op, Gradients, KeptTiles, Wanted};
 use crate::plan::{sweeps, Path, Sweep};
 use crate::problem::Settings;
-use crate::{Entropy, Reduction};
+use crate::Reduction;
 use candle_core::{CudaStorage, DType, Result, Tensor};
 use std::sync::Arc;
 
@@ -62,9 +62,9 @@ impl Saved {
         let scales = Scales {
             p: gpu.buffer(n * 4)?,
             target: gpu.buffer(n * 4)?,
-            log: match self.settings.entropy {
-                Entropy::Differentiable => Some(gpu.buffer(n * 4)?),
-                _ => None,
+            log: match self.settings.differentiates_entropy() {
+                true => Some(gpu.buffer(n * 4)?),
+                false => None,
             },
             result: gpu.buffer(4)?,
         };
@@ -73,7 +73,6 @@ impl Saved {
                 upstream,
                 row_max: self.statistics.row_max.address,
                 row_log_sum: self.statistics.row_log_sum.address,
-                // Of an entropy that is not differentiated there is no upstream gradient.
                 row_entropy: match (&scales.log, &self.statistics.row_entropy) {
                     (Some(_), Some(entropy)) => entropy.address,
                     _ => 0,
@@ -91,7 +90,8 @@ impl Saved {
             };
             gpu.launch(&Kernel::one_block(BACKWARD, "upstream_scales"), &params)
         })?;
-        Operands::read(gpu, matrices, &self.settings, |operands| {
+        let (softcap, scale) = (self.settings.softcap, self.settings.logit_scale);
+        Operands::read(gpu, matrices, softcap, scale, |operands| {
             let path = hopper::path(gpu, operands, n, &self.settings)?;
             let call = self.call(operands);
             let averaging = matches!(&self.filtered, Some(f) if f.masses.is_some());

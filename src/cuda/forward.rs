@@ -57,7 +57,8 @@ pub(crate) fn forward(
             false => None,
         },
     };
-    let (filtered, formed, path) = Operands::read(&gpu, matrices, settings, |operands| {
+    let (softcap, scale) = (settings.softcap, settings.logit_scale);
+    let (filtered, formed, path) = Operands::read(&gpu, matrices, softcap, scale, |operands| {
         let path = hopper::path(&gpu, operands, n, settings)?;
         let filter = Filter::of(settings, wanted);
         let call = Call {

@@ -6,7 +6,7 @@
 use super::call::{Call, Group, Range, Scales};
 use super::launch::{
     Buffer, Gpu, Kernel, FORWARD_OUTPUTS_SM90A, FORWARD_SM90A, GRADIENT_OUTPUTS_SM90A,
-    GRADIENT_SM90A, PRODUCTS_SM90A,
+    GRADIENT_SM90A, LOGITS_SM90A, PRODUCTS_SM90A,
 };
 use super::operands::Operands;
 use super::params::forward_sm90a::ForwardParams;
@@ -34,10 +34,13 @@ const MOST_ROW_TILES: usize = 2048;
 const RESIDENT_BYTES: usize = 40 << 20;
 const ROWS_BYTES: usize = 18 << 20;
 
-/// Whether the kernels take these matrices, on a GPU of compute capability 9.0.
-fn can_run(operands: Operands, rows: usize) -> bool {
+/// Whether the kernels take these matrices on this GPU.
+pub(super) fn can_run(gpu: &Gpu, operands: Operands, rows: usize) -> Result<bool> {
     let half = matches!(operands.kind.dtype, DType::BF16 | DType::F16);
-    half && operands.aligned && rows.div_ceil(TILE) <= MOST_ROW_TILES
+    Ok(gpu.compute_capability()? == (9, 0)
+        && half
+        && operands.aligned
+        && rows.div_ceil(TILE) <= MOST_ROW_TILES)
 }
 
 pub(super) fn path(
@@ -46,9 +49,8 @@ pub(super) fn path(
     rows: usize,
     settings: &Settings,
 ) -> Result<Path> {
-    let hopper = settings.implementation != Implementation::CudaPortable
-        && gpu.compute_capability()? == (9, 0)
-        && can_run(operands, rows);
+    let hopper =
+        settings.implementation != Implementation::CudaPortable && can_run(gpu, operands, rows)?;
     Ok(if hopper { Path::Hopper } else { Path::Portable })
 }
 
@@ -157,14 +159,15 @@ pub(super) enum Making {
     EntropyGradient,
     Probabilities,
     ProbabilitiesAndOutputs,
+    Logits,
 }
 
-/// Computes the logits of tiles and makes something of them.
+/// Computes the logits of tiles and makes something of them. `gathered` is the address of the rows' embeddings.
 pub(super) fn tiles(
     gpu: &Gpu,
     operands: Operands,
     making: Making,
-    gathered: &Buffer,
+    gathered: u64,
     tiles: &Tiles,
 ) -> Result<()> {
     let Operands {
@@ -174,7 +177,7 @@ pub(super) fn tiles(
         ..
     } = operands;
     let map = |address, rows| TensorMap::new(address, kind.dtype, (rows, hidden), hidden, 64);
-    let embeddings = map(gathered.address, tiles.rows)?;
+    let embeddings = map(gathered, tiles.rows)?;
     let classifier = map(operands.classifier, vocab)?;
     let raster = match tiles.keep {
         // Every tile: rows that fit the cache next to the classes that pass through.
@@ -215,6 +218,7 @@ pub(super) fn tiles(
         Making::EntropyGradient => (GRADIENT_OUTPUTS_SM90A, "entropy_gradient_sm90a"),
         Making::Probabilities => (GRADIENT_SM90A, "probabilities_sm90a"),
         Making::ProbabilitiesAndOutputs => (GRADIENT_OUTPUTS_SM90A, "probabilities_outputs_sm90a"),
+        Making::Logits => (LOGITS_SM90A, "logits_sm90a"),
     };
     let kernel = Kernel {
         module,
@@ -261,7 +265,7 @@ pub(super) fn backward(
         None => Making::Gradient,
         Some(_) => Making::EntropyGradient,
     };
-    tiles(gpu, operands, making, gathered, &of_part)?;
+    tiles(gpu, operands, making, gathered.address, &of_part)?;
     let (count, scale) = (rows.count.address, scales.result.address);
     products(gpu, operands, count, scale, part, gathered)
 }

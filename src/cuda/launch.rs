@@ -54,6 +54,7 @@ modules! {
     SMOOTHING = "smoothing";
     CLASS_LOGITS = "class_logits";
     SORT = "sort";
+    DIVERGENCE = "divergence";
     FORWARD_SM80 = "forward_sm80";
     FORWARD_OUTPUTS_SM80 = "forward_outputs_sm80";
     GRADIENT_SM80 = "gradient_sm80";
@@ -62,6 +63,7 @@ modules! {
     FORWARD_OUTPUTS_SM90A = "forward_outputs_sm90a";
     GRADIENT_SM90A = "gradient_sm90a";
     GRADIENT_OUTPUTS_SM90A = "gradient_outputs_sm90a";
+    LOGITS_SM90A = "logits_sm90a";
     PRODUCTS_SM90A = "products_sm90a";
     #[cfg(feature = "models")]
     OPTIMIZER = "optimizer";
@@ -211,7 +213,12 @@ impl Gpu {
 
     /// One number, to be read by kernels.
     pub fn number(&self, number: f32) -> Result<Array<f32>> {
-        Ok(self.own(self.device.clone_htod(&[number])?))
+        self.upload(&[number])
+    }
+
+    /// Numbers to be read by kernels.
+    pub fn upload<T: DeviceRepr + 'static>(&self, numbers: &[T]) -> Result<Array<T>> {
+        Ok(self.own(self.device.clone_htod(numbers)?))
     }
 
     /// Like [`Gpu::buffer`], for numbers of another type.

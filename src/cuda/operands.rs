@@ -3,7 +3,6 @@
 use super::launch::Gpu;
 use crate::matrices::{Matrices, View};
 use crate::plan::Sizes;
-use crate::problem::Settings;
 use candle_core::{bail, CudaStorage, DType, Device, Result, Tensor};
 
 /// The end of a kernel's name, and the bytes of a number.
@@ -73,11 +72,12 @@ pub(super) struct Operands {
 }
 
 impl Operands {
-    /// Runs `with` while the matrices are held for reading.
+    /// Runs `with` while the matrices are held for reading. The softcap is that of logits times their scale.
     pub fn read<R>(
         gpu: &Gpu,
         matrices: Matrices<View<'_, CudaStorage>>,
-        settings: &Settings,
+        softcap: Option<f64>,
+        logit_scale: f64,
         with: impl FnOnce(Operands) -> Result<R>,
     ) -> Result<R> {
         let (vocab, hidden) = matrices.classifier.dims2()?;
@@ -91,8 +91,8 @@ impl Operands {
                     bias,
                     hidden,
                     vocab,
-                    softcap: settings.softcap.unwrap_or(0.) as f32,
-                    logit_scale: settings.logit_scale as f32,
+                    softcap: softcap.unwrap_or(0.) as f32,
+                    logit_scale: logit_scale as f32,
                     kind,
                     aligned: hidden * kind.size % 16 == 0
                         && embeddings % 16 == 0

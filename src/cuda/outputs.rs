@@ -74,6 +74,10 @@ pub(super) struct Results {
 }
 
 impl Results {
+    pub fn any(self) -> bool {
+        self.embeddings != 0 || self.classifier != 0 || self.bias != 0
+    }
+
     /// Those of them that are wanted.
     pub fn of(self, wanted: Wanted) -> Self {
         let of = |address: u64, wanted: bool| if wanted { address } else { 0 };

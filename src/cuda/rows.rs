@@ -19,6 +19,18 @@ pub(super) struct Rows {
 }
 
 impl Rows {
+    /// These rows of the embeddings, where neither positions nor targets matter.
+    pub fn known(gpu: &Gpu, embedding: &[u32]) -> Result<Self> {
+        let bytes: Vec<u8> = embedding.iter().flat_map(|row| row.to_ne_bytes()).collect();
+        Ok(Self {
+            positions: embedding.len(),
+            embedding: gpu.upload(&bytes)?,
+            position: gpu.buffer(0)?,
+            target: gpu.buffer(0)?,
+            count: gpu.upload(&[embedding.len() as u32, u32::MAX])?,
+        })
+    }
+
     pub fn pick(gpu: &Gpu, problem: &Problem, loss: Loss) -> Result<Self> {
         let positions = problem.positions;
         let n = positions.len();

@@ -26,6 +26,7 @@ impl Terms {
                 nll: all.nll as f32,
                 lse: all.lse as f32,
                 square: all.square as f32,
+                entropy: all.entropy as f32,
             },
             _weights: problem.weights.clone(),
         })
@@ -35,7 +36,14 @@ impl Terms {
 impl TermsParams {
     /// Whether the loss of every position is its nll.
     pub fn nll_only(&self) -> bool {
-        self.of_positions == 0 && (self.nll, self.lse, self.square) == (1., 0., 0.)
+        let Self {
+            nll,
+            lse,
+            square,
+            entropy,
+            ..
+        } = *self;
+        self.of_positions == 0 && (nll, lse, square, entropy) == (1., 0., 0., 0.)
     }
 }
 
@@ -51,6 +59,11 @@ pub(super) struct Loss {
 }
 
 impl Loss {
+    /// Whether the entropy is in the loss.
+    pub fn has_entropy(&self) -> bool {
+        self.terms.entropy != 0.
+    }
+
     /// Whether more is asked for than losses and lse.
     pub fn more(&self) -> bool {
         self.entropy != 0 || self.predicted != 0

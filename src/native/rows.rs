@@ -79,6 +79,7 @@ impl HostRows {
                 square: of(2, position),
                 rest: of(3, position),
                 named: of(4, position),
+                entropy: of(5, position),
             };
             rows.weights = Some(HostWeights {
                 terms: rows.position.iter().map(of_row).collect(),

@@ -52,7 +52,8 @@ pub enum Entropy {
     Off,
     /// Its value, to be reported: no gradient goes through it.
     Value,
-    /// Its value, and a gradient through it, as for an entropy bonus. The gradients of this loss are then exact: no filter
+    /// Its value, and a gradient through it, for whatever is made of it; a bonus of a known weight is cheaper as
+    /// [`Options::entropy_bonus`](crate::Options::entropy_bonus). The gradients of this loss are then exact: no filter
     /// is applied, for entries of little probability may matter to the entropy. On the CPU [`Strategy::Auto`] is then
     /// [`Strategy::Recompute`].
     Differentiable,
@@ -111,10 +112,11 @@ pub enum Strategy {
     /// This is `Recompute`, and [`Output::strategy`](crate::Output::strategy) says so, where it cannot be done: with
     /// reduction none, with a workspace too small for a block of rows with all classes, in Candle tensor operations, in CUDA
     /// kernels other than those for bf16 on compute capability 9.0, there also with weights of classes or tokens and a filter that
-    /// averages, on a shard of the classes, with an entropy that is differentiated on CUDA, and where no gradient is wanted.
+    /// averages, on a shard of the classes, on CUDA with an entropy that is differentiated or an
+    /// [`entropy_bonus`](crate::Options::entropy_bonus) under a softcap, and where no gradient is wanted.
     ///
     /// For any other upstream gradient (of lse or the entropy; on the CPU, for f16 a loss scale) or a second backward the
     /// gradients are computed anew: 6 products, so choose `Recompute` there. A
-    /// [`z_loss_weight`](crate::Options::z_loss_weight) is no such case.
+    /// [`z_loss_weight`](crate::Options::z_loss_weight) or an [`entropy_bonus`](crate::Options::entropy_bonus) is no such case.
     Fused,
 }

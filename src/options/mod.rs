@@ -35,6 +35,7 @@ pub struct Options {
     pub(crate) class_weights: Option<Tensor>,
     pub(crate) token_weights: Option<Tensor>,
     pub(crate) z_loss_weight: f64,
+    pub(crate) entropy_bonus: f64,
     pub(crate) entropy: Entropy,
     pub(crate) predicted: bool,
     pub(crate) shift: usize,
@@ -59,6 +60,7 @@ impl Default for Options {
             class_weights: None,
             token_weights: None,
             z_loss_weight: 0.,
+            entropy_bonus: 0.,
             entropy: Entropy::default(),
             predicted: false,
             shift: 0,
@@ -137,7 +139,7 @@ impl Options {
     }
 
     /// A weight for each class, `(V)`, by which the loss of a position is multiplied according to its target, though not
-    /// the [z-loss](Self::z_loss_weight): a float dtype, not differentiated. Under [`Reduction::Mean`] the sum is divided by
+    /// the [z-loss](Self::z_loss_weight) and the [entropy bonus](Self::entropy_bonus): a float dtype, not differentiated. Under [`Reduction::Mean`] the sum is divided by
     /// the sum of the weights of the positions that count, as in PyTorch's `cross_entropy`, where that is not 0. On a shard
     /// of the classes these are the weights of all classes. Takes a tensor or an `Option`. Default: none.
     pub fn class_weights<'a>(mut self, weights: impl Into<Option<&'a Tensor>>) -> Self {
@@ -145,7 +147,7 @@ impl Options {
         self
     }
 
-    /// A weight for each target, of the shape of the targets, by which its loss is multiplied, z-loss included: a float
+    /// A weight for each target, of the shape of the targets, by which its loss is multiplied, z-loss and entropy bonus included: a float
     /// dtype, not differentiated. Under [`Reduction::Mean`] the sum is divided by the sum of the weights (each times its
     /// target's class weight, if there are any) over the positions that count, where that is not 0. With a
     /// [shift](Self::shift) a weight is that of the target it lies beside. A weight of 0 is no `ignore_index`: the position is
@@ -167,8 +169,23 @@ impl Options {
         self
     }
 
+    /// Subtracts `weight * H_i` from the loss of every position that counts, `H_i` its entropy: an entropy bonus, as of
+    /// `loss - weight * entropy.mean()` in training by reinforcement, where the weight is known beforehand. Unlike a loss made
+    /// of a [differentiable entropy](Entropy::Differentiable) it leaves [`Strategy::Fused`] possible, but on CUDA with a
+    /// softcap. [`Output::entropy`](crate::Output::entropy) is then there, as a value at least. As with a differentiable
+    /// entropy the gradients are exact: no filter is applied. A token's [weight](Self::token_weights) multiplies its bonus,
+    /// its class's weight does not. Negative weights keep the entropy low. Default: 0, none.
+    ///
+    /// Source: Williams and Peng, *Function Optimization Using Connectionist Reinforcement Learning Algorithms*, Connection
+    /// Science 3, 1991; Mnih et al., *Asynchronous Methods for Deep Reinforcement Learning*,
+    /// [arXiv 1602.01783](https://arxiv.org/abs/1602.01783), section 4.
+    pub fn entropy_bonus(mut self, weight: f64) -> Self {
+        self.entropy_bonus = weight;
+        self
+    }
+
     /// Whether [`Output::entropy`](crate::Output::entropy) is computed, and whether it can be differentiated. Default: it is
-    /// not computed.
+    /// not computed, but where there is an [`entropy_bonus`](Self::entropy_bonus).
     pub fn entropy(mut self, entropy: Entropy) -> Self {
         self.entropy = entropy;
         self

@@ -79,7 +79,11 @@ pub(crate) fn fused(
 }
 
 /// The rows of a chunk that leave the fewest clusters idle in the product for dE and read dC least often.
-fn best_chunk(sizes: Sizes, all_rows: usize, rows: std::ops::RangeInclusive<usize>) -> usize {
+pub(super) fn best_chunk(
+    sizes: Sizes,
+    all_rows: usize,
+    rows: std::ops::RangeInclusive<usize>,
+) -> usize {
     let (strips, clusters) = (sizes.hidden.div_ceil(STRIP), sizes.clusters());
     let cost = |chunk: usize| {
         let chunks = all_rows.div_ceil(chunk);

@@ -26,7 +26,7 @@ const WORDS: usize = 4096;
 const LISTED: usize = 2048;
 
 /// Classes of a range of the backward at most.
-pub(super) fn longest_range(sizes: Sizes, all_rows: usize) -> usize {
+pub(crate) fn longest_range(sizes: Sizes, all_rows: usize) -> usize {
     let rows = all_rows / TILE;
     let tiles = (LISTED * (sizes.multiprocessors / 2) / rows)
         .min(WORDS / rows * 32)

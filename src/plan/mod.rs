@@ -1,5 +1,6 @@
 //! How the CUDA kernels go through rows and classes: pure functions of sizes, which need no GPU.
 
+mod divergence;
 mod forward;
 mod fused;
 mod hopper;
@@ -7,9 +8,10 @@ mod sweep;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use divergence::{divergence, Rounds, Side};
 pub(crate) use forward::{forward, Groups};
 pub(crate) use fused::{fused, gradient_stride, Chunks, Forming, OUTPUTS_BYTES};
-pub(crate) use hopper::{PANEL, PARTIALS_BYTES, PIECE_ROWS, STRIP};
+pub(crate) use hopper::{longest_range, PANEL, PARTIALS_BYTES, PIECE_ROWS, STRIP};
 pub(crate) use sweep::{sweeps, Sweep};
 
 /// Rows and classes of a tile of the gradient filter.

@@ -1,5 +1,8 @@
 use super::hopper::{longest_range, TILES};
-use super::{forward, fused, sweeps, Forming, Path, Sizes, Workspace, TILE};
+use super::{
+    divergence, forward, fused, gradient_stride, sweeps, Forming, Path, Rounds, Side, Sizes,
+    Workspace, TILE,
+};
 use crate::op::contract::Wanted;
 
 const ALL: Wanted = Wanted {
@@ -179,5 +182,47 @@ fn ranges_fit_the_kernels_lists() {
             class_tiles * row_tiles.div_ceil(32) <= 4096,
             "{rows} rows: {range}"
         );
+    }
+}
+
+#[test]
+fn rounds_of_a_divergence_fit_the_workspace() {
+    for (sizes, rows) in heads() {
+        for wanted in [[true, false], [true, true], [false, false]] {
+            let sides = wanted.map(|wanted| Side { sizes, wanted });
+            let all_rows = rows.next_multiple_of(TILE);
+            for workspace in [DEFAULT, given(64 << 20), given(3 << 30), given(0)] {
+                let what = format!("{sizes:?} {rows} rows {wanted:?} {workspace:?}");
+                let Some(Rounds { chunk, block }) = divergence(sides, rows, workspace) else {
+                    assert!(workspace.given.is_some(), "{what}");
+                    continue;
+                };
+                assert!(
+                    chunk % TILE == 0 && block % TILE == 0,
+                    "{what}: {chunk} {block}"
+                );
+                assert!(
+                    0 < block && block <= chunk && chunk <= all_rows,
+                    "{what}: {chunk} {block}"
+                );
+                let gradients = wanted.iter().filter(|wanted| **wanted).count();
+                let logits = block * gradient_stride(sizes) * 8;
+                let bytes = logits + gradients * chunk * gradient_stride(sizes) * 2;
+                assert!(bytes <= workspace.or(5 << 29), "{what}: {bytes}");
+            }
+        }
+    }
+}
+
+/// Gemma-2-2B's and Llama-3-8B's heads of both sides, the student's gradients: the fewest clusters are idle in dE.
+#[test]
+fn usual_rounds_of_a_divergence() {
+    for (sizes, want) in [
+        (half(2304, 256_000), (2816, 512)),
+        (half(4096, 128_256), (4096, 512)),
+    ] {
+        let sides = [true, false].map(|wanted| Side { sizes, wanted });
+        let Rounds { chunk, block } = divergence(sides, 8192, DEFAULT).unwrap();
+        assert_eq!((chunk, block), want);
     }
 }

@@ -13,6 +13,12 @@ pub(super) fn ruled_out(options: &Options) -> Result<()> {
             options.z_loss_weight
         )
     }
+    if options.entropy_bonus != 0. {
+        bail!(
+            "a divergence has no entropy bonus, got entropy_bonus {}: the entropy of linear_cross_entropy is differentiable",
+            options.entropy_bonus
+        )
+    }
     if options.label_smoothing != 0. {
         bail!(
             "a divergence smooths no labels, got label_smoothing {}",

@@ -298,7 +298,7 @@ impl Positions {
             None => (none.clone(), none.clone()),
         };
         Ok(Weights {
-            terms: Tensor::stack(&[&none, &factors, &none, &rest, &named], 0)?,
+            terms: Tensor::stack(&[&none, &factors, &none, &rest, &named, &none], 0)?,
             total: self.total.reshape(1)?.to_dtype(acc)?,
             tokens: self.tokens.flatten_all()?.to_dtype(acc)?,
             classes: None,

@@ -172,7 +172,7 @@ pub fn output_close(
         tolerance,
         scale,
     )?;
-    let asked = case.entropy != Entropy::Off;
+    let asked = case.entropy != Entropy::Off || case.inputs.entropy_bonus != 0.;
     if asked != output.entropy.is_some() || case.predicted != output.predicted.is_some() {
         return Err("not what is asked for beside the loss".to_owned());
     }

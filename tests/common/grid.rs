@@ -174,7 +174,7 @@ fn run_problem(
     let tile = tile(&grid.device);
     // Tensor operations on another device than the CPU average nothing, and nothing is averaged of the entropy's gradient.
     let averages = (grid.implementation != Implementation::Native || grid.device.is_cpu())
-        && case.entropy != Entropy::Differentiable;
+        && !case.differentiates_entropy();
     let eps = halving(&reference, tile).unwrap_or(0.);
     let tiles = reference.largest(tile);
     let kept = tiles.iter().filter(|p| **p >= eps).count() as f64 / tiles.len() as f64;
@@ -271,7 +271,7 @@ pub fn describe(case: &Case) -> String {
     let inputs = &case.inputs;
     format!(
         "{:?} {:?} D {} V {} targets {:?} bias {} softcap {:?} ignored {} shift {} {:?} scale {} smoothing {} \
-         class weights {} token weights {} z-loss {} entropy {:?} predicted {}",
+         class weights {} token weights {} z-loss {} bonus {} entropy {:?} predicted {}",
         case.dtype,
         case.lead,
         inputs.hidden,
@@ -291,6 +291,7 @@ pub fn describe(case: &Case) -> String {
         inputs.class_weights.is_some(),
         inputs.token_weights.is_some(),
         inputs.z_loss,
+        inputs.entropy_bonus,
         case.entropy,
         case.predicted
     )

@@ -124,6 +124,7 @@ impl Case {
             class_weights: None,
             token_weights: None,
             z_loss: 0.,
+            entropy_bonus: 0.,
             shift: 0,
             reduction: Reduced::Mean,
         };
@@ -170,6 +171,11 @@ impl Case {
         self
     }
 
+    /// Whether gradients go through the entropy, so that no filter is applied.
+    pub fn differentiates_entropy(&self) -> bool {
+        self.entropy == Entropy::Differentiable || self.inputs.entropy_bonus != 0.
+    }
+
     /// Some of the options that come together with all others: which ones, a seed decides.
     pub fn with_some_options(mut self, seed: u64) -> Self {
         let mut random = Random::new(seed);
@@ -190,6 +196,9 @@ impl Case {
             _ => Entropy::Off,
         };
         self.predicted = in_turn();
+        if in_turn() {
+            self.inputs.entropy_bonus = [0.3, -0.2][seed as usize % 2];
+        }
         if of_classes {
             self = self.with_class_weights(seed + 1);
         }
@@ -262,6 +271,7 @@ impl Case {
             .token_weights(&tensors.token_weights)
             .entropy(self.entropy)
             .predicted(self.predicted)
+            .entropy_bonus(self.inputs.entropy_bonus)
             .shift(self.inputs.shift)
             .reduction(match self.inputs.reduction {
                 Reduced::Mean => Reduction::Mean,

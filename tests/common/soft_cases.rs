@@ -93,13 +93,25 @@ impl Case {
         kind: Kind,
         features: &Features,
     ) -> Self {
+        Self::sized(dtype, lead, [features.hidden, 23], vocab, kind, features)
+    }
+
+    /// With these hidden sizes of student and teacher.
+    pub fn sized(
+        dtype: DType,
+        lead: &[usize],
+        hidden: [usize; 2],
+        vocab: usize,
+        kind: Kind,
+        features: &Features,
+    ) -> Self {
         let mut random = Random::new(vocab as u64);
         let rows: usize = lead.iter().product();
         let time = lead.last().copied().unwrap_or(1);
-        let student = head(&mut random, dtype, [rows, features.hidden, vocab], features);
+        let student = head(&mut random, dtype, [rows, hidden[0], vocab], features);
         let teacher = match kind {
             Kind::Whole(kind) => {
-                let head = head(&mut random, dtype, [rows, 23, vocab], features);
+                let head = head(&mut random, dtype, [rows, hidden[1], vocab], features);
                 match kind {
                     Divergence::ForwardKl => Teacher::Forward(head),
                     Divergence::ReverseKl => Teacher::Reverse(head),
@@ -227,6 +239,23 @@ impl Case {
             student,
             teacher,
         })
+    }
+
+    /// The loss, and the gradients of `factor` times it: of the student's and the teacher's embeddings, classifier and bias.
+    pub fn computed(
+        &self,
+        device: &Device,
+        options: Options,
+        factor: f64,
+    ) -> Result<Vec<Vec<f64>>> {
+        let ran = self.run(device, options)?;
+        let store = backward(&(&ran.loss * factor)?.sum_all()?)?;
+        let mut all = vec![numbers(&ran.loss)?];
+        for var in ran.student.iter().chain(ran.teacher.iter().flatten()) {
+            let Some(var) = var else { continue };
+            all.push(numbers(store.get(var).expect("a gradient"))?);
+        }
+        Ok(all)
     }
 
     /// Compares loss and gradients under a reduction with the reference.

@@ -165,6 +165,32 @@ fn gradients_formed_in_the_forward_are_right_beside_an_entropy() -> Result<()> {
     Ok(())
 }
 
+/// A bonus within the loss leaves the forward to form the gradients, and needs no entropy asked for.
+#[test]
+fn an_entropy_bonus_within_the_loss_is_formed_in_the_forward() -> Result<()> {
+    for dtype in [DType::F64, DType::F32, DType::BF16] {
+        for reduction in [Reduced::Mean, Reduced::Sum, Reduced::None] {
+            for strategy in [Strategy::Fused, Strategy::Recompute] {
+                let mut case = Case::random(57, dtype, &[3, 5], 8, 600).with_token_weights(58);
+                case.inputs.entropy_bonus = 0.4;
+                case.inputs.reduction = reduction;
+                let options = Options::default().strategy(strategy);
+                let upstream = case.upstream(1, true, false);
+                check(&case, options.clone(), &Device::Cpu, &upstream, (0., 0.))
+                    .unwrap_or_else(|e| panic!("{dtype:?} {reduction:?} {strategy:?}: {e}"));
+                let tensors = case.tensors(&Device::Cpu)?;
+                let options = case.options(options, &tensors);
+                let (e, c) = (&tensors.embeddings, &tensors.classifier);
+                let output = linear_cross_entropy(e, c, &tensors.targets, &options)?;
+                let formed = strategy == Strategy::Fused && reduction != Reduced::None;
+                assert_eq!(output.strategy == Strategy::Fused, formed);
+                assert!(!output.entropy.expect("of the bonus").track_op());
+            }
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn an_entropy_that_is_only_a_value_has_no_gradient() -> Result<()> {
     let mut case = Case::random(51, DType::F32, &[5], 12, 60);

@@ -151,6 +151,16 @@ fn a_logit_scale_must_be_positive_and_finite_with_the_softcap_too() {
 }
 
 #[test]
+fn an_entropy_bonus_must_be_finite() {
+    for weight in [f64::NAN, f64::INFINITY, 1e300] {
+        assert_options(
+            Options::default().entropy_bonus(weight),
+            &["entropy_bonus", "finite", &weight.to_string()],
+        );
+    }
+}
+
+#[test]
 fn label_smoothing_must_be_a_share_and_without_a_softcap() {
     for smoothing in [-0.1, 1.1, f64::NAN, f64::INFINITY] {
         assert_options(

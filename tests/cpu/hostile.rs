@@ -45,6 +45,7 @@ fn options() -> impl Strategy<Value = Options> {
         prop_oneof![Just(0.), number()],
         prop_oneof![3 => Just(1.), 1 => number()],
         prop_oneof![3 => Just(0.), 1 => 0f64..1., 1 => number()],
+        prop_oneof![3 => Just(0.), 1 => number()],
     );
     let asked = (
         prop::sample::select(vec![Entropy::Off, Entropy::Value, Entropy::Differentiable]),
@@ -62,7 +63,7 @@ fn options() -> impl Strategy<Value = Options> {
     );
     (numbers, asked, choices, sizes, filter(), filter()).prop_map(
         |(numbers, asked, (reduction, how, preset), (workspace, shift, ignored), e, c)| {
-            let (softcap, z_loss, scale, smoothing) = numbers;
+            let (softcap, z_loss, scale, smoothing, bonus) = numbers;
             let options = Options::preset(preset)
                 .softcap(softcap)
                 .logit_scale(scale)
@@ -70,6 +71,7 @@ fn options() -> impl Strategy<Value = Options> {
                 .entropy(asked.0)
                 .predicted(asked.1)
                 .z_loss_weight(z_loss)
+                .entropy_bonus(bonus)
                 .reduction(reduction)
                 .strategy(how)
                 .shift(shift)

@@ -3,7 +3,7 @@
 use crate::common::reference::Reduced;
 use crate::common::{auto_threshold, check, Case};
 use candle_core::{DType, Device};
-use candle_cut_cross_entropy::{Entropy, Filter, Options, Strategy as How};
+use candle_cut_cross_entropy::{Filter, Options, Strategy as How};
 use proptest::prelude::*;
 
 /// Sizes with ones, powers of two, and what lies beside them.
@@ -92,7 +92,7 @@ proptest! {
         upstream in prop::sample::select(vec![(true, false), (false, true), (true, true)]),
     ) {
         let eps = eps.unwrap_or(auto_threshold(case.dtype));
-        let eps = if case.entropy == Entropy::Differentiable { 0. } else { eps };
+        let eps = if case.differentiates_entropy() { 0. } else { eps };
         let upstream = case.upstream(seed, upstream.0, upstream.1);
         let result = check(&case, options, &Device::Cpu, &upstream, (eps, eps));
         prop_assert!(result.is_ok(), "{}", result.unwrap_err());

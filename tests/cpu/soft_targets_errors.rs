@@ -69,6 +69,10 @@ fn errors_say_what_is_wrong() -> Result<()> {
         &["z_loss_weight 0.1"],
     );
     says(
+        run(&whole, kl, &options.clone().entropy_bonus(0.1)),
+        &["entropy_bonus 0.1"],
+    );
+    says(
         run(&whole, kl, &options.clone().label_smoothing(0.1)),
         &["label_smoothing 0.1"],
     );

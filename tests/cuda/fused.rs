@@ -53,6 +53,51 @@ fn several_chunks_of_rows_are_right() {
     }
 }
 
+/// The entropy goes into the gradients that the forward forms, but with a softcap, under which it is not known there.
+#[test]
+fn an_entropy_bonus_is_formed_in_the_forward() -> Result<()> {
+    let Some(device) = device() else {
+        return Ok(());
+    };
+    for (turn, weights) in [false, true, false, true].into_iter().enumerate() {
+        let seed = 910 + 10 * turn as u64;
+        let (hidden, vocab) = [(136, 1500), (64, 70)][turn / 2];
+        let mut case = Case::random(seed, DType::BF16, &[1200], hidden, vocab)
+            .with_bias(seed + 1)
+            .with_ignored(seed + 2);
+        case.inputs.reduction = [Reduced::Mean, Reduced::Sum][turn % 2];
+        case.inputs.entropy_bonus = [0.4, -0.2, 3., 0.01][turn];
+        if weights {
+            case = case
+                .with_token_weights(seed + 3)
+                .with_class_weights(seed + 4);
+            case.inputs.z_loss = 0.02;
+            case.inputs.logit_scale = 1.5;
+        }
+        let upstream = case.upstream(seed, true, false);
+        for softcap in [None, Some(5.)] {
+            case.inputs.softcap = softcap;
+            // All rows; 640 at a time; 384 at a time.
+            for workspace in [
+                1 << 30,
+                (15 << 20) + (2700 << 10),
+                (15 << 20) + (1700 << 10),
+            ] {
+                let options = exact().strategy(Strategy::Fused).workspace(workspace);
+                check(&case, options.clone(), &device, &upstream, (0., 0.))
+                    .unwrap_or_else(|e| panic!("{turn} {softcap:?} {workspace} bytes: {e}"));
+                let tensors = case.tensors(&device)?;
+                let (e, c) = (&tensors.embeddings, &tensors.classifier);
+                let options = case.options(options, &tensors);
+                let output = linear_cross_entropy(e, c, &tensors.targets, &options)?;
+                let as_asked = output.strategy == Strategy::Fused;
+                assert_eq!(as_asked, softcap.is_none());
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Targets so unlikely that nothing measured from their logits fits bf16: every row, or one of them.
 #[test]
 fn losses_of_thousands_are_right() -> Result<()> {
@@ -60,8 +105,9 @@ fn losses_of_thousands_are_right() -> Result<()> {
         return Ok(());
     };
     for unlikely in [150, 1] {
-        for softcap in [None, Some(3000.)] {
+        for (softcap, bonus) in [(None, 0.), (Some(3000.), 0.), (None, 0.5)] {
             let mut case = Case::random(920, DType::BF16, &[150], 64, 300);
+            case.inputs.entropy_bonus = bonus;
             let hidden = case.inputs.hidden;
             for e in &mut case.inputs.embeddings[..unlikely * hidden] {
                 *e *= 4096.;
@@ -73,7 +119,8 @@ fn losses_of_thousands_are_right() -> Result<()> {
             assert!(reference.loss[0] > 20., "{:?}", reference.loss);
             let upstream = case.upstream(1, true, false);
             let want = reference.gradients(&upstream, 0.);
-            let fail = |e: String| panic!("{unlikely} rows, softcap {softcap:?}: {e}");
+            let fail =
+                |e: String| panic!("{unlikely} rows, softcap {softcap:?}, bonus {bonus}: {e}");
             let tensors = case.tensors(&device)?;
             let options = case.options(exact().strategy(Strategy::Fused), &tensors);
             let (e, c) = (&tensors.embeddings, &tensors.classifier);
@@ -121,7 +168,8 @@ fn a_graph_may_be_differentiated_twice() -> Result<()> {
     let Some(device) = device() else {
         return Ok(());
     };
-    let case = case();
+    let mut case = case();
+    case.inputs.entropy_bonus = 0.3;
     let tensors = case.tensors(&device)?;
     let options = case.options(exact().strategy(Strategy::Fused), &tensors);
     let (e, c) = (&tensors.embeddings, &tensors.classifier);

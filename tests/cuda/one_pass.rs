@@ -21,6 +21,7 @@ struct Asked {
     class_weights: bool,
     token_weights: bool,
     z_loss: f64,
+    bonus: f64,
     entropy: Entropy,
     predicted: bool,
     reduction: Reduction,
@@ -43,6 +44,7 @@ impl Asked {
             class_weights: random.below(2) == 0,
             token_weights: random.below(2) == 0,
             z_loss: [0., 1e-2][random.below(2)],
+            bonus: [0., 0.2][random.below(2)],
             entropy: entropies[random.below(3)],
             predicted: random.below(2) == 0,
             reduction: [Reduction::Mean, Reduction::Sum, Reduction::None][random.below(3)],
@@ -139,7 +141,9 @@ impl Problem {
         let nll = ((of_target * &of_class)? * (1. - asked.smoothing))?;
         let lse = lse.squeeze(1)?;
         let z_loss = (lse.sqr()? * asked.z_loss)?;
-        let losses = ((z_loss - nll)? - smooth)?.mul(&tokens)?.mul(&counts)?;
+        let entropy = log_p.exp()?.mul(&log_p)?.sum(1)?.neg()?.mul(&counts)?;
+        let losses = (((z_loss - nll)? - smooth)? - (&entropy * asked.bonus)?)?;
+        let losses = losses.mul(&tokens)?.mul(&counts)?;
         let loss = match asked.reduction {
             Reduction::None => losses.reshape((BATCH, steps))?,
             Reduction::Sum => losses.sum_all()?,
@@ -148,7 +152,6 @@ impl Problem {
                 losses.sum_all()?.div(&total)?
             }
         };
-        let entropy = log_p.exp()?.mul(&log_p)?.sum(1)?.neg()?.mul(&counts)?;
         let predicted = z.detach().argmax(D::Minus1)?.to_dtype(DType::F64)?;
         let none = (predicted.ones_like()? * f64::from(u32::MAX))?;
         let predicted = targets.ne(IGNORED)?.where_cond(&predicted, &none)?;
@@ -185,6 +188,7 @@ impl Problem {
             .logit_scale(asked.scale)
             .label_smoothing(asked.smoothing)
             .z_loss_weight(asked.z_loss)
+            .entropy_bonus(asked.bonus)
             .entropy(asked.entropy)
             .predicted(asked.predicted)
             .reduction(asked.reduction)
@@ -236,7 +240,8 @@ fn everything_that_can_be_asked_matches_stored_logits() -> Result<()> {
         let of_values = 1e-5;
         check("loss", error(&output.loss, &loss)?, of_values);
         check("lse", error(&output.lse, &lse)?, of_values);
-        assert_eq!(output.entropy.is_some(), asked.entropy != Entropy::Off);
+        let known = asked.entropy != Entropy::Off || asked.bonus != 0.;
+        assert_eq!(output.entropy.is_some(), known);
         if let Some(got) = &output.entropy {
             check("entropy", error(got, &entropy)?, of_values);
         }

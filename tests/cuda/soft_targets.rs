@@ -1,7 +1,8 @@
-//! Distillation on a GPU.
+//! Distillation on a GPU, by kernels where they can run, else by Candle tensor operations.
 
-use crate::common::numbers;
 use crate::common::soft_cases::{Case, Features, ALL, KINDS, PLAIN, REDUCTIONS};
+use crate::common::soft_reference::Teacher;
+use crate::common::{norm, numbers};
 use crate::device;
 use candle_core::{DType, Result, Tensor, Var};
 use candle_cut_cross_entropy::soft_targets::class_logits;
@@ -72,6 +73,118 @@ fn blocks_of_any_size_and_either_strategy_give_the_same() -> Result<()> {
                     case.check(&what, &device, options, Reduction::Mean)?;
                 }
             }
+        }
+    }
+    Ok(())
+}
+
+/// Of heads that the kernels take, several tiles of rows and classes, some of them ragged.
+#[test]
+fn kernels_of_a_whole_teacher_match_the_reference() -> Result<()> {
+    let Some(device) = device() else {
+        return Ok(());
+    };
+    for kind in &KINDS[..3] {
+        for (features, name) in [(&PLAIN, "plain"), (&ALL, "all")] {
+            for (hidden, vocab) in [([24, 40], 53), ([64, 64], 300), ([72, 24], 1501)] {
+                let case = Case::sized(DType::BF16, &[3, 51], hidden, vocab, *kind, features);
+                for reduction in REDUCTIONS {
+                    for strategy in [Strategy::Auto, Strategy::Recompute] {
+                        let options = Options::default().strategy(strategy);
+                        let what = format!("{kind:?} {name} {hidden:?} {vocab} {strategy:?}");
+                        case.check(&what, &device, options, reduction)?;
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// One chunk of rows; several, of one block of logits or more; and a workspace that leaves it to the operations.
+#[test]
+fn several_chunks_of_rows_of_a_whole_teacher_are_right() -> Result<()> {
+    let Some(device) = device() else {
+        return Ok(());
+    };
+    for kind in &KINDS[..3] {
+        let case = Case::sized(DType::BF16, &[600], [24, 40], 700, *kind, &ALL);
+        for workspace in [
+            8 << 20,
+            5300 << 10,
+            4 << 20,
+            2600 << 10,
+            1700 << 10,
+            300 << 10,
+        ] {
+            let options = Options::default().workspace(workspace);
+            let what = format!("{kind:?} workspace {workspace}");
+            case.check(&what, &device, options, Reduction::Mean)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn gradients_of_a_whole_teacher_repeat_and_scale() -> Result<()> {
+    let Some(device) = device() else {
+        return Ok(());
+    };
+    for kind in &KINDS[..3] {
+        let case = Case::sized(DType::BF16, &[300], [64, 72], 1000, *kind, &ALL);
+        let run = |factor| case.computed(&device, Options::default(), factor);
+        let once = run(1.)?;
+        assert_eq!(once, run(1.)?, "{kind:?}");
+        let fourfold = run(-4.)?;
+        assert_eq!(once[0], fourfold[0]);
+        for (a, b) in once[1..].iter().zip(&fourfold[1..]) {
+            let a: Vec<f64> = a.iter().map(|x| -4. * x).collect();
+            assert_eq!(&a, b, "{kind:?}");
+        }
+    }
+    Ok(())
+}
+
+/// Classes that neither side has, by a bias of -inf, and a student and a teacher that are the same, whose gradients are 0.
+#[test]
+fn impossible_classes_and_equal_sides_make_no_nan() -> Result<()> {
+    let Some(device) = device() else {
+        return Ok(());
+    };
+    for kind in &KINDS[..3] {
+        let mut case = Case::sized(DType::BF16, &[150], [24, 40], 300, *kind, &ALL);
+        let impossible = |bias: &mut Option<Vec<f64>>| {
+            for bias in bias.iter_mut().flatten().step_by(7) {
+                *bias = f64::NEG_INFINITY;
+            }
+        };
+        let student = {
+            case.soft.student.softcap = None;
+            impossible(&mut case.soft.student.bias);
+            case.soft.student.clone()
+        };
+        let teacher = match &mut case.soft.teacher {
+            Teacher::Forward(head) | Teacher::Reverse(head) => head,
+            Teacher::JensenShannon(head, _) => head,
+            Teacher::TopK(..) => unreachable!("a whole teacher"),
+        };
+        teacher.softcap = None;
+        impossible(&mut teacher.bias);
+        let kernels = case.computed(&device, Options::default(), 1.)?;
+        let operations = case.computed(&device, Options::default().workspace(1), 1.)?;
+        for (a, b) in kernels.iter().zip(&operations) {
+            let off = norm(a.iter().zip(b).map(|(a, b)| a - b));
+            let size = norm(b.iter().copied());
+            assert!(off <= 5e-3 * size, "{kind:?}: off by {off:e} of {size:e}");
+        }
+        let teacher = match &mut case.soft.teacher {
+            Teacher::Forward(head) | Teacher::Reverse(head) => head,
+            Teacher::JensenShannon(head, _) => head,
+            Teacher::TopK(..) => unreachable!("a whole teacher"),
+        };
+        *teacher = student;
+        for numbers in case.computed(&device, Options::default(), 1.)? {
+            assert!(numbers.iter().all(|x| x.abs() <= 1e-6), "{kind:?}");
         }
     }
     Ok(())

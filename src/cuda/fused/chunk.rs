@@ -12,15 +12,14 @@ use crate::cuda::outputs::Results;
 use crate::cuda::params::backward::{BiasParams, FinishParams};
 use crate::cuda::params::filter::ProbableParams;
 use crate::cuda::params::fused::{
-    FactorParams, ReferenceParams, SharesParams, SumsParams, TargetsParams,
+    EntropyParams, FactorParams, ReferenceParams, SharesParams, SumsParams,
 };
-use crate::cuda::rows::sort_targets;
 use crate::cuda::terms::Loss;
 use crate::plan::{gradient_stride, Chunks, Path, TILE};
 use candle_core::Result;
 
-/// Columns of a block that sums the targets' part of dC.
-const TARGET_COLUMNS: usize = 1024;
+/// Columns of a block that adds the entropy.
+const ENTROPY_COLUMNS: usize = 8192;
 
 /// What all chunks of rows have in common, and the workspace that one after the other uses.
 pub(super) struct Chunk<'a> {
@@ -53,6 +52,14 @@ pub(super) struct Chunk<'a> {
 impl Chunk<'_> {
     pub fn keep_table(&self) -> u64 {
         self.keep.as_ref().map_or(0, |keep| keep.address)
+    }
+
+    /// The entropies of the rows where they are in the loss.
+    fn entropies(&self) -> u64 {
+        match &self.call.statistics.row_entropy {
+            Some(entropies) if self.loss.has_entropy() => entropies.address,
+            _ => 0,
+        }
     }
 
     fn outputs_address(&self) -> u64 {
@@ -105,19 +112,21 @@ impl Chunk<'_> {
                 None => hopper::Making::Probabilities,
                 Some(_) => hopper::Making::ProbabilitiesAndOutputs,
             },
-            &self.gathered,
+            self.gathered.address,
             &tiles,
         )?;
         // The count of rows where all must be done again, else 0.
         let redo = gpu.zeros(4)?;
         self.merge(first_row, rows, redo.address)?;
         self.do_again(first_row, rows, redo.address)?;
+        self.add_entropy(first_row, rows, redo.address)?;
         self.finish_rows(first_row, rows, redo.address)?;
         self.products(first_row, rows)
     }
 
     /// lse and nll, and whether all must be done again.
     fn merge(&self, first_row: usize, rows: usize, redo: u64) -> Result<()> {
+        let row_entropy = &self.call.statistics.row_entropy;
         let params = SumsParams {
             reference: self.reference.address,
             sums: self.sums.address,
@@ -128,6 +137,7 @@ impl Chunk<'_> {
             count: self.call.rows.count.address,
             row_max: self.call.statistics.row_max.address,
             row_log_sum: self.call.statistics.row_log_sum.address,
+            row_entropy: row_entropy.as_ref().map_or(0, |entropy| entropy.address),
             packed: self.loss.packed,
             entropy: self.loss.entropy,
             predicted: self.loss.predicted,
@@ -148,24 +158,26 @@ impl Chunk<'_> {
         let span = first_row..first_row + rows;
         logits(self.call, Path::Hopper, self.loss, redo, span, None, None)?;
         let offset = first_row as u64 * 4;
-        // In the place of the factors and the target's part, which come later.
-        let (of_softmax, of_one_hot) = match self.loss.terms.nll_only() {
-            true => (0, 0),
+        // In the place of the factors and the target's part, which come later, and of the references, which have been used.
+        let (of_softmax, of_one_hot, of_log) = match self.loss.terms.nll_only() {
+            true => (0, 0, 0),
             false => {
                 let params = SharesParams {
                     row_max: self.call.statistics.row_max.address,
                     row_log_sum: self.call.statistics.row_log_sum.address,
+                    row_entropy: self.entropies(),
                     row_position: self.call.rows.position.address,
                     count: redo,
                     softmax: self.factor.address,
                     one_hot: self.target_part.address,
+                    log: self.reference.address,
                     terms: self.loss.terms,
                     first_row: first_row as u32,
                     positions: self.call.rows.positions as u32,
                 };
                 let kernel = Kernel::new(FUSED, "row_shares", (rows / TILE, 1), TILE as u32);
                 self.call.gpu.launch(&kernel, &params)?;
-                (params.softmax, params.one_hot)
+                (params.softmax, params.one_hot, params.log)
             }
         };
         let tiles = hopper::Tiles {
@@ -175,6 +187,7 @@ impl Chunk<'_> {
             row_log_sum: self.call.statistics.row_log_sum.address + offset,
             p_scale: of_softmax,
             target_scale: of_one_hot,
+            log_scale: of_log,
             gradient: self.gradient.address,
             first_row,
             rows,
@@ -185,10 +198,38 @@ impl Chunk<'_> {
         hopper::tiles(
             self.call.gpu,
             self.call.operands,
-            hopper::Making::Gradient,
-            &self.gathered,
+            match self.loss.has_entropy() {
+                true => hopper::Making::EntropyGradient,
+                false => hopper::Making::Gradient,
+            },
+            self.gathered.address,
             &tiles,
         )
+    }
+
+    /// Turns the probabilities into what the softmax has in the gradient, where the loss has an entropy.
+    fn add_entropy(&self, first_row: usize, rows: usize, redo: u64) -> Result<()> {
+        if !self.loss.has_entropy() {
+            return Ok(());
+        }
+        let Operands { kind, .. } = self.call.operands;
+        let stride = gradient_stride(self.call.operands.sizes());
+        let params = EntropyParams {
+            gradient: self.gradient.address,
+            row_max: self.call.statistics.row_max.address,
+            row_log_sum: self.call.statistics.row_log_sum.address,
+            row_entropy: self.entropies(),
+            row_position: self.call.rows.position.address,
+            count: self.call.rows.count.address,
+            redo,
+            stride: stride as i64,
+            terms: self.loss.terms,
+            first_row: first_row as u32,
+            positions: self.call.rows.positions as u32,
+        };
+        let grid = (rows, stride.div_ceil(ENTROPY_COLUMNS));
+        let kernel = Kernel::new(FUSED, kind.kernel("add_entropy"), grid, 256);
+        self.call.gpu.launch(&kernel, &params)
     }
 
     /// The factors of the rows, the target's part, and the tiles that matter.
@@ -198,6 +239,7 @@ impl Chunk<'_> {
             row_max: self.call.statistics.row_max.address,
             row_log_sum: self.call.statistics.row_log_sum.address,
             target_logit: self.call.statistics.target_logit.address,
+            row_entropy: self.entropies(),
             row_position: self.call.rows.position.address,
             row_target: self.call.rows.target.address,
             count: self.call.rows.count.address,
@@ -381,45 +423,4 @@ impl Chunk<'_> {
         }
         Ok(())
     }
-
-    /// Sums the targets' part of dC, into `wide`, and of db.
-    fn targets(&self, first_row: usize, rows: usize) -> Result<Targets> {
-        let (gpu, count) = (self.call.gpu, self.call.rows.count.address);
-        let Operands { hidden, vocab, .. } = self.call.operands;
-        let targets = Targets {
-            slots: gpu.zeros(vocab * 4)?,
-            bias: gpu.buffer(rows * 4)?,
-        };
-        let sorted = sort_targets(gpu, self.call.rows, first_row, rows)?;
-        let params = TargetsParams {
-            embeddings: self.call.operands.embeddings,
-            target_part: self.target_part.address,
-            row_embedding: self.call.rows.embedding.address,
-            sorted_row: sorted.row.address,
-            sorted_target: sorted.target.address,
-            count,
-            slots: targets.slots.address,
-            target_rows: match self.results.classifier {
-                0 => 0,
-                _ => self.wide.address,
-            },
-            target_bias: targets.bias.address,
-            hidden: hidden as i64,
-            first_row: first_row as u32,
-            rows: rows as u32,
-        };
-        let columns = match self.results.classifier {
-            0 => 1,
-            _ => hidden.div_ceil(TARGET_COLUMNS),
-        };
-        let kernel = self.call.operands.kind.kernel("sum_targets");
-        gpu.launch(&Kernel::new(FUSED, kernel, (rows, columns), 256), &params)?;
-        Ok(targets)
-    }
-}
-
-/// The classes that are targets of a chunk, and their part of db.
-struct Targets {
-    slots: Buffer,
-    bias: Buffer,
 }

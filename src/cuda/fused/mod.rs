@@ -10,15 +10,15 @@
 //! the backward would; otherwise the launches that would do so find no rows.
 
 mod chunk;
+mod targets;
 
 use super::backward::Saved;
 use super::between::Between;
 use super::call::Call;
 use super::filter::{count_kept, Filter};
-use super::launch::{Kernel, FUSED};
 use super::operands::{Kind, Operands};
 use super::outputs::{Outputs, Results};
-use super::params::fused::UpstreamParams;
+use super::scale::scale;
 use super::terms::Loss;
 use crate::matrices::Matrices;
 use crate::op::contract::{self as op, Gradients, Wanted};
@@ -58,6 +58,8 @@ pub(super) fn plan(
         && call.operands.kind.dtype == DType::BF16
         && settings.reduction != Reduction::None
         && settings.entropy != Entropy::Differentiable
+        // The probabilities are stored times the softcap's slope: their logarithms are not known.
+        && !(loss.has_entropy() && call.operands.softcap > 0.)
         && wanted.any();
     if !(pays && runs) {
         return None;
@@ -167,22 +169,15 @@ impl op::Backward for Fused {
         let Some(formed) = formed else {
             let others =
                 Tensor::zeros(2 * self.saved.rows.positions, DType::F32, upstream.device())?;
-            let upstream = Tensor::cat(&[&others, upstream], 0)?;
+            let of_entropies =
+                Tensor::zeros(self.saved.rows.positions, DType::F32, upstream.device())?;
+            let upstream = Tensor::cat(&[&others, upstream, &of_entropies], 0)?;
             return self.saved.backward(matrices, &upstream, wanted);
         };
         let kind = Kind::of(matrices.classifier.dtype())?;
         gpu.read(upstream, |upstream| {
             for grad in formed.iter() {
-                let params = UpstreamParams {
-                    upstream,
-                    gradient: grad.address,
-                    numbers: grad.elem_count() as i64,
-                };
-                let grid = (gpu.multiprocessors()? * 4, 1);
-                gpu.launch(
-                    &Kernel::new(FUSED, kind.kernel("scale_gradient"), grid, 512),
-                    &params,
-                )?;
+                scale(gpu, kind, grad.address, grad.elem_count(), upstream)?;
             }
             Ok(())
         })?;

@@ -132,7 +132,7 @@ fn pack(
     let mut sum = 0.;
     for (row, (position, of_row)) in rows.position.iter().zip(losses).enumerate() {
         let position = *position as usize;
-        let loss = rows.terms(row).loss(of_row.nll, of_row.lse);
+        let loss = rows.terms(row).loss(of_row.nll, of_row.lse, of_row.entropy);
         packed[layout.losses()][position] = loss as f32;
         packed[layout.lse()][position] = of_row.lse as f32;
         if let Some(entropy) = layout.entropy() {
@@ -177,10 +177,14 @@ fn fused<T: Element>(
         losses.extend(inputs.forward(&values, &block, Some(&mut *logits), kept, softmax));
         scales.extend(block.clone().map(|row| {
             let terms = inputs.rows.terms(row);
+            let mut in_softmax = terms.softmax(losses[row].lse);
+            if terms.entropy != 0. {
+                in_softmax += terms.entropy * softmax[row].mean.to_f64();
+            }
             Scale {
-                softmax: T::Real::from_f64(scale * terms.softmax(losses[row].lse)),
+                softmax: T::Real::from_f64(scale * in_softmax),
                 one_hot: T::Real::from_f64(scale * terms.nll),
-                log: T::Real::default(),
+                log: T::Real::from_f64(-scale * terms.entropy),
             }
         }));
         if let Some(embeddings) = &mut embeddings {

@@ -155,7 +155,7 @@ impl<T: Element> Remembered<T> {
     }
 
     /// With the upstream gradients `g` of a row's loss (through the reduced loss or not), `h` of its lse and `k` of its
-    /// entropy `H`, the gradient of its logits is `(g s + h) p - g t onehot(y) - k p (log p + H)`, where `p` is the
+    /// entropy `H` (its own or through the loss), the gradient of its logits is `(g s + h) p - g t onehot(y) - k p (log p + H)`, where `p` is the
     /// softmax, and `s` and `t` are what the row's [terms](crate::terms::Terms) have of the two. With `mean` that of
     /// `z - max`, `log p + H` is `z - max - mean`.
     fn scales(&self, upstream: &[f32]) -> Vec<Scale<T::Real>> {
@@ -169,7 +169,8 @@ impl<T: Element> Remembered<T> {
             let position = *position as usize;
             let of_loss = losses[position] as f64 + loss;
             let of_lse = lse[position] as f64;
-            let of_entropy = entropy.map_or(0., |entropy| entropy[position] as f64);
+            let of_entropy =
+                entropy.map_or(0., |entropy| entropy[position] as f64) + of_loss * terms.entropy;
             let lse = softmax.max.to_f64() - softmax.inverse_sum.to_f64().ln();
             let mut in_softmax = of_loss * terms.softmax(lse) + of_lse;
             if of_entropy != 0. {

@@ -8,7 +8,6 @@ use crate::op::contract::{accumulator, Backward, Gradients, KeptTiles, Wanted};
 use crate::op::packed::Packed;
 use crate::problem::Settings;
 use crate::vocab_parallel::collective::LEAST_LOGARITHM;
-use crate::Entropy;
 use candle_core::{Device, Result, Tensor};
 use std::ops::Range;
 use std::sync::Arc;
@@ -202,7 +201,7 @@ impl TensorBackward {
     }
 
     /// With the upstream gradients `g` of a row's loss (through the reduced loss or not), `h` of its lse and `k` of its
-    /// entropy `H`, the gradient of its logits is `(g s + h) p - g t onehot(y) - k p (log p + H)`, where `p` is the
+    /// entropy `H` (its own or through the loss), the gradient of its logits is `(g s + h) p - g t onehot(y) - k p (log p + H)`, where `p` is the
     /// softmax, and `s` and `t` are what the row's [terms](crate::terms::Terms) have of the two. With `mean` that of
     /// `z - max`, `log p + H` is `z - max - mean`.
     fn row_scales(&self, upstream: &Tensor) -> Result<RowScales> {
@@ -223,10 +222,10 @@ impl TensorBackward {
         let on_all = self.settings.logit_scale;
         let mut in_softmax = ((&of_loss * softmax)? + of_lse)?;
         let mut log = None;
-        if let (Entropy::Differentiable, Some(range), Some(mean)) =
-            (self.settings.entropy, layout.entropy(), &self.mean)
-        {
-            let of_entropy = pick(range)?;
+        let differentiated = self.settings.differentiates_entropy();
+        if let (true, Some(range), Some(mean)) = (differentiated, layout.entropy(), &self.mean) {
+            let through_loss = (&of_loss * self.rows.entropy_factors()?)?;
+            let of_entropy = (pick(range)? + through_loss)?;
             in_softmax = (in_softmax + (&of_entropy * mean)?)?;
             log = Some(((of_entropy * -on_all)? / &self.sum)?);
         }

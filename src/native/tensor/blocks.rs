@@ -14,14 +14,20 @@ pub(super) struct DeviceRows {
     pub embedding: Tensor,
     pub position: Tensor,
     target: Tensor,
-    /// `(5, n)`, accumulator dtype: the fields of a row's [`Terms`], in their order.
+    /// `(6, n)`, accumulator dtype: the fields of a row's [`Terms`], in their order.
     terms: Tensor,
 }
 
 impl DeviceRows {
     pub fn new(rows: HostRows, dtype: DType, device: &Device) -> Result<Self> {
-        let factors: [fn(Terms) -> f64; 5] =
-            [|t| t.nll, |t| t.lse, |t| t.square, |t| t.rest, |t| t.named];
+        let factors: [fn(Terms) -> f64; 6] = [
+            |t| t.nll,
+            |t| t.lse,
+            |t| t.square,
+            |t| t.rest,
+            |t| t.named,
+            |t| t.entropy,
+        ];
         let of_rows = |factor: fn(Terms) -> f64| {
             let factors = (0..rows.len()).map(|row| factor(rows.terms(row)));
             factors.collect::<Vec<_>>()
@@ -31,24 +37,28 @@ impl DeviceRows {
             embedding: Tensor::new(rows.embedding.as_slice(), device)?,
             position: Tensor::new(rows.position.as_slice(), device)?,
             target: Tensor::new(rows.target.as_slice(), device)?,
-            terms: Tensor::from_vec(terms, (5, rows.len()), &Device::Cpu)?
+            terms: Tensor::from_vec(terms, (6, rows.len()), &Device::Cpu)?
                 .to_dtype(dtype)?
                 .to_device(device)?,
             rows,
         })
     }
 
-    /// The loss of each row, `(n, 1)`, from its nll and lse.
-    pub fn losses(&self, nll: &Tensor, lse: &Tensor) -> Result<Tensor> {
-        let [of_nll, of_lse, of_square, ..] = self.terms()?;
+    /// The loss of each row, `(n, 1)`, from its nll, lse and, where it is asked for, its entropy.
+    pub fn losses(&self, nll: &Tensor, lse: &Tensor, entropy: Option<&Tensor>) -> Result<Tensor> {
+        let [of_nll, of_lse, of_square, .., of_entropy] = self.terms()?;
         let loss = (nll * of_nll)?;
-        let loss = keep(&of_lse, &(lse * &of_lse)?)? + loss;
-        keep(&of_square, &(lse.sqr()? * &of_square)?)? + loss
+        let loss = (keep(&of_lse, &(lse * &of_lse)?)? + loss)?;
+        let loss = (keep(&of_square, &(lse.sqr()? * &of_square)?)? + loss)?;
+        match entropy {
+            None => Ok(loss),
+            Some(entropy) => keep(&of_entropy, &(entropy * &of_entropy)?)? + loss,
+        }
     }
 
     /// What the softmax and the one-hot of each row have in the gradient of its loss, `(n, 1)`.
     pub fn softmax_and_one_hot(&self, lse: &Tensor) -> Result<(Tensor, Tensor)> {
-        let [of_nll, of_lse, of_square, of_rest, named] = self.terms()?;
+        let [of_nll, of_lse, of_square, of_rest, named, _] = self.terms()?;
         let square = keep(&of_square, &((lse * &of_square)? * 2.)?)?;
         let named = (named - lse)?.exp()?;
         let others = named.affine(-1., 1.)?.maximum(LEAST_REST)?;
@@ -68,9 +78,14 @@ impl DeviceRows {
         Tensor::cat(&[classes, &last], 0)?.index_select(&Tensor::new(row_of, device)?, 0)
     }
 
-    fn terms(&self) -> Result<[Tensor; 5]> {
+    /// What the entropy has in the loss of each row, `(n, 1)`.
+    pub fn entropy_factors(&self) -> Result<Tensor> {
+        self.terms().map(|[.., of_entropy]| of_entropy)
+    }
+
+    fn terms(&self) -> Result<[Tensor; 6]> {
         let of = |kind: usize| self.terms.get(kind)?.unsqueeze(1);
-        Ok([of(0)?, of(1)?, of(2)?, of(3)?, of(4)?])
+        Ok([of(0)?, of(1)?, of(2)?, of(3)?, of(4)?, of(5)?])
     }
 
     /// The rows of this block of embeddings, in accumulator dtype.

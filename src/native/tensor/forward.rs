@@ -225,7 +225,11 @@ fn pack(rows: &DeviceRows, all: &Statistics, problem: &Problem, device: &Device)
     let log_sum = all.sum.log()?;
     let lse = (&all.max + &log_sum)?.unsqueeze(1)?;
     let nll = ((&all.max - &all.target)? + &log_sum)?.unsqueeze(1)?;
-    let losses = rows.losses(&nll, &lse)?;
+    let entropy = match &all.weighted {
+        None => None,
+        Some(weighted) => Some((log_sum - (weighted / &all.sum)?)?.unsqueeze(1)?),
+    };
+    let losses = rows.losses(&nll, &lse, entropy.as_ref())?;
     let scale = rows.rows.scale(problem.settings.reduction);
     let loss = (losses.sum_all()? * scale)?.reshape(1)?;
     let spread = |values: &Tensor| -> Result<Tensor> {
@@ -236,8 +240,8 @@ fn pack(rows: &DeviceRows, all: &Statistics, problem: &Problem, device: &Device)
         Tensor::zeros(positions, DType::F32, device)?.index_add(&rows.position, &values, 0)
     };
     let mut packed = vec![spread(&losses)?, spread(&lse)?, loss.to_dtype(DType::F32)?];
-    if let Some(weighted) = &all.weighted {
-        packed.push(spread(&(log_sum - (weighted / &all.sum)?)?)?);
+    if let Some(entropy) = &entropy {
+        packed.push(spread(entropy)?);
     }
     Tensor::cat(&packed, 0)
 }

@@ -72,6 +72,9 @@ fn what_else_can_be_asked_for_agrees() {
                     if bits & 8 > 0 {
                         options = options.token_weights(&of_tokens).z_loss_weight(0.01);
                     }
+                    if bits % 5 < 2 {
+                        options = options.entropy_bonus(0.3);
+                    }
                     if bits & 4 == 0 {
                         options = options.softcap([None, Some(3.)][bits % 2]);
                     }

@@ -102,8 +102,14 @@ impl Teacher {
 /// training step costs four products for the student alone, six for both; under [`Reduction::None`](crate::Reduction),
 /// for f16, and with [`Strategy::Recompute`](crate::Strategy) a backward computes the logits again. The logits of a block,
 /// and what else it needs, take the workspace of the options: by default 64 MiB on the CPU, 512 MiB elsewhere. Gradients
-/// are exact: filters are not read, nor are the implementation, `entropy` and `predicted`. On a GPU these are Candle operations, and the targets are
-/// waited for once a call.
+/// are exact: filters are not read, nor are the implementation, `entropy` and `predicted`. On a GPU the targets are waited
+/// for once a call.
+///
+/// On CUDA, compute capability 9.0, heads in bf16 whose hidden sizes are multiples of 8 have kernels, by default within 2.5
+/// GiB. They hold 8 bytes of every class for 128 to 512 positions and 2, of each head that learns, for some chunk of them; so
+/// with 256,000 classes a workspace of less than 330 MiB is too small for them. There, and everywhere else but on the CPU,
+/// these are Candle operations, which sum up the gradient of a classifier in f32, beyond the workspace, and take many times as
+/// long.
 ///
 /// ```
 /// # use candle_core::{DType, Device, Tensor, Var};
@@ -127,7 +133,7 @@ impl Teacher {
 /// # Errors
 /// Those of `linear_cross_entropy`, of the student or the teacher; numbers of classes that differ; a temperature that is
 /// not positive and finite; a `beta` that is not between 1e-6 and 1 - 1e-6; a target that is no class;
-/// [`Options::z_loss_weight`], [`Options::label_smoothing`], [`Options::class_weights`] and
+/// [`Options::z_loss_weight`], [`Options::entropy_bonus`], [`Options::label_smoothing`], [`Options::class_weights`] and
 /// [`Options::vocab_parallel`].
 ///
 /// Source: Agarwal et al., *On-Policy Distillation of Language Models* (GKD),
@@ -178,10 +184,6 @@ pub fn divergence(
         true => DType::F64,
         false => accumulator(problem.dtype),
     };
-    let default_workspace = match problem.device.is_cpu() {
-        true => 64 << 20,
-        false => 512 << 20,
-    };
     let call = Call {
         kind,
         heads: Pair {
@@ -199,7 +201,7 @@ pub fn divergence(
         rows: HostRows::new(&problem)?,
         dtype,
         reduction: options.reduction,
-        workspace: options.workspace.unwrap_or(default_workspace),
+        workspace: options.workspace,
     };
     let tracked = Pair {
         student: student.as_ref(),

@@ -139,6 +139,10 @@ fn scaled(gradients: Gradients, upstream: &Tensor) -> Result<Gradients> {
 
 /// Multiplies a gradient in place by one number, in the type of sums: half precision would round the number.
 fn multiply(gradient: &Tensor, upstream: &Tensor) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if crate::cuda::scale::in_place(gradient, upstream)? {
+        return Ok(());
+    }
     let acc = accumulator(gradient.dtype());
     let upstream = upstream.to_dtype(acc)?;
     let rows = gradient.dim(0)?;

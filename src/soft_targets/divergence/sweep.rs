@@ -28,8 +28,8 @@ pub(super) struct Call {
     /// What is computed in: f32, or f64.
     pub dtype: DType,
     pub reduction: Reduction,
-    /// Bytes.
-    pub workspace: usize,
+    /// Bytes, where the user says so.
+    pub workspace: Option<usize>,
 }
 
 /// Losses of the rows that count, times the rows' weights, and gradients of what the row weights make of them.
@@ -59,8 +59,12 @@ impl Call {
             Device::Cpu => 2 + gradients,
             _ => 9 + 2 * gradients,
         };
-        let rows = self.workspace / 4 * 3 / (copies * vocab * size);
-        let classes = self.workspace / 4 / (2 * hidden * size);
+        let workspace = self.workspace.unwrap_or(match self.device() {
+            Device::Cpu => 64 << 20,
+            _ => 512 << 20,
+        });
+        let rows = workspace / 4 * 3 / (copies * vocab * size);
+        let classes = workspace / 4 / (2 * hidden * size);
         Ok(Sizes {
             rows: rows.clamp(1, self.rows.len().max(1)),
             classes: classes.clamp(1, vocab),
@@ -106,6 +110,10 @@ impl Call {
 
     /// `weights` are those of the rows that count; without them there are no gradients.
     pub fn sweep(&self, weights: Option<&Tensor>, wanted: Pair<Wanted>) -> Result<Swept> {
+        #[cfg(feature = "cuda")]
+        if let Some(swept) = self.on_cuda(weights, wanted)? {
+            return Ok(swept);
+        }
         let asked = [wanted.student, wanted.teacher];
         let sizes = self.sizes(asked.iter().filter(|wanted| wanted.any()).count())?;
         let index = Tensor::new(self.rows.embedding.as_slice(), self.device())?;
@@ -154,6 +162,32 @@ impl Call {
         Ok(Swept { losses, gradients })
     }
 
+    /// By the CUDA kernels, where they can run.
+    #[cfg(feature = "cuda")]
+    fn on_cuda(&self, weights: Option<&Tensor>, wanted: Pair<Wanted>) -> Result<Option<Swept>> {
+        use crate::cuda::divergence;
+        if self.rows.len() == 0 {
+            return Ok(None);
+        }
+        let heads = [
+            self.heads.student.for_kernels(wanted.student),
+            self.heads.teacher.for_kernels(wanted.teacher),
+        ];
+        let rows = &self.rows.embedding;
+        let swept = divergence::sweep(self.kind, heads, rows, weights, self.workspace)?;
+        let Some(divergence::Swept {
+            divergences,
+            gradients: [student, teacher],
+        }) = swept
+        else {
+            return Ok(None);
+        };
+        Ok(Some(Swept {
+            losses: (divergences * self.tokens()?)?,
+            gradients: Pair { student, teacher },
+        }))
+    }
+
     /// The embeddings of a block of the rows that count.
     fn embeddings(&self, head: &Head, index: &Tensor, rows: &Range<usize>) -> Result<Tensor> {
         let embeddings = &head.matrices.embeddings;
@@ -166,6 +200,16 @@ impl Call {
 }
 
 impl Head {
+    #[cfg(feature = "cuda")]
+    fn for_kernels(&self, wanted: Wanted) -> crate::cuda::divergence::Head<'_> {
+        crate::cuda::divergence::Head {
+            matrices: self.matrices.as_ref(),
+            softcap: self.softcap.map(|softcap| softcap * self.scale),
+            scale: self.scale,
+            wanted,
+        }
+    }
+
     fn logits<'a>(
         &self,
         embeddings: &Tensor,

@@ -248,7 +248,7 @@ impl Reference {
             softmax_size: one_hot.abs() + smoothed_size + square.abs() + d_lse.abs(),
             one_hot,
             uniform: d_loss * smoothing / inputs.vocab as f64,
-            entropy: of_position(&upstream.entropy),
+            entropy: of_position(&upstream.entropy) - d_loss * inputs.entropy_bonus,
         }
     }
 

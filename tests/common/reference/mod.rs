@@ -40,6 +40,7 @@ pub struct Inputs {
     /// `(batch, time)`, as the targets are.
     pub token_weights: Option<Vec<f64>>,
     pub z_loss: f64,
+    pub entropy_bonus: f64,
     pub shift: usize,
     pub reduction: Reduced,
 }
@@ -240,11 +241,15 @@ impl Reference {
             0. => 0.,
             weight => weight * at.lse * at.lse,
         };
+        let bonus = inputs.entropy_bonus * at.entropy;
         let of_logits =
             (1. - smoothing) * of_class.abs() + smoothing * inputs.mean_class_weight(f64::abs);
         (
-            at.token_weight * (nll + uniform + square),
-            at.token_weight.abs() * (of_logits * self.largest_logit + square.abs()),
+            at.token_weight * (nll + uniform + square - bonus),
+            at.token_weight.abs()
+                * (of_logits * self.largest_logit
+                    + square.abs()
+                    + inputs.entropy_bonus.abs() * self.largest_logit),
         )
     }
 
