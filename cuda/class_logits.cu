@@ -203,8 +203,9 @@ template <typename T, int N> __device__ void sum_runs(const ByClassParams &p) {
 
 // One warp an entry: that of the first of a class adds the gradients of all.
 template <typename T> __device__ void bias_gradient(const ByClassParams &p) {
-  const uint32_t first = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
-  if (first >= p.count) return;
+  const int64_t warp = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
+  if (warp >= p.count) return;
+  const uint32_t first = (uint32_t)warp, lane = threadIdx.x % 32;
   const uint32_t class_ = p.classes[first];
   if (class_ == p.vocab || (first > 0 && p.classes[first - 1] == class_)) return;
   float sum = 0.f;

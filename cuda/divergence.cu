@@ -102,8 +102,8 @@ __device__ __forceinline__ float2 from_mixture(float s, float t, float beta) {
   const float above = s - t;
   // A NaN is in both.
   const float above_s = above >= 0.f ? 0.f : -above, above_t = above <= 0.f ? 0.f : above;
-  const float of_larger = above > 0.f ? beta : 1.f - beta;
-  const float base = -logf(1.f + of_larger * (fast_exp(-(above_s + above_t)) - 1.f));
+  const float other_share = above > 0.f ? beta : 1.f - beta;
+  const float base = -logf(1.f + other_share * (fast_exp(-(above_s + above_t)) - 1.f));
   return make_float2(base - above_s, base - above_t);
 }
 

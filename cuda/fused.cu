@@ -158,7 +158,8 @@ struct EntropyParams {
   const float *row_max, *row_log_sum, *row_entropy;
   const uint32_t *row_position;
   const uint32_t *count, *redo;
-  int64_t stride;
+  int64_t stride;   // from one row to the next
+  int64_t classes;  // to the end of the last tile
   TermsParams terms;
   uint32_t first_row, positions;
 };
@@ -182,10 +183,10 @@ template <typename T> __device__ void add_entropy(const EntropyParams &p) {
   Numbers<T, WIDTH> numbers[STEPS];
 #pragma unroll
   for (int i = 0; i < STEPS; i++)
-    if (first + i * STEP < p.stride) numbers[i] = Numbers<T, WIDTH>::load(gradient + first + i * STEP);
+    if (first + i * STEP < p.classes) numbers[i] = Numbers<T, WIDTH>::load(gradient + first + i * STEP);
 #pragma unroll
   for (int i = 0; i < STEPS; i++) {
-    if (first + i * STEP >= p.stride) return;
+    if (first + i * STEP >= p.classes) return;
 #pragma unroll
     for (int j = 0; j < WIDTH; j++) {
       const float x = numbers[i].get(j);

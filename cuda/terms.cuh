@@ -11,8 +11,9 @@ struct Terms {
   float nll, lse, square, rest, named, entropy;
 
   __device__ __forceinline__ float loss(float nll_, float lse_, float entropy_) const {
-    float loss = nll * nll_;
-    // What is left out makes no NaN of an infinite lse.
+    // What is left out makes no NaN of what is infinite.
+    float loss = 0.f;
+    if (nll != 0.f) loss += nll * nll_;
     if (lse != 0.f) loss += lse * lse_;
     if (square != 0.f) loss += square * lse_ * lse_;
     if (entropy != 0.f) loss += entropy * entropy_;

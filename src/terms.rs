@@ -45,19 +45,15 @@ impl Terms {
 
     /// The loss of a position; `entropy` counts where it has a factor.
     pub fn loss(&self, nll: f64, lse: f64, entropy: f64) -> f64 {
-        // What is left out costs nothing, and an infinite lse no NaN.
-        let with_lse = match self.lse {
-            0. => self.nll * nll,
-            factor => self.nll * nll + factor * lse,
+        // What is left out makes no NaN of what is infinite.
+        let term = |factor: f64, value: f64| match factor {
+            0. => 0.,
+            factor => factor * value,
         };
-        let with_square = match self.square {
-            0. => with_lse,
-            factor => with_lse + factor * lse * lse,
-        };
-        match self.entropy {
-            0. => with_square,
-            factor => with_square + factor * entropy,
-        }
+        term(self.nll, nll)
+            + term(self.lse, lse)
+            + term(self.square, lse * lse)
+            + term(self.entropy, entropy)
     }
 
     /// What the softmax has in the gradient of a position's loss, the entropy's apart. The one-hot has `nll`.

@@ -78,7 +78,7 @@ pub(super) struct Range {
 pub(super) struct RowChunk {
     pub first: bool,
     pub last: bool,
-    /// `(vocab, strips, 2)`: the units of dC.
+    /// `(strips, 2, vocab)`: the units of dC.
     pub exponents: u64,
     /// `(vocab)` in f32: db.
     pub bias_sums: u64,

@@ -16,7 +16,7 @@ use rayon::prelude::*;
 /// The gradient of a row of the table is the sum of the upstream gradients of its places, in their order, in f32 (f64 for f64) and
 /// rounded once; Candle's `index_select` sums in the dtype of the table, where the 257th gradient of a frequent token is lost
 /// in bf16. [`backward`](crate::backward) adds it to what the table, as a tied head, has from a loss, row by row and in
-/// place, without a second tensor of the table's size.
+/// place (rounded once more), without a second tensor of the table's size.
 ///
 /// ```
 /// # use candle_core::{Device, Tensor, Var};

@@ -171,7 +171,7 @@ impl Options {
 
     /// Subtracts `weight * H_i` from the loss of every position that counts, `H_i` its entropy: an entropy bonus, as of
     /// `loss - weight * entropy.mean()` in training by reinforcement, where the weight is known beforehand. Unlike a loss made
-    /// of a [differentiable entropy](Entropy::Differentiable) it leaves [`Strategy::Fused`] possible, but on CUDA with a
+    /// of a [differentiable entropy](Entropy::Differentiable) it leaves [`Strategy::Fused`] possible, except on CUDA with a
     /// softcap. [`Output::entropy`](crate::Output::entropy) is then there, as a value at least. As with a differentiable
     /// entropy the gradients are exact: no filter is applied. A token's [weight](Self::token_weights) multiplies its bonus,
     /// its class's weight does not. Negative weights keep the entropy low. Default: 0, none.
@@ -185,7 +185,7 @@ impl Options {
     }
 
     /// Whether [`Output::entropy`](crate::Output::entropy) is computed, and whether it can be differentiated. Default: it is
-    /// not computed, but where there is an [`entropy_bonus`](Self::entropy_bonus).
+    /// not computed, except where there is an [`entropy_bonus`](Self::entropy_bonus).
     pub fn entropy(mut self, entropy: Entropy) -> Self {
         self.entropy = entropy;
         self

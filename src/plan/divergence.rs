@@ -1,6 +1,6 @@
 //! The chunks of rows of a divergence from a whole teacher.
 
-use super::fused::{best_chunk, gradient_stride};
+use super::fused::{best_chunk, gradient_stride, most_rows};
 use super::hopper::longest_range;
 use super::{Sizes, Workspace, TILE};
 
@@ -52,10 +52,7 @@ pub(crate) fn divergence(sides: [Side; 2], rows: usize, workspace: Workspace) ->
     let budget = workspace.or(WORKSPACE);
     for block in (TILE..=MOST_ROWS.min(all_rows)).rev().step_by(TILE) {
         let left = budget.saturating_sub(block * block_bytes);
-        let most = match left / row_bytes >= all_rows {
-            true => all_rows,
-            false => left.saturating_sub(between) / row_bytes / TILE * TILE,
-        };
+        let most = most_rows(first.sizes, all_rows, row_bytes, left, between);
         // More logits at once are worth less than a chunk of their rows.
         let least = match block {
             TILE => TILE,

@@ -1,7 +1,7 @@
 //! The chunks of rows whose gradients the forward forms.
 
 use super::forward::EVALUATION_BYTES;
-use super::hopper::{longest_range, ROWS_A_CHUNK, STRIP};
+use super::hopper::{longest_range, PIECE_ROWS, ROWS_A_CHUNK, STRIP};
 use super::{Sizes, Workspace, TILE};
 
 /// Bytes of the workspace unless the user says otherwise.
@@ -66,16 +66,33 @@ pub(crate) fn fused(
         budget = budget.saturating_sub(sizes.averages_bytes());
     }
     let budget = budget.saturating_sub(EVALUATION_BYTES);
-    let most = match budget / row_bytes >= all_rows {
-        true => all_rows,
-        false => budget.saturating_sub(sizes.between_bytes()) / row_bytes / TILE * TILE,
-    };
+    let most = most_rows(sizes, all_rows, row_bytes, budget, sizes.between_bytes());
     if most < least {
         return None;
     }
     let rows = best_chunk(sizes, all_rows, least..=most);
     let range = longest_range(sizes, rows);
     (range > 0).then_some(Chunks { rows, range })
+}
+
+/// The rows of a chunk that there is room for, where several chunks need so many bytes between them.
+pub(super) fn most_rows(
+    sizes: Sizes,
+    all_rows: usize,
+    row_bytes: usize,
+    budget: usize,
+    between_bytes: usize,
+) -> usize {
+    let most = |fixed: usize| budget.saturating_sub(fixed) / row_bytes / TILE * TILE;
+    if most(sizes.partials_bytes(all_rows)) >= all_rows {
+        return all_rows;
+    }
+    match most(between_bytes) {
+        rows if rows > PIECE_ROWS => {
+            most(between_bytes + sizes.partials_bytes(rows)).max(PIECE_ROWS)
+        }
+        rows => rows,
+    }
 }
 
 /// The rows of a chunk that leave the fewest clusters idle in the product for dE and read dC least often.

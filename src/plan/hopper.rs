@@ -58,15 +58,11 @@ pub(super) fn chunk_and_range(
     };
     // Beside the rows: of sums in several pieces, and of several chunks.
     let fixed = |rows: usize| {
-        let partials = match rows > PIECE_ROWS {
-            true => clusters * 2 * PARTIALS_BYTES,
-            false => 0,
-        };
         let between = match rows < all_rows {
             true => sizes.between_bytes(),
             false => 0,
         };
-        partials + between
+        sizes.partials_bytes(rows) + between
     };
     let panels = all_rows.div_ceil(PANEL);
     let step = panels.div_ceil(MOST_CHUNKS);

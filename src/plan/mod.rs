@@ -70,6 +70,14 @@ impl Sizes {
         self.exponent_bytes() + self.vocab * 4
     }
 
+    /// Bytes of the partial sums of dC of more rows than one piece has, on compute capability 9.0.
+    fn partials_bytes(self, rows: usize) -> usize {
+        match rows > PIECE_ROWS {
+            true => self.clusters() * 2 * PARTIALS_BYTES,
+            false => 0,
+        }
+    }
+
     /// Pairs of blocks that run at the same time on compute capability 9.0.
     fn clusters(self) -> usize {
         (self.multiprocessors / 2).max(1)

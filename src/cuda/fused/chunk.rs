@@ -213,7 +213,8 @@ impl Chunk<'_> {
             return Ok(());
         }
         let Operands { kind, .. } = self.call.operands;
-        let stride = gradient_stride(self.call.operands.sizes());
+        let sizes = self.call.operands.sizes();
+        let classes = sizes.class_tiles() * TILE;
         let params = EntropyParams {
             gradient: self.gradient.address,
             row_max: self.call.statistics.row_max.address,
@@ -222,12 +223,13 @@ impl Chunk<'_> {
             row_position: self.call.rows.position.address,
             count: self.call.rows.count.address,
             redo,
-            stride: stride as i64,
+            stride: gradient_stride(sizes) as i64,
+            classes: classes as i64,
             terms: self.loss.terms,
             first_row: first_row as u32,
             positions: self.call.rows.positions as u32,
         };
-        let grid = (rows, stride.div_ceil(ENTROPY_COLUMNS));
+        let grid = (rows, classes.div_ceil(ENTROPY_COLUMNS));
         let kernel = Kernel::new(FUSED, kind.kernel("add_entropy"), grid, 256);
         self.call.gpu.launch(&kernel, &params)
     }

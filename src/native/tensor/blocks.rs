@@ -47,7 +47,7 @@ impl DeviceRows {
     /// The loss of each row, `(n, 1)`, from its nll, lse and, where it is asked for, its entropy.
     pub fn losses(&self, nll: &Tensor, lse: &Tensor, entropy: Option<&Tensor>) -> Result<Tensor> {
         let [of_nll, of_lse, of_square, .., of_entropy] = self.terms()?;
-        let loss = (nll * of_nll)?;
+        let loss = keep(&of_nll, &(nll * &of_nll)?)?;
         let loss = (keep(&of_lse, &(lse * &of_lse)?)? + loss)?;
         let loss = (keep(&of_square, &(lse.sqr()? * &of_square)?)? + loss)?;
         match entropy {
@@ -125,7 +125,7 @@ impl DeviceRows {
     }
 }
 
-/// A product with factors, 0 where the factor is: an infinite lse makes no NaN there.
+/// A product with factors, 0 where the factor is: what is infinite makes no NaN there.
 fn keep(factor: &Tensor, product: &Tensor) -> Result<Tensor> {
     factor
         .ne(&factor.zeros_like()?)?
