@@ -13,7 +13,7 @@ use super::checks;
 use crate::native::HostRows;
 use crate::op::contract::accumulator;
 use crate::problem::Problem;
-use crate::Options;
+use crate::{Implementation, Options};
 use block::Pair;
 use candle_core::{bail, DType, Result, Tensor};
 use sweep::{Call, Head};
@@ -102,11 +102,10 @@ impl Teacher {
 /// training step costs four products for the student alone, six for both; under [`Reduction::None`](crate::Reduction),
 /// for f16, and with [`Strategy::Recompute`](crate::Strategy) a backward computes the logits again. The logits of a block,
 /// and what else it needs, take the workspace of the options: by default 64 MiB on the CPU, 512 MiB elsewhere. Gradients
-/// are exact: filters are not read, nor are the implementation, `entropy` and `predicted`. On a GPU the targets are waited
-/// for once a call.
+/// are exact: filters, `entropy` and `predicted` are not read. On a GPU the targets are waited for once a call.
 ///
 /// On CUDA, compute capability 9.0, heads in bf16 whose hidden sizes are multiples of 8 have kernels, by default within 2.5
-/// GiB. They hold 8 bytes of every class for 128 to 512 positions and 2, of each head that learns, for some chunk of them; so
+/// GiB, for at most 262,144 positions that count and unless the implementation is `Native`. They hold 8 bytes of every class for 128 to 512 positions and 2, of each head that learns, for some chunk of them; so
 /// with 256,000 classes a workspace of less than 330 MiB is too small for them. There, and everywhere else but on the CPU,
 /// these are Candle operations, which sum up the gradient of a classifier in f32, beyond the workspace, and take many times as
 /// long.
@@ -202,6 +201,7 @@ pub fn divergence(
         dtype,
         reduction: options.reduction,
         workspace: options.workspace,
+        kernels: options.implementation != Implementation::Native,
     };
     let tracked = Pair {
         student: student.as_ref(),

@@ -30,6 +30,9 @@ pub(super) struct Call {
     pub reduction: Reduction,
     /// Bytes, where the user says so.
     pub workspace: Option<usize>,
+    /// Whether kernels may run.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub kernels: bool,
 }
 
 /// Losses of the rows that count, times the rows' weights, and gradients of what the row weights make of them.
@@ -166,7 +169,7 @@ impl Call {
     #[cfg(feature = "cuda")]
     fn on_cuda(&self, weights: Option<&Tensor>, wanted: Pair<Wanted>) -> Result<Option<Swept>> {
         use crate::cuda::divergence;
-        if self.rows.len() == 0 {
+        if self.rows.len() == 0 || !self.kernels {
             return Ok(None);
         }
         let heads = [
