@@ -6,7 +6,7 @@ use std::process::Command;
 use std::{env, fs};
 
 /// Sources and the virtual architecture each is compiled for.
-const KERNELS: [(&str, &str); 29] = [
+const KERNELS: [(&str, &str); 30] = [
     ("rows", "compute_80"),
     ("loss", "compute_80"),
     ("fused", "compute_80"),
@@ -21,6 +21,7 @@ const KERNELS: [(&str, &str); 29] = [
     ("forward_outputs_sm80", "compute_80"),
     ("gradient_sm80", "compute_80"),
     ("products_sm80", "compute_80"),
+    ("adapter", "compute_80"),
     ("rms_norm", "compute_80"),
     ("gated", "compute_80"),
     ("rope", "compute_80"),

@@ -1,5 +1,5 @@
 // Around the products of the backward: upstream gradients, and writing dE and db.
-#include "common.cuh"
+#include "classifier.cuh"
 #include "terms.cuh"
 
 struct ScaleParams {
@@ -62,7 +62,7 @@ struct FinishParams {
   const float *sums;         // (rows of this launch, hidden)
   const float *target_part;  // (rows of this launch), or null: it is in the sums
   const int32_t *row_target;
-  const void *classifier;
+  ClassifierParams classifier;
   const uint32_t *row_embedding;
   const uint32_t *count;
   const float *scale;      // one number, or null: 1
@@ -84,9 +84,9 @@ template <typename T, typename Out> __device__ void finish_embeddings(const Fini
     return;
   }
   const float part = on_all * p.target_part[blockIdx.x];
-  const T *of_target = (const T *)p.classifier + max(p.row_target[row], 0) * p.hidden;
+  const int target = max(p.row_target[row], 0);
   for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x)
-    into[i] = from_float<Out>(scale * from[i] + part * to_float(of_target[i]));
+    into[i] = from_float<Out>(scale * from[i] + part * class_number<T>(p.classifier, target, i));
 }
 
 struct BiasParams {

@@ -9,7 +9,7 @@
 
 struct ForwardParams {
   const void *embeddings;         // (.., hidden)
-  const void *classifier;         // (vocab, hidden)
+  ClassifierParams classifier;    // (vocab, hidden)
   const void *bias;               // (vocab), or null
   const uint32_t *row_embedding;  // (rows)
   const int32_t *row_target;      // (rows), -1 for a target out of range
@@ -185,7 +185,7 @@ template <typename T, int BN, bool ALIGNED, bool OUTPUTS> struct Forward {
     const int64_t tiles = (p.vocab + BN - 1) / BN;
     const int64_t first = tiles * split / p.splits, last = tiles * (split + 1) / p.splits;
     const int hidden = (int)p.hidden, k_blocks = (hidden + BK<T> - 1) / BK<T>;
-    const T *e = (const T *)p.embeddings, *c = (const T *)p.classifier;
+    const T *e = (const T *)p.embeddings;
 
     if (threadIdx.x < BM) shared.target[threadIdx.x] = row0 + threadIdx.x < count ? p.row_target[row0 + threadIdx.x] : -1;
     using Rows = KMajorShare<T, BM>;
@@ -197,11 +197,9 @@ template <typename T, int BN, bool ALIGNED, bool OUTPUTS> struct Forward {
       rows[i] = e + p.row_embedding[row] * p.hidden + Rows::column();
     }
     const uint32_t valid_rows = existing<Rows::COUNT, Rows::APART>(count - row0 - Rows::row(0));
-    const int64_t apart = Classes::APART * p.hidden;
 
     // What to load next: step of k, this thread's first class there, which of its classes exist.
     int64_t load_class = first * BN + Classes::row(0);
-    const T *classes = c + load_class * p.hidden + Classes::column();
     uint32_t valid_classes = existing<Classes::COUNT, Classes::APART>(p.vocab - load_class);
     int load_k = 0;
     // What to finish next.
@@ -214,11 +212,10 @@ template <typename T, int BN, bool ALIGNED, bool OUTPUTS> struct Forward {
         z, (int)(last - first) * k_blocks,
         [&](int, uint32_t a_tile, uint32_t b_tile) {
           Rows::template load<ALIGNED>(a_tile, [&](int i) { return rows[i]; }, load_k, hidden, valid_rows);
-          Classes::template load<ALIGNED>(b_tile, [&](int i) { return classes + i * apart; }, load_k, hidden, valid_classes);
+          load_classes<T, BN, ALIGNED>(b_tile, p.classifier, load_class, load_k, valid_classes);
           load_k += BK<T>;
           if (load_k >= hidden) {
             load_k = 0, load_class += BN;
-            classes = c + load_class * p.hidden + Classes::column();
             valid_classes = existing<Classes::COUNT, Classes::APART>(p.vocab - load_class);
           }
         },

@@ -30,6 +30,7 @@ struct ForwardParams {
   uint32_t rows;              // rows of the group at most, and the leading dimension of the outputs
   uint32_t vocab;
   uint32_t hidden;
+  uint32_t adapter_column;    // from which on columns of the classifier are its adapter's, a multiple of 64; or hidden
   uint32_t splits;            // ceil(tiles of 192 classes / tiles_per_split)
   uint32_t tiles_per_split;   // even, so that a split starts at a multiple of 128 classes
   uint32_t raster;            // panels of 256 rows that walk the classes together
@@ -81,7 +82,7 @@ struct ForwardItems {
 __device__ __forceinline__ uint32_t first_item() { return blockIdx.x / BLOCKS; }
 __device__ __forceinline__ uint32_t next_item() { return gridDim.x / BLOCKS; }
 
-__device__ void produce(ForwardPlan& plan, const TensorMap* embeddings, const TensorMap* classifier,
+__device__ void produce(ForwardPlan& plan, const TensorMap* embeddings, const JoinedMaps& classifier,
                         const ForwardParams& p) {
   ForwardItems items(p);
   Filler ring(plan.ring);
@@ -362,13 +363,13 @@ __device__ void consume(ForwardPlan& plan, uint32_t group, const ForwardParams& 
 }
 
 template <typename T, bool STATISTICS, bool OUTPUTS>
-__device__ __forceinline__ void forward(const TensorMap* embeddings, const TensorMap* classifier,
+__device__ __forceinline__ void forward(const TensorMap* embeddings, const JoinedMaps& classifier,
                                         const ForwardParams& p) {
   extern __shared__ __align__(1024) uint8_t shared[];
   auto& plan = *reinterpret_cast<ForwardPlan*>(shared);
   if (threadIdx.x == 0) {
     prefetch_map(embeddings);
-    prefetch_map(classifier);
+    prefetch_map(classifier.own);
     plan.ring.init();
   }
   plan.ring.sync();
@@ -383,11 +384,11 @@ __device__ __forceinline__ void forward(const TensorMap* embeddings, const Tenso
   plan.ring.sync();
 }
 
-#define FORWARD(NAME, T, STATISTICS, OUTPUTS)                                                                   \
-  extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THREADS, 1)                       \
-      NAME(const __grid_constant__ TensorMap embeddings, const __grid_constant__ TensorMap classifier,          \
-           const __grid_constant__ ForwardParams params) {                                                      \
-    forward<T, STATISTICS, OUTPUTS>(&embeddings, &classifier, params);                                          \
+#define FORWARD(NAME, T, STATISTICS, OUTPUTS)                                                             \
+  extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THREADS, 1)                 \
+      NAME(const __grid_constant__ TensorMap embeddings, const __grid_constant__ TensorMap classifier,    \
+           const __grid_constant__ TensorMap adapter, const __grid_constant__ ForwardParams params) {     \
+    forward<T, STATISTICS, OUTPUTS>(&embeddings, {&classifier, &adapter, params.adapter_column}, params); \
   }
 
 static_assert(sizeof(ForwardPlan) == 207872, "the host asks for as much shared memory");

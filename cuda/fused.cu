@@ -1,12 +1,13 @@
 // Around the products of gradients formed in the forward.
-#include "common.cuh"
+#include "classifier.cuh"
 #include "terms.cuh"
 #include "vectors.cuh"
 
 // A chunk of rows: what is theirs alone begins at the chunk's first row, the rest at row 0.
 struct ReferenceParams {
   const void *gathered;  // (chunk_rows, hidden)
-  const void *classifier, *bias;
+  ClassifierParams classifier;
+  const void *bias;
   const int32_t *row_target;
   const uint32_t *count;
   float *reference;  // out: (chunk_rows)
@@ -23,8 +24,8 @@ template <typename T> __device__ void reference_logits(const ReferenceParams &p)
   const int target = p.row_target[row];
   float sum = 0.f;
   if (target >= 0) {
-    const T *e = (const T *)p.gathered + in_chunk * p.hidden, *c = (const T *)p.classifier + target * p.hidden;
-    for (int64_t i = threadIdx.x % 32; i < p.hidden; i += 32) sum += to_float(e[i]) * to_float(c[i]);
+    const T *e = (const T *)p.gathered + in_chunk * p.hidden;
+    for (int64_t i = threadIdx.x % 32; i < p.hidden; i += 32) sum += to_float(e[i]) * class_number<T>(p.classifier, target, i);
     for (int i = 16; i; i >>= 1) sum += __shfl_xor_sync(0xffffffff, sum, i);
     if (p.bias) sum += to_float(((const T *)p.bias)[target]);
     sum *= p.logit_scale;
@@ -146,8 +147,8 @@ struct FactorParams {
   const int32_t *row_target;
   const uint32_t *count, *redo;
   float *factor, *target_part;  // out: (chunk_rows)
-  void *gathered;               // (chunk_rows, hidden), in and out, or null
-  int64_t hidden;
+  void *gathered;               // (chunk_rows, columns) of rows `stride` apart, in and out, or null
+  int64_t columns, stride;
   TermsParams terms;
   uint32_t first_row, positions, mean;
   float softcap, logit_scale;
@@ -223,8 +224,8 @@ template <typename T> __device__ void factor_rows(const FactorParams &p) {
   const float to_softmax = redone ? 1.f : of_row * expf(-log_sum) + (max - max);
   const float of_all = p.logit_scale * (p.mean ? 1.f / mean_divisor(p.terms, count) : 1.f), factor = of_all * to_softmax;
   if (p.gathered) {
-    T *e = (T *)p.gathered + blockIdx.x * p.hidden;
-    for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x) e[i] = from_float<T>(factor * to_float(e[i]));
+    T *e = (T *)p.gathered + blockIdx.x * p.stride;
+    for (int64_t i = threadIdx.x; i < p.columns; i += blockDim.x) e[i] = from_float<T>(factor * to_float(e[i]));
   }
   if (threadIdx.x > 0) return;
   p.factor[blockIdx.x] = factor;
@@ -248,9 +249,9 @@ struct TargetsParams {
   const int32_t *sorted_target;
   const uint32_t *count;
   uint32_t *slots;     // (vocab) zero; out: 1 + the slot of a class that is a target
-  float *target_rows;  // out: (slots, hidden), or null
+  float *target_rows;  // out: (slots, columns), or null
   float *target_bias;  // out: (slots)
-  int64_t hidden;
+  int64_t columns, stride;  // of the embeddings, and from one row of them to the next
   uint32_t first_row, rows;
 };
 
@@ -273,17 +274,17 @@ template <typename T> __device__ void sum_targets(const TargetsParams &p) {
 #pragma unroll 8
   for (uint32_t at = first; at < end; at++) {
     const uint32_t row = p.sorted_row[at];
-    const T *e = (const T *)p.embeddings + p.row_embedding[p.first_row + row] * p.hidden;
+    const T *e = (const T *)p.embeddings + p.row_embedding[p.first_row + row] * p.stride;
     const float part = p.target_part[row];
     of_bias += part;
 #pragma unroll
     for (int i = 0; i < TARGET_COLUMNS / TARGET_THREADS; i++)
-      if (column + i * TARGET_THREADS < p.hidden) sum[i] += part * to_float(e[column + i * TARGET_THREADS]);
+      if (column + i * TARGET_THREADS < p.columns) sum[i] += part * to_float(e[column + i * TARGET_THREADS]);
   }
   if (p.target_rows) {
 #pragma unroll
     for (int i = 0; i < TARGET_COLUMNS / TARGET_THREADS; i++)
-      if (column + i * TARGET_THREADS < p.hidden) p.target_rows[first * p.hidden + column + i * TARGET_THREADS] = sum[i];
+      if (column + i * TARGET_THREADS < p.columns) p.target_rows[first * p.columns + column + i * TARGET_THREADS] = sum[i];
   }
   if (blockIdx.y == 0 && threadIdx.x == 0) p.slots[target] = first + 1, p.target_bias[first] = of_bias;
 }

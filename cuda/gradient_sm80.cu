@@ -6,7 +6,9 @@
 #include "mainloop_sm80.cuh"
 
 struct GradientParams {
-  const void *embeddings, *classifier, *bias;
+  const void *embeddings;
+  ClassifierParams classifier;
+  const void *bias;
   const uint32_t *row_embedding;
   const int32_t *row_target;
   const uint32_t *count;
@@ -46,7 +48,7 @@ template <typename T, int BN, bool ALIGNED> __device__ __forceinline__ void grad
     if (!any) return;
   }
 
-  const T *e = (const T *)p.embeddings, *c = (const T *)p.classifier, *bias = (const T *)p.bias;
+  const T *e = (const T *)p.embeddings, *bias = (const T *)p.bias;
   using Rows = KMajorShare<T, BM>;
   using Classes = KMajorShare<T, BN>;
   const T *rows[Rows::COUNT];
@@ -56,8 +58,7 @@ template <typename T, int BN, bool ALIGNED> __device__ __forceinline__ void grad
     rows[i] = e + p.row_embedding[row] * p.hidden + Rows::column();
   }
   const uint32_t valid_rows = existing<Rows::COUNT, Rows::APART>(count - row0 - Rows::row(0));
-  const int64_t my_class = column0 + Classes::row(0), apart = Classes::APART * p.hidden;
-  const T *classes = c + my_class * p.hidden + Classes::column();
+  const int64_t my_class = column0 + Classes::row(0);
   const uint32_t valid_classes = existing<Classes::COUNT, Classes::APART>(p.vocab - my_class);
   const int hidden = (int)p.hidden;
 
@@ -69,7 +70,7 @@ template <typename T, int BN, bool ALIGNED> __device__ __forceinline__ void grad
       z, (hidden + BK<T> - 1) / BK<T>,
       [&](int block, uint32_t a_tile, uint32_t b_tile) {
         Rows::template load<ALIGNED>(a_tile, [&](int i) { return rows[i]; }, block * BK<T>, hidden, valid_rows);
-        Classes::template load<ALIGNED>(b_tile, [&](int i) { return classes + i * apart; }, block * BK<T>, hidden, valid_classes);
+        load_classes<T, BN, ALIGNED>(b_tile, p.classifier, my_class, block * BK<T>, valid_classes);
       },
       [](int) {});
 

@@ -52,6 +52,7 @@ struct GradientParams {
   uint32_t rows;                // at most
   uint32_t vocab;             // all classes
   uint32_t hidden;
+  uint32_t adapter_column;      // from which on columns of the classifier are its adapter's, a multiple of 64; or hidden
   uint32_t first_class;         // of the range, a multiple of 128
   uint32_t range;               // classes of the range
   uint32_t gradient_stride;     // a multiple of 128, at least the range
@@ -166,7 +167,7 @@ struct GradientShare {
   }
 };
 
-__device__ void produce(GradientPlan& plan, const TensorMap* embeddings, const TensorMap* classifier,
+__device__ void produce(GradientPlan& plan, const TensorMap* embeddings, const JoinedMaps& classifier,
                         const GradientParams& p) {
   GradientShare share(plan, p);
   Filler ring(plan.ring);
@@ -385,13 +386,13 @@ __device__ void consume(GradientPlan& plan, int group, const GradientParams& p) 
 }
 
 template <typename T, Tile TILE_OF>
-__device__ __forceinline__ void gradient(const TensorMap* embeddings, const TensorMap* classifier,
+__device__ __forceinline__ void gradient(const TensorMap* embeddings, const JoinedMaps& classifier,
                                          const GradientParams& p) {
   extern __shared__ __align__(1024) uint8_t shared[];
   auto& plan = *reinterpret_cast<GradientPlan*>(shared);
   if (threadIdx.x == 0) {
     prefetch_map(embeddings);
-    prefetch_map(classifier);
+    prefetch_map(classifier.own);
     plan.ring.init();
   }
   if (p.keep) list_share(plan, GradientTiles(p), p);
@@ -407,11 +408,11 @@ __device__ __forceinline__ void gradient(const TensorMap* embeddings, const Tens
   plan.ring.sync();
 }
 
-#define GRADIENT(NAME, T, TILE_OF)                                                                       \
-  extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THREADS, 1)                \
-      NAME(const __grid_constant__ TensorMap embeddings, const __grid_constant__ TensorMap classifier,   \
-           const __grid_constant__ GradientParams params) {                                              \
-    gradient<T, TILE_OF>(&embeddings, &classifier, params);                                              \
+#define GRADIENT(NAME, T, TILE_OF)                                                                     \
+  extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THREADS, 1)              \
+      NAME(const __grid_constant__ TensorMap embeddings, const __grid_constant__ TensorMap classifier, \
+           const __grid_constant__ TensorMap adapter, const __grid_constant__ GradientParams params) { \
+    gradient<T, TILE_OF>(&embeddings, {&classifier, &adapter, params.adapter_column}, params);         \
   }
 
 static_assert(sizeof(GradientPlan) == 207872, "the host asks for as much shared memory");

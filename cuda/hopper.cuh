@@ -67,10 +67,25 @@ struct Filler {
   __device__ explicit Filler(const R& ring) : base(shared_address(&ring)), rank(R::BLOCKS == 2 ? cluster_rank() : 0) {}
 };
 
+// A matrix whose columns from `from` on, a multiple of 64, are those of another.
+struct JoinedMaps {
+  const TensorMap *own, *rest;
+  uint32_t from;
+};
+__device__ __forceinline__ void copy_box(uint32_t to, const JoinedMaps& maps, int column, int row, uint32_t barrier) {
+  const bool own = column < maps.from;
+  copy_box(to, own ? maps.own : maps.rest, own ? column : column - maps.from, row, barrier);
+}
+__device__ __forceinline__ void copy_box_to_both(uint32_t to, const JoinedMaps& maps, int column, int row,
+                                                 uint32_t barrier) {
+  const bool own = column < maps.from;
+  copy_box_to_both(to, own ? maps.own : maps.rest, own ? column : column - maps.from, row, barrier);
+}
+
 // A tile of an operand: `mn` along rows or columns of the product, `k` along its depth. The matrix is [mn, k] (K
 // contiguous) or [k, mn] (MN contiguous). If both blocks need it, each copies its half to both.
-template <bool MN_MAJOR, bool BOTH, int EXTENT>
-__device__ __forceinline__ void copy_operand(uint32_t to, const TensorMap* map, int mn, int k, uint32_t barrier,
+template <bool MN_MAJOR, bool BOTH, int EXTENT, typename Map>
+__device__ __forceinline__ void copy_operand(uint32_t to, const Map& map, int mn, int k, uint32_t barrier,
                                              uint32_t rank) {
   if constexpr (BOTH) {
     constexpr int HALF = EXTENT / 2;  // as high as the map's boxes
@@ -86,9 +101,9 @@ __device__ __forceinline__ void copy_operand(uint32_t to, const TensorMap* map, 
 }
 
 // Fills the next stage with A[m.., ka..] and the first WIDTH rows of B[n.., kb..].
-template <bool MN_A, bool MN_B, int WIDTH, int M, int N, int COUNT, Share SHARED>
+template <bool MN_A, bool MN_B, int WIDTH, typename MapB, int M, int N, int COUNT, Share SHARED>
 __device__ __forceinline__ void copy_block(Filler<Ring<M, N, COUNT, SHARED>>& to, const TensorMap* a, int m, int ka,
-                                           const TensorMap* b, int n, int kb) {
+                                           const MapB& b, int n, int kb) {
   using R = Ring<M, N, COUNT, SHARED>;
   const uint32_t stage = to.base + to.at.stage * sizeof(typename R::Stage);
   const uint32_t full = to.base + offsetof(R, full) + to.at.stage * 8;

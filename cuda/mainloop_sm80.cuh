@@ -5,7 +5,7 @@
 // consecutive rows of the operand); which, is a template argument. Half types multiply as they are; f32 is
 // split into two tf32 numbers and multiplied in three parts, which keeps about 21 bits of its 24.
 #pragma once
-#include "common.cuh"
+#include "classifier.cuh"
 
 constexpr int BM = 128;
 constexpr int THREADS = 256;
@@ -327,3 +327,13 @@ template <typename T, int EXTENT> struct MNMajorShare {
         tile + mn_major_offset<T, EXTENT>(k(0), threadIdx.x % CHUNKS), row, (int)min(left, (int64_t)PER_CHUNK<T>), valid);
   }
 };
+
+// This thread's share of the classes of a block, from the class `mine` on, at a step that begins at column k.
+template <typename T, int BN, bool ALIGNED>
+__device__ __forceinline__ void load_classes(uint32_t tile, const ClassifierParams &classifier, int64_t mine, int k, uint32_t valid) {
+  using Share = KMajorShare<T, BN>;
+  const ClassColumns<T> at(classifier, mine, k);
+  const T *first = at.first + Share::column();
+  const int64_t apart = Share::APART * at.apart;
+  Share::template load<ALIGNED>(tile, [&](int i) { return first + i * apart; }, 0, (int)at.left, valid);
+}

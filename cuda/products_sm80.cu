@@ -8,7 +8,8 @@ constexpr int MAX_LIST = 1024;  // tiles listed at a time: with the stages, with
 
 struct ProductParams {
   const void *gradient;           // (rows of this launch, range)
-  const void *operand;            // classifier for dE, embeddings for dC
+  ClassifierParams classifier;    // for dE
+  const void *embeddings;         // for dC
   const uint32_t *row_embedding;
   const uint32_t *count;
   const uint8_t *keep;            // (row tiles, class tiles), or null
@@ -62,15 +63,14 @@ template <typename T, int BN, bool ALIGNED> __device__ __forceinline__ void embe
   const uint32_t row_in_launch = blockIdx.y * BM, row0 = p.first_row + row_in_launch, count = *p.count;
   const int64_t column0 = (int64_t)blockIdx.x * BN;
   if (row0 >= count) return;
-  const T *g = (const T *)p.gradient, *c = (const T *)p.operand;
+  const T *g = (const T *)p.gradient;
   const int64_t classes = min(p.range, p.vocab - p.first_class);
   const int tiles = (int)((classes + TILE - 1) / TILE);
 
   using Rows = KMajorShare<T, BM>;
   using Classes = MNMajorShare<T, BN>;
   const T *rows = g + (int64_t)(row_in_launch + Rows::row(0)) * p.range + Rows::column();
-  const T *columns = c + (p.first_class + Classes::k(0)) * p.hidden + column0 + Classes::column();
-  const int64_t left = p.hidden - column0 - Classes::column();
+  const ClassColumns<T> columns(p.classifier, p.first_class + Classes::k(0), column0 + Classes::column());
 
   Accumulators<BN> sum;
   sum.clear();
@@ -84,8 +84,8 @@ template <typename T, int BN, bool ALIGNED> __device__ __forceinline__ void embe
         [&](int block, uint32_t a_tile, uint32_t b_tile) {
           const int k0 = (start + shared.list[block / PER_TILE]) * TILE + block % PER_TILE * BK<T>;
           Rows::template load<true>(a_tile, [&](int i) { return rows + (int64_t)i * Rows::APART * p.range; }, k0, (int)p.range, ~0u);
-          const T *here = columns + k0 * p.hidden;
-          Classes::template load<ALIGNED>(b_tile, [&](int i) { return here + i * Classes::APART * p.hidden; }, left,
+          const T *here = columns.first + k0 * columns.apart;
+          Classes::template load<ALIGNED>(b_tile, [&](int i) { return here + i * Classes::APART * columns.apart; }, columns.left,
                         existing<Classes::COUNT, Classes::APART>(classes - k0 - Classes::k(0)));
         },
         [](int) {});
@@ -113,7 +113,7 @@ template <typename T, int BN, bool ALIGNED> __device__ __forceinline__ void embe
 
 // dC of tiles that are not kept: the classes' shares of the masses, and the entries of targets.
 template <typename T, int BN> __device__ __forceinline__ void add_averages(Accumulators<BN> &sum, const ProductParams &p, const Place &at, int64_t class0, int64_t column0) {
-  const T *masses = (const T *)p.mass_rows + class0 / TILE * p.hidden, *e = (const T *)p.operand;
+  const T *masses = (const T *)p.mass_rows + class0 / TILE * p.hidden, *e = (const T *)p.embeddings;
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     const int64_t row = class0 + at.row(i >> 1, i & 1);
@@ -145,7 +145,7 @@ template <typename T, int BN, bool ALIGNED> __device__ __forceinline__ void clas
   const int64_t column0 = (int64_t)blockIdx.x * BN;
   if (class0 >= p.vocab) return;
   const uint32_t count = min(*p.count, p.rows);
-  const T *g = (const T *)p.gradient, *e = (const T *)p.operand;
+  const T *g = (const T *)p.gradient, *e = (const T *)p.embeddings;
   const int tiles = (count + TILE - 1) / TILE;
 
   using Rows = MNMajorShare<T, BM>;

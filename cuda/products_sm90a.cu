@@ -43,6 +43,7 @@ struct ProductParams {
   uint32_t rows;             // at most
   uint32_t vocab;          // all classes
   uint32_t hidden;
+  uint32_t adapter_column;   // dE: from which on columns of C are its adapter's, a multiple of 64; or hidden
   uint32_t first_class;      // of the range, a multiple of 128
   uint32_t range;            // classes of the range
   uint32_t class_tiles;      // ceil(vocab / 128)
@@ -126,9 +127,8 @@ __device__ void list_outputs(ProductPlan& plan, const ProductTiles<CLASSIFIER>& 
 }
 
 // One thread: the kept tiles of each output, in order.
-template <bool CLASSIFIER>
-__device__ void produce(ProductPlan& plan, const TensorMap* gradient, const TensorMap* other,
-                        const ProductParams& p) {
+template <bool CLASSIFIER, typename Other>
+__device__ void produce(ProductPlan& plan, const TensorMap* gradient, const Other& other, const ProductParams& p) {
   ProductTiles<CLASSIFIER> tiles(p);
   Filler ring(plan.ring);
   for (uint32_t n = 0; n < tiles.share; ++n) {
@@ -437,13 +437,12 @@ __device__ void consume(ProductPlan& plan, uint32_t group, const ProductParams& 
   }
 }
 
-template <typename T, bool CLASSIFIER, bool AVERAGED>
-__device__ __forceinline__ void product(const TensorMap* gradient, const TensorMap* other, const ProductParams& p) {
+template <typename T, bool CLASSIFIER, bool AVERAGED, typename Other>
+__device__ __forceinline__ void product(const TensorMap* gradient, const Other& other, const ProductParams& p) {
   extern __shared__ __align__(1024) uint8_t shared[];
   auto& plan = *reinterpret_cast<ProductPlan*>(shared);
   if (threadIdx.x == 0) {
     prefetch_map(gradient);
-    prefetch_map(other);
     plan.ring.init();
   }
   list_outputs(plan, ProductTiles<CLASSIFIER>(p), p);
@@ -459,21 +458,26 @@ __device__ __forceinline__ void product(const TensorMap* gradient, const TensorM
   plan.ring.sync();
 }
 
-// `other` is the classifier for dE, the compacted embeddings for dC; rows of embeddings past the count, up to the
-// next multiple of 128, must be finite: they meet zeros of G.
-#define PRODUCT(NAME, T, CLASSIFIER, AVERAGED)                                                        \
-  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)            \
-      NAME(const __grid_constant__ TensorMap gradient, const __grid_constant__ TensorMap other,       \
-           const __grid_constant__ ProductParams params) {                                            \
-    product<T, CLASSIFIER, AVERAGED>(&gradient, &other, params);                                      \
+// Rows of embeddings past the count, up to the next multiple of 128, must be finite: they meet zeros of G.
+#define EMBEDDINGS_PRODUCT(NAME, T)                                                                        \
+  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)                 \
+      NAME(const __grid_constant__ TensorMap gradient, const __grid_constant__ TensorMap classifier,       \
+           const __grid_constant__ TensorMap adapter, const __grid_constant__ ProductParams params) {      \
+    product<T, false, false>(&gradient, JoinedMaps{&classifier, &adapter, params.adapter_column}, params); \
+  }
+#define CLASSIFIER_PRODUCT(NAME, T, AVERAGED)                                                        \
+  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)           \
+      NAME(const __grid_constant__ TensorMap gradient, const __grid_constant__ TensorMap embeddings, \
+           const __grid_constant__ ProductParams params) {                                           \
+    product<T, true, AVERAGED>(&gradient, &embeddings, params);                                      \
   }
 
-PRODUCT(embeddings_gradient_sm90a_bf16, __nv_bfloat16, false, false)
-PRODUCT(embeddings_gradient_sm90a_f16, __half, false, false)
-PRODUCT(classifier_gradient_sm90a_bf16, __nv_bfloat16, true, false)
-PRODUCT(classifier_gradient_sm90a_f16, __half, true, false)
-PRODUCT(averaged_classifier_gradient_sm90a_bf16, __nv_bfloat16, true, true)
-PRODUCT(averaged_classifier_gradient_sm90a_f16, __half, true, true)
+EMBEDDINGS_PRODUCT(embeddings_gradient_sm90a_bf16, __nv_bfloat16)
+EMBEDDINGS_PRODUCT(embeddings_gradient_sm90a_f16, __half)
+CLASSIFIER_PRODUCT(classifier_gradient_sm90a_bf16, __nv_bfloat16, false)
+CLASSIFIER_PRODUCT(classifier_gradient_sm90a_f16, __half, false)
+CLASSIFIER_PRODUCT(averaged_classifier_gradient_sm90a_bf16, __nv_bfloat16, true)
+CLASSIFIER_PRODUCT(averaged_classifier_gradient_sm90a_f16, __half, true)
 
 static_assert(sizeof(ProductPlan) == 232448, "the host asks for as much shared memory");
 static_assert(PIECE * BLOCK_K == 128 * 128 && CONSUMERS * TILE_N * GROUP * sizeof(float) == 2 * 192 * 128 * 4,

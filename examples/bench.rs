@@ -13,7 +13,9 @@ use benchmark::table::{Sample, Table};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_cut_cross_entropy::soft_targets::{divergence, top_k_divergence, Teacher, TopK};
-use candle_cut_cross_entropy::{backward, linear_cross_entropy, Entropy, Options, Output, Preset};
+use candle_cut_cross_entropy::{
+    backward, linear_cross_entropy, Entropy, LowRank, Options, Output, Preset,
+};
 use clap::Parser;
 use common::meter::Meter;
 use std::collections::HashMap;
@@ -84,6 +86,8 @@ struct Bench<'a> {
     embeddings: Var,
     classifier: Var,
     bias: Option<Var>,
+    /// A and B.
+    adapter: Option<[Var; 2]>,
     targets: Tensor,
     /// Where a method needs it.
     teacher: Option<TopK>,
@@ -127,11 +131,31 @@ impl<'a> Bench<'a> {
             )?),
             false => None,
         };
+        let (vocab, hidden) = inputs.classifier.dims2()?;
+        let normal = |rows, columns, std: f64| -> Result<Var> {
+            let tensor = Tensor::randn(
+                0f32,
+                std as f32,
+                (rows, columns),
+                inputs.classifier.device(),
+            )?;
+            Ok(Var::from_tensor(
+                &tensor.to_dtype(inputs.classifier.dtype())?,
+            )?)
+        };
+        let adapter = match args.rank {
+            0 => None,
+            rank => Some([
+                normal(rank, hidden, 1. / (hidden as f64).sqrt())?,
+                normal(vocab, rank, 0.02)?,
+            ]),
+        };
         Ok(Self {
             args,
             meter,
             teacher,
             whole_teacher,
+            adapter,
             embeddings: Var::from_tensor(&inputs.embeddings)?,
             classifier: Var::from_tensor(&inputs.classifier)?,
             bias,
@@ -290,11 +314,18 @@ impl<'a> Bench<'a> {
             true => var.as_tensor().clone(),
             false => var.as_detached_tensor(),
         };
-        let (embeddings, classifier) = (pick(&self.embeddings), pick(&self.classifier));
+        let embeddings = pick(&self.embeddings);
+        let classifier = match self.frozen() {
+            true => self.classifier.as_detached_tensor(),
+            false => pick(&self.classifier),
+        };
         let bias = self.bias.as_ref().map(pick);
         let preset = match method {
             Method::Preset(preset) => preset,
             Method::TopK(_) | Method::Divergence(_) => Preset::CceExact,
+            Method::Baseline if self.adapter.is_some() => {
+                candle_core::bail!("the baseline has no adapter")
+            }
             Method::Baseline => {
                 let loss = self.baseline(&embeddings, &classifier, bias.as_ref())?;
                 return Ok(Loss { loss, output: None });
@@ -310,6 +341,9 @@ impl<'a> Bench<'a> {
             .predicted(self.args.predicted)
             .strategy(self.args.strategy);
         options = options.bias(bias.as_ref());
+        if let Some([a, b]) = &self.adapter {
+            options = options.adapter(LowRank::new(&pick(a), &pick(b), 1.));
+        }
         if let Some(workspace) = workspace {
             options = options.workspace(workspace << 20);
         }
@@ -372,7 +406,12 @@ impl<'a> Bench<'a> {
     }
 
     fn gradients(&self, store: &GradStore) -> Result<Vec<(&'static str, Tensor)>> {
-        let mut inputs = vec![("de", &self.embeddings), ("dc", &self.classifier)];
+        let mut inputs = vec![("de", &self.embeddings)];
+        match &self.adapter {
+            Some([a, b]) => inputs.extend([("da", a), ("db_adapter", b)]),
+            None if self.frozen() => {}
+            None => inputs.push(("dc", &self.classifier)),
+        }
         inputs.extend(self.bias.as_ref().map(|bias| ("db", bias)));
         inputs
             .into_iter()
@@ -383,6 +422,10 @@ impl<'a> Bench<'a> {
                 Ok((name, gradient.clone()))
             })
             .collect()
+    }
+
+    fn frozen(&self) -> bool {
+        self.args.frozen || self.adapter.is_some()
     }
 
     fn write_gradients(&self, method: Method, path: &PathBuf) -> Result<()> {

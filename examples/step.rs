@@ -45,6 +45,9 @@ struct Args {
     /// Train adapters of this rank on the projections, and nothing else
     #[arg(long)]
     lora: Option<usize>,
+    /// And an adapter of the head
+    #[arg(long, requires = "lora")]
+    head_adapter: bool,
     /// Steps that are timed, after one that is not
     #[arg(long, default_value_t = 3)]
     steps: usize,
@@ -98,6 +101,10 @@ fn main() -> Result<()> {
         let lora = Lora {
             rank,
             ..Lora::default()
+        };
+        let lora = match args.head_adapter {
+            true => lora.with_head(),
+            false => lora,
         };
         decoder = decoder.with_lora(&lora, &adapters)?;
         trained = &adapters;

@@ -77,9 +77,12 @@ impl LinearCrossEntropy {
     pub fn logits(&self, embeddings: &Tensor) -> Result<Tensor> {
         let mut dims = embeddings.dims().to_vec();
         let hidden = embeddings.dim(D::Minus1)?;
-        let logits = embeddings
-            .reshape(((), hidden))?
-            .matmul(&self.weight.t()?)?;
+        let rows = embeddings.reshape(((), hidden))?;
+        let logits = rows.matmul(&self.weight.t()?)?;
+        let logits = match &self.options.adapter {
+            Some(adapter) => (logits + adapter.logits(&rows)?)?,
+            None => logits,
+        };
         let logits = match self.bias() {
             Some(bias) => logits.broadcast_add(bias)?,
             None => logits,

@@ -56,6 +56,7 @@ mod cuda;
 mod devices;
 mod layer;
 mod loss;
+mod low_rank;
 mod matrices;
 #[cfg(feature = "models")]
 pub mod models;
@@ -78,5 +79,6 @@ pub mod vocab_parallel;
 pub use backward::backward;
 pub use layer::{cut_cross_entropy, cut_cross_entropy_no_bias, LinearCrossEntropy};
 pub use loss::{linear_cross_entropy, Output};
+pub use low_rank::LowRank;
 pub use options::{Entropy, Filter, Implementation, Options, Preset, Reduction, Strategy};
 pub use vocab_parallel::VocabParallel;

@@ -5,16 +5,26 @@ use candle_core::op::BackpropOp;
 use candle_core::{
     bail, CpuStorage, CudaStorage, DType, Layout, MetalStorage, Result, Shape, Storage, Tensor,
 };
+use std::ops::Range;
 
 /// What a forward and a backward both multiply, all contiguous.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Matrices<M> {
-    /// `(rows, D)`
+    /// `(rows, D)`; with an adapter [wider](crate::low_rank), its last columns being what the adapter's multiply.
     pub embeddings: M,
     /// `(V, D)`
     pub classifier: M,
+    /// `(V, r)`: columns of the classifier after the last, with the embeddings' last. Then the classifier is frozen.
+    pub adapter: Option<M>,
     /// `(V)`
     pub bias: Option<M>,
+}
+
+impl<M> Matrices<M> {
+    /// What of the classifier has a gradient: the adapter where there is one.
+    pub fn trained(&self) -> &M {
+        self.adapter.as_ref().unwrap_or(&self.classifier)
+    }
 }
 
 /// A contiguous matrix or vector in a storage.
@@ -97,6 +107,7 @@ impl Matrices<Tensor> {
         Matrices {
             embeddings: &self.embeddings,
             classifier: &self.classifier,
+            adapter: self.adapter.as_ref(),
             bias: self.bias.as_ref(),
         }
     }
@@ -108,6 +119,7 @@ impl<'a> Matrices<&'a Tensor> {
         Self {
             embeddings: arguments[0],
             classifier: arguments[1],
+            adapter: None,
             bias: arguments.get(2).copied(),
         }
     }
@@ -117,8 +129,15 @@ impl<'a> Matrices<&'a Tensor> {
         Matrices {
             embeddings: self.embeddings.detach(),
             classifier: self.classifier.detach(),
+            adapter: self.adapter.map(Tensor::detach),
             bias: self.bias.map(Tensor::detach),
         }
+    }
+
+    /// The columns of the embeddings that the gradient of what is [trained](Matrices::trained) has.
+    pub fn trained_columns(self) -> Result<Range<usize>> {
+        let columns = self.embeddings.dim(1)?;
+        Ok(columns - self.trained().dim(1)?..columns)
     }
 
     /// Calls `with` while the storages are held for reading.
@@ -131,10 +150,15 @@ impl<'a> Matrices<&'a Tensor> {
     ) -> Result<R> {
         let embeddings = self.embeddings.storage_and_layout();
         let classifier = self.classifier.storage_and_layout();
+        let adapter = self.adapter.map(Tensor::storage_and_layout);
         let bias = self.bias.map(Tensor::storage_and_layout);
         with(Matrices {
             embeddings: View::new(S::of(&embeddings.0)?, embeddings.1),
             classifier: View::new(S::of(&classifier.0)?, classifier.1),
+            adapter: match &adapter {
+                None => None,
+                Some((storage, layout)) => Some(View::new(S::of(storage)?, layout)),
+            },
             bias: match &bias {
                 None => None,
                 Some((storage, layout)) => Some(View::new(S::of(storage)?, layout)),
@@ -149,6 +173,10 @@ impl<S: BackendStorage> Matrices<View<'_, S>> {
         Ok(Matrices {
             embeddings: self.embeddings.tensor(wrap)?,
             classifier: self.classifier.tensor(wrap)?,
+            adapter: match &self.adapter {
+                None => None,
+                Some(adapter) => Some(adapter.tensor(wrap)?),
+            },
             bias: match &self.bias {
                 None => None,
                 Some(bias) => Some(bias.tensor(wrap)?),
@@ -171,6 +199,7 @@ mod tests {
         let matrices = Matrices {
             embeddings: &embeddings,
             classifier: &classifier,
+            adapter: None,
             bias: Some(&bias),
         };
         let made = matrices.read(|views| views.tensors(Storage::Cpu))?;

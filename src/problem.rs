@@ -122,6 +122,9 @@ impl Problem {
             }
             same_device(name, tensor, "embeddings", embeddings)?;
         }
+        if let Some(adapter) = &options.adapter {
+            adapter.check(embeddings, classifier)?;
+        }
         same_device("targets", targets, "embeddings", embeddings)?;
         if let Some(shard) = &options.vocab_parallel {
             shard.validate(vocab)?;
@@ -138,18 +141,29 @@ impl Problem {
         }
         let threshold = |filter: Filter| {
             let threshold = filter.threshold(dtype)?;
-            let exact = options.entropy == Entropy::Differentiable || options.entropy_bonus != 0.;
+            let exact = options.entropy == Entropy::Differentiable
+                || options.entropy_bonus != 0.
+                || options.adapter.is_some();
             Ok::<_, Error>(threshold.filter(|_| !exact))
         };
+        // A matrix stays what it is: a `Var` that is reshaped is none to `backward`.
+        let matrix = match embeddings.rank() {
+            2 => embeddings.contiguous()?,
+            _ => embeddings
+                .reshape((positions.rows(), hidden))?
+                .contiguous()?,
+        };
+        let (embeddings, adapter) = match &options.adapter {
+            None => (matrix, None),
+            Some(adapter) => {
+                let (embeddings, adapter) = adapter.widen(&matrix)?;
+                (embeddings, Some(adapter))
+            }
+        };
         let matrices = Matrices {
-            // A matrix stays what it is: a `Var` that is reshaped is none to `backward`.
-            embeddings: match embeddings.rank() {
-                2 => embeddings.contiguous()?,
-                _ => embeddings
-                    .reshape((positions.rows(), hidden))?
-                    .contiguous()?,
-            },
+            embeddings,
             classifier: classifier.contiguous()?,
+            adapter,
             bias: match &options.bias {
                 Some(bias) => Some(bias.contiguous()?),
                 None => None,
@@ -157,7 +171,7 @@ impl Problem {
         };
         let problem = Self {
             dtype,
-            device: embeddings.device().clone(),
+            device: targets.device().clone(),
             vocab,
             targets: match targets.is_contiguous() {
                 true => targets.flatten_all()?,

@@ -73,6 +73,12 @@ pub struct Args {
     /// With a bias
     #[arg(long)]
     pub bias: bool,
+    /// The classifier is not differentiated
+    #[arg(long)]
+    pub frozen: bool,
+    /// The rank of a low-rank adapter of the classifier, which is frozen then, in the inputs' dtype; 0 for none
+    #[arg(long, default_value_t = 0)]
+    pub rank: usize,
     /// What logits are multiplied by
     #[arg(long, default_value_t = 1.)]
     pub logit_scale: f64,

@@ -8,6 +8,7 @@ use super::outputs::Results;
 use super::params::averages::{
     EntryParams, ListTargetsParams, ScaleMassesParams, ShareParams, SumMassesParams,
 };
+use super::params::classifier::ClassifierParams;
 use super::rows::sort_targets;
 use super::{hopper, portable};
 use crate::plan::{Path, TILE};
@@ -92,7 +93,7 @@ impl Averages {
         let shares = gpu.buffer(vocab * 4)?;
         let mean_classes = gpu.buffer(tiles * hidden * kind.size)?;
         let params = ShareParams {
-            classifier: operands.classifier,
+            classifier: operands.classifier.own,
             bias: operands.bias,
             row_sums: of_classes.address,
             mass_sums: mass_sums.address,
@@ -318,7 +319,10 @@ impl Masses<'_> {
     /// `scale` is the address of a factor of the gradient of the classifier, 0 for 1.
     fn multiply(&self, classifier: u64, scale: u64, part: Range) -> Result<()> {
         let operands = Operands {
-            classifier,
+            classifier: ClassifierParams {
+                own: classifier,
+                ..self.call.operands.classifier
+            },
             vocab: self.call.operands.class_tiles(),
             ..self.call.operands
         };
@@ -338,7 +342,7 @@ impl Masses<'_> {
             classifier_grad: into.address,
             ..self.part(masses)
         };
-        self.multiply(self.call.operands.classifier, scale, part)
+        self.multiply(self.call.operands.classifier.own, scale, part)
     }
 
     /// `sums` `(rows, hidden)` becomes the sum of the tiles' mean classes, each times the row's mass in the tile.

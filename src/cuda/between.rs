@@ -10,6 +10,7 @@ use candle_core::Result;
 #[derive(Default)]
 pub(super) struct Between {
     exponents: Option<Buffer>,
+    adapter_sums: Option<Buffer>,
     bias_sums: Option<Buffer>,
 }
 
@@ -21,8 +22,13 @@ impl Between {
             true => gpu.buffer(bytes).map(Some),
             false => Ok(None),
         };
+        let (of_classifier, of_adapter) = match sizes.rank {
+            0 => (results.classifier, 0),
+            _ => (0, results.classifier),
+        };
         Ok(Self {
-            exponents: buffer(results.classifier, sizes.exponent_bytes())?,
+            exponents: buffer(of_classifier, sizes.exponent_bytes())?,
+            adapter_sums: buffer(of_adapter, sizes.vocab * sizes.rank * 4)?,
             bias_sums: buffer(results.bias, sizes.vocab * 4)?,
         })
     }
@@ -33,6 +39,7 @@ impl Between {
             first,
             last,
             exponents: address(&self.exponents),
+            adapter_sums: address(&self.adapter_sums),
             bias_sums: address(&self.bias_sums),
         }
     }

@@ -80,6 +80,8 @@ pub(super) struct RowChunk {
     pub last: bool,
     /// `(strips, 2, vocab)`: the units of dC.
     pub exponents: u64,
+    /// `(vocab, rank)` in f32: the gradient of an adapter, in the place of dC.
+    pub adapter_sums: u64,
     /// `(vocab)` in f32: db.
     pub bias_sums: u64,
 }
@@ -90,6 +92,7 @@ impl Default for RowChunk {
             first: true,
             last: true,
             exponents: 0,
+            adapter_sums: 0,
             bias_sums: 0,
         }
     }

@@ -109,6 +109,7 @@ pub(crate) fn add_rows(sums: &Tensor, ids: &Tensor, rows: &Tensor) -> Result<boo
     let matrices = Matrices {
         embeddings: rows,
         classifier: sums,
+        adapter: None,
         bias: None,
     };
     let wanted = Wanted {

@@ -3,12 +3,14 @@
 //! The copy engine cannot pick rows, so the rows that count are gathered first: a group of them in the forward,
 //! all of them in the backward.
 
+use super::adapter::{self, EmbeddingRows};
 use super::call::{Call, Group, Range, Scales};
 use super::launch::{
     Buffer, Gpu, Kernel, FORWARD_OUTPUTS_SM90A, FORWARD_SM90A, GRADIENT_OUTPUTS_SM90A,
     GRADIENT_SM90A, LOGITS_SM90A, PRODUCTS_SM90A,
 };
 use super::operands::Operands;
+use super::params::classifier::ClassifierParams;
 use super::params::forward_sm90a::ForwardParams;
 use super::params::gradient_sm90a::GradientParams;
 use super::params::products_sm90a::ProductParams;
@@ -89,6 +91,7 @@ pub(super) fn forward(
         rows: plan.rows as u32,
         vocab: vocab as u32,
         hidden: hidden as u32,
+        adapter_column: operands.classifier.adapter_column as u32,
         splits: plan.splits as u32,
         tiles_per_split: plan.tiles_per_split as u32,
         raster: RASTER as u32,
@@ -103,13 +106,7 @@ pub(super) fn forward(
         64,
     )?;
     // Each block of a cluster copies half of a tile of classes.
-    let classifier = TensorMap::new(
-        operands.classifier,
-        kind.dtype,
-        (vocab, hidden),
-        hidden,
-        FORWARD_CLASSES / 2,
-    )?;
+    let [classifier, adapter] = classifier_maps(operands, FORWARD_CLASSES / 2)?;
     let (module, name) = match (group.statistics, group.extra) {
         (0, 0) => (FORWARD_SM90A, "forward_sm90a"),
         (_, 0) => (FORWARD_SM90A, "forward_statistics_sm90a"),
@@ -124,7 +121,28 @@ pub(super) fn forward(
         threads: THREADS,
         shared_bytes: FORWARD_BYTES,
     };
-    gpu.launch_on_maps(&kernel, [&embeddings, &classifier], &params)
+    gpu.launch_on_maps(&kernel, [&embeddings, &classifier, &adapter], &params)
+}
+
+/// Of the classifier and of its adapter, in boxes of so many classes. Where there is no adapter, its map is not read.
+fn classifier_maps(operands: Operands, box_rows: usize) -> Result<[TensorMap; 2]> {
+    let ClassifierParams {
+        own,
+        adapter,
+        columns,
+        rank,
+        ..
+    } = operands.classifier;
+    let (dtype, vocab) = (operands.kind.dtype, operands.vocab);
+    let map = |address, columns: i64| {
+        let columns = columns as usize;
+        TensorMap::new(address, dtype, (vocab, columns), columns, box_rows)
+    };
+    let of_adapter = match rank {
+        0 => map(own, columns)?,
+        rank => map(adapter, rank)?,
+    };
+    Ok([map(own, columns)?, of_adapter])
 }
 
 /// Gradient tiles of rows and classes: addresses of what a kernel reads and writes of them, 0 for none.
@@ -176,9 +194,9 @@ pub(super) fn tiles(
         kind,
         ..
     } = operands;
-    let map = |address, rows| TensorMap::new(address, kind.dtype, (rows, hidden), hidden, 64);
-    let embeddings = map(gathered, tiles.rows)?;
-    let classifier = map(operands.classifier, vocab)?;
+    let rows = (tiles.rows, hidden);
+    let embeddings = TensorMap::new(gathered, kind.dtype, rows, hidden, 64)?;
+    let [classifier, adapter] = classifier_maps(operands, 64)?;
     let raster = match tiles.keep {
         // Every tile: rows that fit the cache next to the classes that pass through.
         0 => (ROWS_BYTES / (TILE * hidden * kind.size) / 2 * 2).clamp(2, 32),
@@ -205,6 +223,7 @@ pub(super) fn tiles(
         rows: tiles.rows as u32,
         vocab: vocab as u32,
         hidden: hidden as u32,
+        adapter_column: operands.classifier.adapter_column as u32,
         first_class: tiles.first_class as u32,
         range: tiles.range as u32,
         gradient_stride: tiles.stride as u32,
@@ -227,7 +246,7 @@ pub(super) fn tiles(
         threads: THREADS,
         shared_bytes: GRADIENT_BYTES,
     };
-    gpu.launch_on_maps(&kernel, [&embeddings, &classifier], &params)
+    gpu.launch_on_maps(&kernel, [&embeddings, &classifier, &adapter], &params)
 }
 
 pub(super) fn backward(
@@ -286,20 +305,18 @@ pub(super) fn products(
         ..
     } = operands;
     let classes = part.classes.min(vocab - part.first_class);
-    let map = |address, rows, columns, stride| {
-        TensorMap::new(address, kind.dtype, (rows, columns), stride, 64)
+    let map = |address, columns, stride| {
+        TensorMap::new(address, kind.dtype, (part.rows, columns), stride, 64)
     };
-    let embeddings = map(gathered.address, part.rows, hidden, hidden)?;
-    let classifier = map(operands.classifier, vocab, hidden, hidden)?;
     // To the end of the last tile: its columns past the last class are zeros.
-    let columns = classes.next_multiple_of(TILE);
-    let gradient = map(part.gradient, part.rows, columns, part.stride)?;
+    let gradient = map(part.gradient, classes.next_multiple_of(TILE), part.stride)?;
     let blocks = clusters(gpu)? * 2;
-    let partials = match part.classifier_grad != 0 && part.rows > PIECE_ROWS {
+    let of_classifier = part.classifier_grad != 0 && operands.rank() == 0;
+    let partials = match of_classifier && part.rows > PIECE_ROWS {
         true => Some(gpu.buffer(blocks * PARTIALS_BYTES)?),
         false => None,
     };
-    let multiply = |name: &str, other: &TensorMap, out: u64, inner: usize, overwrite: bool| {
+    let prepare = |name: &str, out: u64, inner: usize, overwrite: bool| {
         let band = match part.keep {
             0 => hidden.div_ceil(STRIP),
             _ => (RESIDENT_BYTES / (inner * STRIP * kind.size)).max(1),
@@ -321,6 +338,7 @@ pub(super) fn products(
             rows: part.rows as u32,
             vocab: vocab as u32,
             hidden: hidden as u32,
+            adapter_column: operands.classifier.adapter_column as u32,
             first_class: part.first_class as u32,
             range: classes as u32,
             class_tiles: operands.class_tiles() as u32,
@@ -336,19 +354,30 @@ pub(super) fn products(
             threads: THREADS,
             shared_bytes: PRODUCT_BYTES,
         };
-        gpu.launch_on_maps(&kernel, [&gradient, other], &params)
+        (kernel, params)
     };
     if part.sums != 0 {
         let name = "embeddings_gradient_sm90a";
-        multiply(name, &classifier, part.sums, classes, !part.add_to_sums)?;
+        let (kernel, params) = prepare(name, part.sums, classes, !part.add_to_sums);
+        let [classifier, adapter] = classifier_maps(operands, 64)?;
+        gpu.launch_on_maps(&kernel, [&gradient, &classifier, &adapter], &params)?;
     }
-    if part.classifier_grad != 0 {
+    if of_classifier {
         let name = match part.averages.shares {
             0 => "classifier_gradient_sm90a",
             _ => "averaged_classifier_gradient_sm90a",
         };
         let first = part.chunk.first;
-        multiply(name, &embeddings, part.classifier_grad, part.rows, first)?;
+        let (kernel, params) = prepare(name, part.classifier_grad, part.rows, first);
+        let embeddings = map(gathered.address, hidden, hidden)?;
+        gpu.launch_on_maps(&kernel, [&gradient, &embeddings], &params)?;
+    } else if part.classifier_grad != 0 {
+        let rows = EmbeddingRows {
+            address: gathered.address,
+            index: 0,
+            count,
+        };
+        adapter::product(gpu, operands, rows, scale, part)?;
     }
     Ok(())
 }

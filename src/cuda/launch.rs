@@ -59,6 +59,7 @@ modules! {
     FORWARD_OUTPUTS_SM80 = "forward_outputs_sm80";
     GRADIENT_SM80 = "gradient_sm80";
     PRODUCTS_SM80 = "products_sm80";
+    ADAPTER = "adapter";
     FORWARD_SM90A = "forward_sm90a";
     FORWARD_OUTPUTS_SM90A = "forward_outputs_sm90a";
     GRADIENT_SM90A = "gradient_sm90a";

@@ -5,6 +5,7 @@
 //!
 //! The matrix products come in two forms, [`portable`] and [`hopper`]; everything around them is the same.
 
+mod adapter;
 mod averages;
 mod backward;
 mod between;

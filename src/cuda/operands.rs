@@ -1,9 +1,11 @@
 //! What every kernel wants to know of a problem's matrices.
 
 use super::launch::Gpu;
+use super::params::classifier::ClassifierParams;
 use crate::matrices::{Matrices, View};
 use crate::plan::Sizes;
 use candle_core::{bail, CudaStorage, DType, Device, Result, Tensor};
+use cudarc::driver::SyncOnDrop;
 
 /// The end of a kernel's name, and the bytes of a number.
 #[derive(Debug, Clone, Copy)]
@@ -54,19 +56,32 @@ pub(super) fn aligned(kind: Kind, addresses: &[u64], strides: &[usize]) -> bool 
         && strides.iter().all(|s| on_16((s * kind.size) as u64))
 }
 
+/// The address of a matrix or vector, 0 for none, ready to be read until the guard is dropped.
+fn address<'a>(
+    gpu: &'a Gpu,
+    view: Option<View<'a, CudaStorage>>,
+) -> Result<(u64, Option<SyncOnDrop<'a>>)> {
+    let Some(view) = view else {
+        return Ok((0, None));
+    };
+    let (address, until_read) = gpu.address(view.storage, view.layout)?;
+    Ok((address, Some(until_read)))
+}
+
 /// The addresses of a problem's matrices and what every kernel wants to know of them.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Operands {
     pub embeddings: u64,
-    pub classifier: u64,
+    pub classifier: ClassifierParams,
     pub bias: u64,
+    /// Columns of the embeddings.
     pub hidden: usize,
     pub vocab: usize,
     /// 0 for none. That of logits times their scale.
     pub softcap: f32,
     pub logit_scale: f32,
     pub kind: Kind,
-    /// Whether every row of both matrices begins on 16 bytes.
+    /// Whether every row of the matrices begins on 16 bytes.
     pub aligned: bool,
     pub multiprocessors: usize,
 }
@@ -80,31 +95,53 @@ impl Operands {
         logit_scale: f64,
         with: impl FnOnce(Operands) -> Result<R>,
     ) -> Result<R> {
-        let (vocab, hidden) = matrices.classifier.dims2()?;
+        let (vocab, columns) = matrices.classifier.dims2()?;
+        let hidden = matrices.embeddings.dims2()?.1;
+        let rank = match matrices.adapter {
+            None => 0,
+            Some(adapter) => adapter.dims2()?.1,
+        };
         let kind = Kind::of(matrices.classifier.dtype())?;
         let multiprocessors = gpu.multiprocessors()?;
-        gpu.read_view(matrices.embeddings, |embeddings| {
-            gpu.read_view(matrices.classifier, |classifier| {
-                let operands = |bias| Operands {
-                    embeddings,
-                    classifier,
-                    bias,
-                    hidden,
-                    vocab,
-                    softcap: softcap.unwrap_or(0.) as f32,
-                    logit_scale: logit_scale as f32,
-                    kind,
-                    aligned: hidden * kind.size % 16 == 0
-                        && embeddings % 16 == 0
-                        && classifier % 16 == 0,
-                    multiprocessors,
-                };
-                match matrices.bias {
-                    None => with(operands(0)),
-                    Some(bias) => gpu.read_view(bias, |bias| with(operands(bias))),
-                }
-            })
+        let (embeddings, _embeddings) = address(gpu, Some(matrices.embeddings))?;
+        let (classifier, _classifier) = address(gpu, Some(matrices.classifier))?;
+        let (adapter, _adapter) = address(gpu, matrices.adapter)?;
+        let (bias, _bias) = address(gpu, matrices.bias)?;
+        with(Operands {
+            embeddings,
+            classifier: ClassifierParams {
+                own: classifier,
+                adapter,
+                columns: columns as i64,
+                adapter_column: (hidden - rank) as i64,
+                rank: rank as i64,
+            },
+            bias,
+            hidden,
+            vocab,
+            softcap: softcap.unwrap_or(0.) as f32,
+            logit_scale: logit_scale as f32,
+            kind,
+            aligned: aligned(
+                kind,
+                &[embeddings, classifier, adapter],
+                &[hidden, columns, rank],
+            ),
+            multiprocessors,
         })
+    }
+
+    /// The adapter's rank, 0 without one.
+    pub fn rank(&self) -> usize {
+        self.classifier.rank as usize
+    }
+
+    /// The columns of the embeddings that the gradient of what is trained of the classifier has.
+    pub fn trained(&self) -> std::ops::Range<usize> {
+        match self.rank() {
+            0 => 0..self.hidden,
+            rank => self.hidden - rank..self.hidden,
+        }
     }
 
     pub fn class_tiles(&self) -> usize {
@@ -120,6 +157,7 @@ impl Operands {
         Sizes {
             hidden: self.hidden,
             vocab: self.vocab,
+            rank: self.rank(),
             number: self.kind.size,
             softcap: self.softcap > 0.,
             multiprocessors: self.multiprocessors,

@@ -21,7 +21,7 @@ impl Outputs {
         embeddings_grad: DType,
     ) -> Result<Self> {
         let dtype = matrices.classifier.dtype();
-        let (vocab, hidden) = matrices.classifier.dims2()?;
+        let (vocab, columns) = matrices.trained().dims2()?;
         let allocate = |wanted: bool, dtype: DType, shape: Shape, zeroed| match wanted {
             true => gpu.unfinished(dtype, shape, zeroed).map(Some),
             false => Ok(None),
@@ -34,7 +34,7 @@ impl Outputs {
                 matrices.embeddings.shape().clone(),
                 true,
             )?,
-            classifier: allocate(wanted.classifier, dtype, (vocab, hidden).into(), false)?,
+            classifier: allocate(wanted.classifier, dtype, (vocab, columns).into(), false)?,
             bias: allocate(wanted.bias, dtype, vocab.into(), false)?,
         })
     }

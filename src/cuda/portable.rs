@@ -1,5 +1,6 @@
 //! The products for compute capability 8.0 and later: `cuda/*_sm80.cu`.
 
+use super::adapter::{self, EmbeddingRows};
 use super::call::{Call, Group, Range, Scales};
 use super::launch::{
     Gpu, Kernel, FORWARD_OUTPUTS_SM80, FORWARD_SM80, GRADIENT_SM80, PRODUCTS_SM80,
@@ -130,6 +131,8 @@ pub(super) fn products(
     let kind = operands.kind;
     let params = ProductParams {
         gradient: part.gradient,
+        classifier: operands.classifier,
+        embeddings: operands.embeddings,
         row_embedding: rows.embedding.address,
         count: rows.count.address,
         keep: part.keep,
@@ -162,19 +165,25 @@ pub(super) fn products(
     };
     if part.sums != 0 {
         let params = ProductParams {
-            operand: operands.classifier,
             result: part.sums,
             ..params
         };
         multiply("embeddings_product_sm80", part.rows, &params)?;
     }
-    if part.classifier_grad != 0 {
-        let params = ProductParams {
-            operand: operands.embeddings,
-            result: part.classifier_grad,
-            ..params
-        };
-        multiply("classifier_product_sm80", part.classes, &params)?;
+    if part.classifier_grad == 0 {
+        return Ok(());
     }
-    Ok(())
+    if operands.rank() > 0 {
+        let rows = EmbeddingRows {
+            address: operands.embeddings,
+            index: rows.embedding.address,
+            count: rows.count.address,
+        };
+        return adapter::product(gpu, operands, rows, scale, part);
+    }
+    let params = ProductParams {
+        result: part.classifier_grad,
+        ..params
+    };
+    multiply("classifier_product_sm80", part.classes, &params)
 }

@@ -2,6 +2,7 @@
 
 use super::linear::linear;
 use crate::node::{attach, Node};
+use crate::LowRank;
 use candle_core::{Result, Tensor};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -52,6 +53,18 @@ impl Adapter {
         match arguments.iter().any(|argument| argument.track_op()) {
             true => attach(y, &arguments, Beside(weight.clone(), self.scale)),
             false => Ok(y),
+        }
+    }
+
+    /// What the loss is told of an adapter of the head. With a seed, numbers of the embeddings are dropped.
+    pub fn low_rank(&self, seed: Option<u64>) -> LowRank {
+        let low_rank = LowRank::new(&self.a, &self.b, self.scale);
+        match seed.filter(|_| self.dropout > 0.) {
+            None => low_rank,
+            Some(seed) => {
+                let adapter = self.clone();
+                low_rank.input(move |x| adapter.dropped(x, seed))
+            }
         }
     }
 

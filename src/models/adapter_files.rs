@@ -116,7 +116,7 @@ impl Decoder {
     /// `adapter_model.safetensors`. They are put into `vars` under their names, to go on training.
     ///
     /// An adapter of another dtype than the weights is f32 (f64 beside f64), and its product is rounded to
-    /// the weights' dtype at the end. One of the head has no dropout.
+    /// the weights' dtype at the end; of the head's, what [`LowRank`](crate::LowRank) says is rounded.
     ///
     /// ```no_run
     /// # use candle_core::{DType, Device};

@@ -36,9 +36,7 @@ pub trait CausalLm {
     /// # Errors
     /// Those of [`head_weight`](CausalLm::head_weight).
     fn head(&self, options: &Options) -> Result<LinearCrossEntropy> {
-        let mut options = options.clone();
-        options.shift = options.shift.max(1);
-        options.softcap = options.softcap.or(self.softcap());
+        let options = head_options(options, self.softcap());
         Ok(LinearCrossEntropy::new(self.head_weight()?, None, options))
     }
 
@@ -87,6 +85,14 @@ pub trait CausalLm {
             tokens: Vec::new(),
         }))
     }
+}
+
+/// The options of a head: where they set no shift it is 1, where they set no softcap that of the model.
+pub(super) fn head_options(options: &Options, softcap: Option<f64>) -> Options {
+    let mut options = options.clone();
+    options.shift = options.shift.max(1);
+    options.softcap = options.softcap.or(softcap);
+    options
 }
 
 /// A sequence that goes on, see [`CausalLm::continuation`].

@@ -1,8 +1,9 @@
 //! The decoder as a causal language model, which goes on token by token with the keys and values it has.
 
-use super::causal_lm::{CausalLm, Continuation};
+use super::causal_lm::{head_options, CausalLm, Continuation};
 use super::decoder::{Decoder, Remembered};
 use super::rope::Rope;
+use crate::{LinearCrossEntropy, Options};
 use candle_core::{bail, Device, Result, Tensor};
 
 /// Goes on where it was, unless the angles of the tokens so far change with the length.
@@ -70,11 +71,20 @@ impl CausalLm for Decoder {
             .reshape((batch, time, self.config().hidden_size))
     }
 
+    /// With the head's adapter in it, if it has one: a matrix of the head's size, which [`Decoder`] itself never forms.
     fn head_weight(&self) -> Result<Tensor> {
         match &self.head_adapter {
             None => Ok(self.head.clone()),
             Some(adapter) => adapter.merged(&self.head),
         }
+    }
+
+    fn head(&self, options: &Options) -> Result<LinearCrossEntropy> {
+        let mut options = head_options(options, self.softcap());
+        if let Some(adapter) = &self.head_adapter {
+            options = options.adapter(adapter.low_rank(self.dropout_seed()));
+        }
+        Ok(LinearCrossEntropy::new(self.head.clone(), None, options))
     }
 
     fn device(&self) -> &Device {

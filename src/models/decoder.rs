@@ -120,6 +120,10 @@ impl Decoder {
         self.dropout_seed = seed;
     }
 
+    pub(super) fn dropout_seed(&self) -> Option<u64> {
+        self.dropout_seed
+    }
+
     /// Where the weights are from, which saved adapters name as their base: the folder that
     /// [`Decoder::load`] was given, or what [`Decoder::set_name_or_path`] has said.
     pub fn name_or_path(&self) -> Option<&str> {

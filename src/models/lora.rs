@@ -65,9 +65,9 @@ pub struct Lora {
     /// The share of the numbers of `x` that are 0 in `B A x` while [`Decoder::set_dropout_seed`] asks for it; the others
     /// are divided by `1 - dropout`. At least 0 and less than 1.
     pub dropout: f64,
-    /// The last names of the modules with an adapter, such as `q_proj`. `lm_head` is the head: its
-    /// adapter costs two matrices of the head's size while it trains, and of a tied matrix it changes
-    /// the head only.
+    /// The last names of the modules with an adapter, such as `q_proj`. `lm_head` is the head, of which the loss takes the
+    /// two matrices as they are ([`Options::adapter`](crate::Options::adapter)); of a tied matrix its adapter changes the
+    /// head only.
     pub targets: Vec<String>,
 }
 
@@ -130,8 +130,7 @@ impl Decoder {
     /// The weights are shared, not copied. [`Decoder::save`] saves them with the adapters merged.
     ///
     /// # Errors
-    /// A rank of 0; an alpha that is not finite; a dropout that is no share, or one of the head, whose adapter is added
-    /// to its matrix; a target that no module has; a decoder that has adapters already.
+    /// A rank of 0; an alpha that is not finite; a dropout that is no share; a target that no module has; a decoder that has adapters already.
     pub fn with_lora(&self, lora: &Lora, vars: &VarMap) -> Result<Self> {
         if lora.rank == 0 {
             bail!("the rank of an adapter must be at least 1")
@@ -144,9 +143,6 @@ impl Decoder {
                 "the dropout of an adapter must be at least 0 and less than 1, got {}",
                 lora.dropout
             )
-        }
-        if lora.dropout > 0. && lora.targets.iter().any(|target| target == HEAD) {
-            bail!("an adapter of {HEAD} has no dropout: it is added to the matrix")
         }
         if !self.adapters().is_empty() {
             bail!("the decoder has adapters already: save or merge it first")

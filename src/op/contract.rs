@@ -17,6 +17,7 @@ pub(crate) fn accumulator(dtype: DType) -> DType {
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Wanted {
     pub embeddings: bool,
+    /// Of what is [trained](Matrices::trained) of it.
     pub classifier: bool,
     pub bias: bool,
 }
@@ -27,7 +28,7 @@ impl Wanted {
     }
 }
 
-/// Gradients in the dtype and shape of what they belong to, `None` where not wanted. That of the embeddings may be f32
+/// Gradients in the dtype and shape of what they belong to, the classifier's of what is trained of it, `None` where not wanted. That of the embeddings may be f32
 /// where the classes are sharded: then it is this rank's part of a sum.
 #[derive(Debug, Default, Clone)]
 pub(crate) struct Gradients {

@@ -14,6 +14,7 @@
 //!   tensors, and a tensor is made of a `CudaStorage` by a copy, here of the embeddings and the classifier. On Metal it
 //!   is a handle.
 
+use super::arguments::Added;
 use super::contract::{Backward, Forward, KeptTiles, Left, Ran, Wanted};
 use super::dispatch::Choice;
 use super::packed::Packed;
@@ -23,7 +24,6 @@ use crate::matrices::{Matrices, OfStorage, View};
 use crate::native;
 use crate::node::{attach, Node};
 use crate::problem::Problem;
-use crate::VocabParallel;
 use candle_core::backend::BackendStorage;
 use candle_core::{
     bail, CpuStorage, CudaStorage, CustomOp2, CustomOp3, Layout, MetalStorage, Result, Shape,
@@ -55,6 +55,10 @@ pub(crate) fn apply(problem: &Problem, matrices: Matrices<&Tensor>) -> Result<Ap
     let detached = matrices.detach();
     let smoothing = Smoothing::new(problem, detached.as_ref())?.map(Arc::new);
     let added = Added {
+        frozen: detached
+            .adapter
+            .is_some()
+            .then(|| detached.classifier.clone()),
         shard: problem.settings.vocab_parallel.clone(),
         smoothing: smoothing.clone(),
         layout,
@@ -63,7 +67,7 @@ pub(crate) fn apply(problem: &Problem, matrices: Matrices<&Tensor>) -> Result<Ap
         if !wanted(matrices).any() {
             return Ok(value);
         }
-        let mut arguments = vec![matrices.embeddings, matrices.classifier];
+        let mut arguments = vec![matrices.embeddings, matrices.trained()];
         arguments.extend(matrices.bias);
         let added = added.clone();
         attach(value, &arguments, Computed { backward, added })
@@ -84,10 +88,10 @@ pub(crate) fn apply(problem: &Problem, matrices: Matrices<&Tensor>) -> Result<Ap
                 rest: Arc::default(),
             };
             let rest = op.rest.clone();
-            let (embeddings, classifier) = (matrices.embeddings, matrices.classifier);
+            let (embeddings, trained) = (matrices.embeddings, *matrices.trained());
             let packed = match matrices.bias {
-                None => embeddings.apply_op2(classifier, op)?,
-                Some(bias) => embeddings.apply_op3(classifier, bias, op)?,
+                None => embeddings.apply_op2(trained, op)?,
+                Some(bias) => embeddings.apply_op3(trained, bias, op)?,
             };
             let rest = rest.lock().unwrap_or_else(PoisonError::into_inner).take();
             let Some(rest) = rest else {
@@ -121,7 +125,7 @@ pub(crate) fn apply(problem: &Problem, matrices: Matrices<&Tensor>) -> Result<Ap
 pub(crate) fn wanted(matrices: Matrices<&Tensor>) -> Wanted {
     Wanted {
         embeddings: matrices.embeddings.track_op(),
-        classifier: matrices.classifier.track_op(),
+        classifier: matrices.trained().track_op(),
         bias: matrices.bias.is_some_and(Tensor::track_op),
     }
 }
@@ -133,7 +137,7 @@ fn gradients(
     arguments: &[&Tensor],
     upstream: &Tensor,
 ) -> Result<Vec<Option<Tensor>>> {
-    let matrices = Matrices::of(arguments);
+    let matrices = added.matrices(arguments[0], arguments[1], arguments.get(2).copied());
     let wanted = wanted(matrices);
     let detached = matrices.detach();
     let upstream = upstream.detach().contiguous()?;
@@ -150,14 +154,6 @@ fn gradients(
     Ok(vec![of_embeddings, gradients.classifier, gradients.bias])
 }
 
-/// What the op does around an implementation's backward.
-#[derive(Clone)]
-struct Added {
-    shard: Option<VocabParallel>,
-    smoothing: Option<Arc<Smoothing>>,
-    layout: Packed,
-}
-
 /// A value that a forward has computed beside what an op returned.
 struct Computed {
     backward: Box<dyn Backward>,
@@ -172,7 +168,8 @@ impl Node for Computed {
     }
 }
 
-/// The op. Its arguments are the embeddings, the classifier and, if there is one, the bias; its result the packed vector.
+/// The op. Its arguments are the embeddings, the classifier or its adapter and, if there is one, the bias; its result the
+/// packed vector.
 struct CutCrossEntropy {
     problem: Problem,
     wanted: Wanted,
@@ -213,29 +210,47 @@ impl CutCrossEntropy {
         Ok((forward.packed, self.added.layout.len().into()))
     }
 
-    fn cpu(&self, matrices: Matrices<View<'_, CpuStorage>>) -> Result<(CpuStorage, Shape)> {
-        let forward = native::on_cpu(&self.problem, matrices, self.wanted, &self.kept)?;
+    fn cpu(
+        &self,
+        arguments: [View<'_, CpuStorage>; 2],
+        bias: Option<View<'_, CpuStorage>>,
+    ) -> Result<(CpuStorage, Shape)> {
+        let forward = self.added.read(arguments, bias, |matrices| {
+            native::on_cpu(&self.problem, matrices, self.wanted, &self.kept)
+        })?;
         let (packed, shape) = self.computed(forward)?;
         Ok((CpuStorage::F32(packed), shape))
     }
 
     #[cfg(feature = "cuda")]
-    fn cuda(&self, matrices: Matrices<View<'_, CudaStorage>>) -> Result<(CudaStorage, Shape)> {
-        self.computed(crate::cuda::forward(
-            &self.problem,
-            matrices,
-            self.wanted,
-            &self.kept,
-        )?)
+    fn cuda(
+        &self,
+        arguments: [View<'_, CudaStorage>; 2],
+        bias: Option<View<'_, CudaStorage>>,
+    ) -> Result<(CudaStorage, Shape)> {
+        let forward = self.added.read(arguments, bias, |matrices| {
+            crate::cuda::forward(&self.problem, matrices, self.wanted, &self.kept)
+        })?;
+        self.computed(forward)
     }
 
     #[cfg(not(feature = "cuda"))]
-    fn cuda(&self, _: Matrices<View<'_, CudaStorage>>) -> Result<(CudaStorage, Shape)> {
+    fn cuda(
+        &self,
+        _: [View<'_, CudaStorage>; 2],
+        _: Option<View<'_, CudaStorage>>,
+    ) -> Result<(CudaStorage, Shape)> {
         bail!("{NAME}: no kernels without the feature `cuda`")
     }
 
-    fn metal(&self, matrices: Matrices<View<'_, MetalStorage>>) -> Result<(MetalStorage, Shape)> {
-        let tensors = matrices.tensors(Storage::Metal)?;
+    fn metal(
+        &self,
+        arguments: [View<'_, MetalStorage>; 2],
+        bias: Option<View<'_, MetalStorage>>,
+    ) -> Result<(MetalStorage, Shape)> {
+        let tensors = self
+            .added
+            .read(arguments, bias, |matrices| matrices.tensors(Storage::Metal))?;
         let forward = native::in_tensors(&self.problem, tensors.as_ref(), &self.kept)?;
         let (packed, shape) = self.computed(forward)?;
         let (storage, layout) = packed.storage_and_layout();
@@ -265,53 +280,47 @@ impl CustomOp2 for CutCrossEntropy {
         &self,
         embeddings: &CpuStorage,
         embeddings_layout: &Layout,
-        classifier: &CpuStorage,
-        classifier_layout: &Layout,
+        trained: &CpuStorage,
+        trained_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        self.cpu(Matrices {
-            embeddings: View::new(embeddings, embeddings_layout),
-            classifier: View::new(classifier, classifier_layout),
-            bias: None,
-        })
+        let embeddings = View::new(embeddings, embeddings_layout);
+        let trained = View::new(trained, trained_layout);
+        self.cpu([embeddings, trained], None)
     }
 
     fn cuda_fwd(
         &self,
         embeddings: &CudaStorage,
         embeddings_layout: &Layout,
-        classifier: &CudaStorage,
-        classifier_layout: &Layout,
+        trained: &CudaStorage,
+        trained_layout: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        self.cuda(Matrices {
-            embeddings: View::new(embeddings, embeddings_layout),
-            classifier: View::new(classifier, classifier_layout),
-            bias: None,
-        })
+        let embeddings = View::new(embeddings, embeddings_layout);
+        let trained = View::new(trained, trained_layout);
+        self.cuda([embeddings, trained], None)
     }
 
     fn metal_fwd(
         &self,
         embeddings: &MetalStorage,
         embeddings_layout: &Layout,
-        classifier: &MetalStorage,
-        classifier_layout: &Layout,
+        trained: &MetalStorage,
+        trained_layout: &Layout,
     ) -> Result<(MetalStorage, Shape)> {
-        self.metal(Matrices {
-            embeddings: View::new(embeddings, embeddings_layout),
-            classifier: View::new(classifier, classifier_layout),
-            bias: None,
-        })
+        let embeddings = View::new(embeddings, embeddings_layout);
+        let trained = View::new(trained, trained_layout);
+        self.metal([embeddings, trained], None)
     }
 
     fn bwd(
         &self,
         embeddings: &Tensor,
-        classifier: &Tensor,
+        trained: &Tensor,
         result: &Tensor,
         upstream: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let [e, c] = self.gradients([embeddings, classifier], result, upstream)?;
-        Ok((e, c))
+        let [e, t] = self.gradients([embeddings, trained], result, upstream)?;
+        Ok((e, t))
     }
 }
 
@@ -324,59 +333,53 @@ impl CustomOp3 for CutCrossEntropy {
         &self,
         embeddings: &CpuStorage,
         embeddings_layout: &Layout,
-        classifier: &CpuStorage,
-        classifier_layout: &Layout,
+        trained: &CpuStorage,
+        trained_layout: &Layout,
         bias: &CpuStorage,
         bias_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        self.cpu(Matrices {
-            embeddings: View::new(embeddings, embeddings_layout),
-            classifier: View::new(classifier, classifier_layout),
-            bias: Some(View::new(bias, bias_layout)),
-        })
+        let embeddings = View::new(embeddings, embeddings_layout);
+        let trained = View::new(trained, trained_layout);
+        self.cpu([embeddings, trained], Some(View::new(bias, bias_layout)))
     }
 
     fn cuda_fwd(
         &self,
         embeddings: &CudaStorage,
         embeddings_layout: &Layout,
-        classifier: &CudaStorage,
-        classifier_layout: &Layout,
+        trained: &CudaStorage,
+        trained_layout: &Layout,
         bias: &CudaStorage,
         bias_layout: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        self.cuda(Matrices {
-            embeddings: View::new(embeddings, embeddings_layout),
-            classifier: View::new(classifier, classifier_layout),
-            bias: Some(View::new(bias, bias_layout)),
-        })
+        let embeddings = View::new(embeddings, embeddings_layout);
+        let trained = View::new(trained, trained_layout);
+        self.cuda([embeddings, trained], Some(View::new(bias, bias_layout)))
     }
 
     fn metal_fwd(
         &self,
         embeddings: &MetalStorage,
         embeddings_layout: &Layout,
-        classifier: &MetalStorage,
-        classifier_layout: &Layout,
+        trained: &MetalStorage,
+        trained_layout: &Layout,
         bias: &MetalStorage,
         bias_layout: &Layout,
     ) -> Result<(MetalStorage, Shape)> {
-        self.metal(Matrices {
-            embeddings: View::new(embeddings, embeddings_layout),
-            classifier: View::new(classifier, classifier_layout),
-            bias: Some(View::new(bias, bias_layout)),
-        })
+        let embeddings = View::new(embeddings, embeddings_layout);
+        let trained = View::new(trained, trained_layout);
+        self.metal([embeddings, trained], Some(View::new(bias, bias_layout)))
     }
 
     fn bwd(
         &self,
         embeddings: &Tensor,
-        classifier: &Tensor,
+        trained: &Tensor,
         bias: &Tensor,
         result: &Tensor,
         upstream: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [e, c, b] = self.gradients([embeddings, classifier, bias], result, upstream)?;
-        Ok((e, c, b))
+        let [e, t, b] = self.gradients([embeddings, trained, bias], result, upstream)?;
+        Ok((e, t, b))
     }
 }

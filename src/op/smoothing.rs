@@ -25,7 +25,7 @@ pub(super) struct Smoothing {
     share: Tensor,
     /// `(V)`: the class weights here, or ones.
     weights: Tensor,
-    /// `(D)`: the sum of the classes by their weights.
+    /// `(D)`, or as wide as the embeddings: the sum of the classes by their weights.
     sum: Tensor,
     passes: Passes,
     /// What is added to the losses, `(positions)`, and to the reduced loss, `(1)`: f32.
@@ -44,6 +44,7 @@ impl Smoothing {
         let Matrices {
             embeddings,
             classifier,
+            adapter,
             bias,
         } = matrices;
         let device = embeddings.device();
@@ -76,7 +77,13 @@ impl Smoothing {
             _ => Tensor::ones(1, acc, device)?,
         };
         let passes = Passes::new(problem);
-        let sum = passes.weighted_sum(classifier, &weights, None)?;
+        let mut sum = passes.weighted_sum(classifier, &weights, None)?;
+        if let Some(adapter) = adapter {
+            let columns = matrices.trained_columns()?;
+            let sum_of_adapter = passes.weighted_sum(adapter, &weights, None)?;
+            let between = columns.start - sum.dim(0)?;
+            sum = Tensor::cat(&[sum.pad_with_zeros(0, 0, between)?, sum_of_adapter], 0)?;
+        }
         let mut products = positions.of_rows(&passes.dots(embeddings, &sum)?)?;
         if let Some(bias) = bias {
             let of_bias = (bias.to_dtype(acc)? * &weights)?.sum_all()?;
@@ -131,6 +138,9 @@ impl Smoothing {
         if let Some(gradient) = &gradients.classifier {
             let counts = Some(&self.counts);
             let sum = self.passes.weighted_sum(embeddings, &of_rows, counts)?;
+            // The columns of an adapter are the last.
+            let trained = gradient.dim(1)?;
+            let sum = sum.narrow(0, sum.dim(0)? - trained, trained)?;
             self.passes.add_outer(gradient, &self.weights, &sum, None)?;
         }
         if let Some(gradient) = &gradients.bias {

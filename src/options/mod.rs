@@ -4,7 +4,7 @@ mod choices;
 mod filter;
 mod preset;
 
-use crate::VocabParallel;
+use crate::{LowRank, VocabParallel};
 use candle_core::Tensor;
 
 pub use choices::{Entropy, Implementation, Reduction, Strategy};
@@ -27,6 +27,7 @@ pub use preset::Preset;
 #[derive(Debug, Clone)]
 pub struct Options {
     pub(crate) bias: Option<Tensor>,
+    pub(crate) adapter: Option<LowRank>,
     pub(crate) ignore_index: i64,
     pub(crate) softcap: Option<f64>,
     pub(crate) logit_scale: f64,
@@ -52,6 +53,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             bias: None,
+            adapter: None,
             ignore_index: -100,
             softcap: None,
             logit_scale: 1.,
@@ -98,6 +100,23 @@ impl Options {
     /// `Option`. Default: none.
     pub fn bias<'a>(mut self, bias: impl Into<Option<&'a Tensor>>) -> Self {
         self.bias = bias.into().cloned();
+        self
+    }
+
+    /// A low-rank adapter (LoRA) of the classifier: the loss is that of `C + scale B A`, with `C` frozen, and the adapter
+    /// has the gradient. Neither that sum nor its gradient is formed: the logits' product has `r` more columns, the
+    /// gradient of the embeddings too, and that of `B` is a product of `r` columns. Takes a [`LowRank`] or an `Option`.
+    /// Default: none.
+    ///
+    /// Goes together with all other options. Nothing is filtered, whatever the filter. On a shard of the classes `B` is
+    /// the shard's, and `A` the same on every rank; its gradient is the same too. Each call keeps a copy of the embeddings
+    /// with `r` more columns until the backward. `A` multiplies every row of the embeddings: NaN or infinity in one that
+    /// does not count makes the gradient of `A` NaN, though nothing else.
+    ///
+    /// # Errors
+    /// Of the call: shapes that do not match, a scale that is not finite, a classifier that is tracked.
+    pub fn adapter(mut self, adapter: impl Into<Option<LowRank>>) -> Self {
+        self.adapter = adapter.into();
         self
     }
 

@@ -29,6 +29,8 @@ pub(crate) enum Path {
 pub(crate) struct Sizes {
     pub hidden: usize,
     pub vocab: usize,
+    /// Of the classifier's adapter, 0 without one.
+    pub rank: usize,
     /// Bytes of a number of the matrices.
     pub number: usize,
     pub softcap: bool,
@@ -67,7 +69,11 @@ impl Sizes {
 
     /// Bytes of what chunks of rows leave of dC and db beside dC itself.
     fn between_bytes(self) -> usize {
-        self.exponent_bytes() + self.vocab * 4
+        let of_classifier = match self.rank {
+            0 => self.exponent_bytes(),
+            rank => self.vocab * rank * 4,
+        };
+        of_classifier + self.vocab * 4
     }
 
     /// Bytes of the partial sums of dC of more rows than one piece has, on compute capability 9.0.

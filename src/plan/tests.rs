@@ -27,6 +27,7 @@ fn half(hidden: usize, vocab: usize) -> Sizes {
     Sizes {
         hidden,
         vocab,
+        rank: 0,
         number: 2,
         softcap: false,
         multiprocessors: 132,

@@ -28,6 +28,9 @@ pub(super) fn ruled_out(options: &Options) -> Result<()> {
     if options.class_weights.is_some() {
         bail!("a divergence takes no class_weights, as it does not learn the targets: token_weights weigh its positions")
     }
+    if options.adapter.is_some() {
+        bail!("a divergence takes no adapter: hand it the classifier with the adapter in it")
+    }
     if options.vocab_parallel.is_some() {
         bail!("a divergence takes no vocab_parallel: it needs all classes of the classifier, got a shard of them")
     }

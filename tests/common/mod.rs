@@ -4,6 +4,7 @@
 pub mod comparison;
 pub mod differences;
 pub mod grid;
+pub mod low_rank;
 pub mod ops;
 pub mod reference;
 pub mod shards;

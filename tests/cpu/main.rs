@@ -15,6 +15,7 @@ mod golden_soft_targets;
 mod grid;
 mod hostile;
 mod layer;
+mod low_rank;
 mod objectives;
 mod ops;
 mod paths;

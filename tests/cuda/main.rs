@@ -10,6 +10,7 @@ mod decoder;
 mod edges;
 mod filter;
 mod fused;
+mod low_rank;
 mod memory;
 #[cfg(feature = "nccl")]
 mod nccl;

@@ -237,6 +237,7 @@ impl Chunk<'_> {
     /// The factors of the rows, the target's part, and the tiles that matter.
     fn finish_rows(&self, first_row: usize, rows: usize, redo: u64) -> Result<()> {
         let (gpu, kind) = (self.call.gpu, self.call.operands.kind);
+        let trained = self.call.operands.trained();
         let params = FactorParams {
             row_max: self.call.statistics.row_max.address,
             row_log_sum: self.call.statistics.row_log_sum.address,
@@ -250,9 +251,10 @@ impl Chunk<'_> {
             target_part: self.target_part.address,
             gathered: match self.results.classifier {
                 0 if self.masses.is_none() => 0,
-                _ => self.gathered.address,
+                _ => self.gathered.address + (trained.start * kind.size) as u64,
             },
-            hidden: self.call.operands.hidden as i64,
+            columns: trained.len() as i64,
+            stride: self.call.operands.hidden as i64,
             terms: self.loss.terms,
             first_row: first_row as u32,
             positions: self.call.rows.positions as u32,

@@ -20,14 +20,20 @@ impl Chunk<'_> {
     /// Sums the targets' part of dC, into `wide`, and of db.
     pub(super) fn targets(&self, first_row: usize, rows: usize) -> Result<Targets> {
         let (gpu, count) = (self.call.gpu, self.call.rows.count.address);
-        let Operands { hidden, vocab, .. } = self.call.operands;
+        let Operands {
+            hidden,
+            vocab,
+            kind,
+            ..
+        } = self.call.operands;
+        let trained = self.call.operands.trained();
         let targets = Targets {
             slots: gpu.zeros(vocab * 4)?,
             bias: gpu.buffer(rows * 4)?,
         };
         let sorted = sort_targets(gpu, self.call.rows, first_row, rows)?;
         let params = TargetsParams {
-            embeddings: self.call.operands.embeddings,
+            embeddings: self.call.operands.embeddings + (trained.start * kind.size) as u64,
             target_part: self.target_part.address,
             row_embedding: self.call.rows.embedding.address,
             sorted_row: sorted.row.address,
@@ -39,15 +45,16 @@ impl Chunk<'_> {
                 _ => self.wide.address,
             },
             target_bias: targets.bias.address,
-            hidden: hidden as i64,
+            columns: trained.len() as i64,
+            stride: hidden as i64,
             first_row: first_row as u32,
             rows: rows as u32,
         };
         let columns = match self.results.classifier {
             0 => 1,
-            _ => hidden.div_ceil(TARGET_COLUMNS),
+            _ => trained.len().div_ceil(TARGET_COLUMNS),
         };
-        let kernel = self.call.operands.kind.kernel("sum_targets");
+        let kernel = kind.kernel("sum_targets");
         gpu.launch(&Kernel::new(FUSED, kernel, (rows, columns), 256), &params)?;
         Ok(targets)
     }

@@ -44,7 +44,7 @@ impl<T: Element> Backward for CpuBackward<T> {
         };
         Ok(Gradients {
             embeddings: tensor(gradients.embeddings, Some(matrices.embeddings))?,
-            classifier: tensor(gradients.classifier, Some(matrices.classifier))?,
+            classifier: tensor(gradients.classifier, Some(matrices.trained()))?,
             bias: tensor(gradients.bias, matrices.bias)?,
         })
     }

@@ -178,7 +178,7 @@ impl<T: Element> Inputs<'_, T> {
         let mut classifier_sums = sums
             .classifier
             .as_mut()
-            .map(|s| s.chunks_mut(TILE * hidden));
+            .map(|s| s.chunks_mut(TILE * self.trained().len()));
         let mut bias_sums = sums.bias.as_mut().map(|s| s.chunks_mut(TILE));
         let accumulate = !sums.first;
         let tasks: Vec<_> = logits
@@ -265,12 +265,18 @@ impl<T: Element> Inputs<'_, T> {
             if let Some(sum) = &mut sums.classifier {
                 let embeddings = block.embeddings;
                 let embeddings = gather(embeddings, start, hidden, rows, &mut scratch.embeddings);
+                let trained = self.trained();
                 multiply(
                     sum,
-                    hidden,
+                    trained.len(),
                     sums.accumulate,
                     Matrix::new(gradient, rows.len(), classes.len(), TILE).t(),
-                    Matrix::new(embeddings, rows.len(), hidden, hidden),
+                    Matrix::new(
+                        &embeddings[trained.start..],
+                        rows.len(),
+                        trained.len(),
+                        hidden,
+                    ),
                 );
                 sums.accumulate = true;
             }

@@ -8,7 +8,7 @@ use super::gradients::{EmbeddingsGradient, FormedGradients};
 use super::inputs::Inputs;
 use super::kept::Kept;
 use super::operands::inputs;
-use super::plan::Plan;
+use super::plan::{Columns, Plan};
 use super::recompute::Remembered;
 use super::shards::sharded;
 use super::statistics::{RowLoss, Scale, Softmax, TILE};
@@ -47,11 +47,14 @@ fn forward_of<T: Element>(
 ) -> Result<Forward<Vec<f32>>> {
     let settings = problem.settings.clone();
     let n = rows.len();
-    let (vocab, hidden) = matrices.classifier.dims2()?;
+    let vocab = matrices.classifier.dims2()?.0;
     let plan = Plan::new::<T>(
         &rows,
         vocab,
-        hidden,
+        Columns {
+            hidden: matrices.embeddings.dims2()?.1,
+            trained: matrices.trained().dims2()?.1,
+        },
         matrices.bias.is_some(),
         &settings,
         wanted,
@@ -164,7 +167,7 @@ fn fused<T: Element>(
     let n = inputs.rows.len();
     let tiles = 0..inputs.tiles();
     let zeros = |wanted: bool, len: usize| wanted.then(|| vec![T::Real::default(); len]);
-    let mut classifier = zeros(wanted.classifier, inputs.vocab * inputs.hidden);
+    let mut classifier = zeros(wanted.classifier, inputs.vocab * inputs.trained().len());
     let mut bias = zeros(wanted.bias, inputs.vocab);
     let mut embeddings = wanted.embeddings.then(|| EmbeddingsGradient::new(inputs));
     let gradients = gradients(wanted.embeddings, wanted.classifier || wanted.bias);

@@ -14,7 +14,9 @@ use std::ops::Range;
 pub(super) struct Inputs<'a, T: Element> {
     pub embeddings: &'a [T],
     pub classifier: &'a [T],
+    pub adapter: Option<&'a [T]>,
     pub bias: Option<Vec<T::Real>>,
+    /// Columns of the embeddings.
     pub hidden: usize,
     pub vocab: usize,
     pub rows: &'a HostRows,
@@ -54,13 +56,30 @@ impl<T: Element> Inputs<'_, T> {
         Cow::Owned(block)
     }
 
-    /// The classes of a tile in the type that is computed in.
+    /// The columns of the embeddings that the gradient of what is trained of the classifier has.
+    pub fn trained(&self) -> Range<usize> {
+        let rank = self.adapter.map_or(self.hidden, |b| b.len() / self.vocab);
+        self.hidden - rank..self.hidden
+    }
+
+    /// The classes of a tile, an adapter's columns after their own, in the type that is computed in.
     pub fn tile_classifier<'b>(
         &'b self,
         tile: usize,
         scratch: &'b mut Vec<T::Real>,
     ) -> &'b [T::Real] {
         let classes = self.classes(&(tile..tile + 1));
+        if let Some(adapter) = self.adapter {
+            let (own, rank) = (self.classifier.len() / self.vocab, self.trained().len());
+            scratch.clear();
+            scratch.resize(classes.len() * self.hidden, T::Real::default());
+            for (class, row) in classes.zip(scratch.chunks_mut(self.hidden)) {
+                T::widen(&self.classifier[class * own..][..own], &mut row[..own]);
+                let of_adapter = &mut row[self.hidden - rank..];
+                T::widen(&adapter[class * rank..][..rank], of_adapter);
+            }
+            return scratch;
+        }
         let values = &self.classifier[classes.start * self.hidden..classes.end * self.hidden];
         match T::as_real(values) {
             Some(values) => values,

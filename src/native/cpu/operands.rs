@@ -22,7 +22,8 @@ pub(super) fn inputs<'a, T: Element>(
     settings: &Settings,
     lanes: usize,
 ) -> Result<Inputs<'a, T>> {
-    let (vocab, hidden) = matrices.classifier.dims2()?;
+    let vocab = matrices.classifier.dims2()?.0;
+    let hidden = matrices.embeddings.dims2()?.1;
     let bias = match matrices.bias {
         None => None,
         Some(bias) => {
@@ -35,6 +36,10 @@ pub(super) fn inputs<'a, T: Element>(
     Ok(Inputs {
         embeddings: values(matrices.embeddings)?,
         classifier: values(matrices.classifier)?,
+        adapter: match matrices.adapter {
+            None => None,
+            Some(adapter) => Some(values(adapter)?),
+        },
         bias,
         hidden,
         vocab,

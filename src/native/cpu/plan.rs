@@ -17,6 +17,13 @@ const RECOMPUTE_ROWS: usize = 512;
 /// What `gemm` allocates on a thread beyond its operands: packed blocks of both.
 const PACKING: usize = 5 << 18;
 
+/// Columns of the embeddings, and of what is trained of the classifier: an adapter has fewer.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Columns {
+    pub hidden: usize,
+    pub trained: usize,
+}
+
 /// The sizes of blocks such that everything beyond inputs and gradients fits the workspace. At the
 /// least a block is [`LEAST_ROWS`] rows by a tile, however small the workspace.
 #[derive(Debug, Clone, Copy)]
@@ -40,7 +47,7 @@ impl Plan {
     pub fn new<T: Element>(
         rows: &HostRows,
         vocab: usize,
-        hidden: usize,
+        Columns { hidden, trained }: Columns,
         bias: bool,
         settings: &Settings,
         wanted: Wanted,
@@ -52,9 +59,10 @@ impl Plan {
         let direct = T::REAL && rows.all;
         let when = |condition: bool, bytes: usize| if condition { bytes } else { 0 };
         let thresholds = thresholds(settings);
-        // A lane widens a tile of the classifier, and gathers rows where a filter leaves some out.
+        // A lane widens a tile of the classifier, or puts an adapter's columns beside it, and gathers rows where a filter
+        // leaves some out.
         let lane = PACKING
-            + when(!T::REAL, TILE * hidden * real)
+            + when(!T::REAL || trained < hidden, TILE * hidden * real)
             + when(
                 thresholds.is_some(),
                 gathered_rows(hidden) * (hidden + TILE) * real,
@@ -83,7 +91,7 @@ impl Plan {
         let statistics = all_tiles * (3 * real + when(asked, real + 4));
 
         let fused_row = all_tiles * TILE * real + statistics + 2 * row;
-        let sums = when(!T::REAL && wanted.classifier, vocab * hidden * real);
+        let sums = when(!T::REAL && wanted.classifier, vocab * trained * real);
         let fits = left.saturating_sub(sums + all_tiles * by_mass) / fused_row;
         let least = match settings.strategy {
             Strategy::Recompute => usize::MAX,
@@ -108,7 +116,7 @@ impl Plan {
             .saturating_sub(when(one_sweep, all_sums));
         let tile = block_rows * (TILE + 1) * real
             + by_mass
-            + when(!T::REAL && wanted.classifier, TILE * hidden * real);
+            + when(!T::REAL && wanted.classifier, TILE * trained * real);
         Self {
             lanes,
             thresholds,

@@ -104,13 +104,13 @@ impl<T: Element> Remembered<T> {
         wanted: Wanted,
     ) -> FormedGradients<T> {
         let n = self.rows.len();
-        let hidden = inputs.hidden;
+        let trained = inputs.trained().len();
         let mut embeddings = wanted.embeddings.then(|| {
             let mut gradient = EmbeddingsGradient::new(inputs);
             gradient.begin(&(0..n));
             gradient
         });
-        let mut classifier = ClassesGradient::<T>::new(wanted.classifier, inputs.vocab * hidden);
+        let mut classifier = ClassesGradient::<T>::new(wanted.classifier, inputs.vocab * trained);
         let mut bias = ClassesGradient::<T>::new(wanted.bias, inputs.vocab);
         let mut logits = Vec::new();
         let ranges = if wanted.classifier || wanted.bias {
@@ -120,7 +120,7 @@ impl<T: Element> Remembered<T> {
         };
         for tiles in blocks(ranges, self.plan.tiles) {
             let classes = inputs.classes(&tiles);
-            let of_classes = classes.start * hidden..classes.end * hidden;
+            let of_classes = classes.start * trained..classes.end * trained;
             classifier.begin(of_classes.len());
             bias.begin(classes.len());
             for block in blocks(n, self.plan.rows) {

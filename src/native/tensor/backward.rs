@@ -1,6 +1,6 @@
 //! Gradients from logits that are computed again.
 
-use super::blocks::{logits, Blocks, DeviceRows};
+use super::blocks::{classifier, logits, Blocks, DeviceRows};
 use crate::blocks::blocks;
 use crate::matrices::Matrices;
 use crate::native::workspace::workspace;
@@ -48,7 +48,7 @@ impl Backward for TensorBackward {
         }
         // Accumulating dE over blocks of classes takes a copy of it in f32 for half-precision inputs.
         let acc = accumulator(dtype);
-        let copy = n * matrices.classifier.dim(1)? * acc.size_in_bytes();
+        let copy = n * matrices.embeddings.dim(1)? * acc.size_in_bytes();
         let scales = self.row_scales(upstream)?;
         if wanted.embeddings
             && (wanted.classifier || wanted.bias)
@@ -83,7 +83,7 @@ fn zeros(matrices: Matrices<&Tensor>, wanted: Wanted) -> Result<Gradients> {
     };
     Ok(Gradients {
         embeddings: zeros(wanted.embeddings, Some(matrices.embeddings))?,
-        classifier: zeros(wanted.classifier, Some(matrices.classifier))?,
+        classifier: zeros(wanted.classifier, Some(matrices.trained()))?,
         bias: zeros(wanted.bias, matrices.bias)?,
     })
 }
@@ -104,7 +104,9 @@ impl TensorBackward {
         wanted: Wanted,
     ) -> Result<Gradients> {
         let device = matrices.classifier.device();
-        let (vocab, hidden) = matrices.classifier.dims2()?;
+        let vocab = matrices.classifier.dim(0)?;
+        let hidden = matrices.embeddings.dim(1)?;
+        let columns = matrices.trained_columns()?;
         let dtype = matrices.classifier.dtype();
         let acc = accumulator(dtype);
         let n = self.rows.rows.len();
@@ -121,13 +123,10 @@ impl TensorBackward {
                 .transpose()
         };
         let de = zeros(wanted.embeddings, &[n, hidden], acc)?;
-        let dc = zeros(wanted.classifier, &[vocab, hidden], dtype)?;
+        let dc = zeros(wanted.classifier, &[vocab, columns.len()], dtype)?;
         let db = zeros(wanted.bias, &[vocab], dtype)?;
         for classes in blocks(vocab, size.classes) {
-            let c = matrices
-                .classifier
-                .narrow(0, classes.start, classes.len())?
-                .to_dtype(acc)?;
+            let c = classifier(matrices, &classes)?;
             let (mut dc_block, mut db_block) = (None, None);
             for row_block in blocks(n, size.rows) {
                 let e = self.rows.embeddings(matrices.embeddings, &row_block)?;
@@ -137,6 +136,7 @@ impl TensorBackward {
                     de.slice_set(&sum, 0, row_block.start)?;
                 }
                 if wanted.classifier {
+                    let e = e.narrow(1, columns.start, columns.len())?.contiguous()?;
                     dc_block = add(dc_block, g.t()?.matmul(&e)?)?;
                 }
                 if wanted.bias {

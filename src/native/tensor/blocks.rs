@@ -155,6 +155,20 @@ impl Blocks {
     }
 }
 
+/// Rows of the classifier, as wide as the embeddings, in accumulator dtype.
+pub(super) fn classifier(matrices: Matrices<&Tensor>, classes: &Range<usize>) -> Result<Tensor> {
+    let block = |t: &Tensor| -> Result<Tensor> {
+        t.narrow(0, classes.start, classes.len())?
+            .to_dtype(accumulator(t.dtype()))
+    };
+    let own = block(matrices.classifier)?;
+    let Some(adapter) = matrices.adapter else {
+        return Ok(own);
+    };
+    let between = matrices.trained_columns()?.start - own.dim(1)?;
+    Tensor::cat(&[own.pad_with_zeros(1, 0, between)?, block(adapter)?], 1)
+}
+
 /// The block's logits: bias, scale and softcap applied.
 pub(super) fn logits(
     embeddings: &Tensor,
@@ -162,13 +176,10 @@ pub(super) fn logits(
     classes: &Range<usize>,
     settings: &Settings,
 ) -> Result<Tensor> {
-    let narrow = |t: &Tensor| -> Result<Tensor> {
-        t.narrow(0, classes.start, classes.len())?
-            .to_dtype(embeddings.dtype())
-    };
-    let mut z = embeddings.matmul(&narrow(matrices.classifier)?.t()?)?;
+    let mut z = embeddings.matmul(&classifier(matrices, classes)?.t()?)?;
     if let Some(bias) = matrices.bias {
-        z = z.broadcast_add(&narrow(bias)?)?;
+        let bias = bias.narrow(0, classes.start, classes.len())?;
+        z = z.broadcast_add(&bias.to_dtype(embeddings.dtype())?)?;
     }
     if settings.logit_scale != 1. {
         z = (z * settings.logit_scale)?;

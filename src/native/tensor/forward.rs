@@ -90,7 +90,8 @@ impl Statistics {
     fn new(problem: &Problem, matrices: Matrices<&Tensor>, rows: &DeviceRows) -> Result<Self> {
         let settings = &problem.settings;
         let n = rows.rows.len();
-        let (vocab, hidden) = matrices.classifier.dims2()?;
+        let vocab = matrices.classifier.dim(0)?;
+        let hidden = matrices.embeddings.dim(1)?;
         let dtype = accumulator(matrices.embeddings.dtype());
         let size = Blocks::new(n, vocab, hidden, dtype.size_in_bytes(), workspace(settings));
         let blocks = blocks(n, size.rows)

@@ -123,3 +123,26 @@ fn ragged_sizes_agree() {
         }
     }
 }
+
+#[test]
+fn adapters_agree() {
+    for (rank, hidden) in [(1, 40), (8, 64), (20, 130)] {
+        for dtype in [DType::F64, DType::F32, DType::BF16] {
+            for strategy in [Strategy::Fused, Strategy::Recompute] {
+                for workspace in [1, 64 << 20] {
+                    let case = Case {
+                        dtype,
+                        rank,
+                        hidden,
+                        bias: rank == 8,
+                        ignore: (rank > 1).then_some(4),
+                        ..Case::small()
+                    };
+                    let options = exact().strategy(strategy).workspace(workspace);
+                    let name = format!("{rank} {hidden} {dtype:?} {strategy:?} {workspace}");
+                    compare(&name, &case, &options.softcap((rank == 20).then_some(3.)));
+                }
+            }
+        }
+    }
+}

@@ -9,7 +9,7 @@ use crate::matrices::Matrices;
 use crate::op::contract::{Forward, KeptTiles, Wanted};
 use crate::op::packed::Packed;
 use crate::problem::Problem;
-use crate::{Entropy, Filter, Options};
+use crate::{Entropy, Filter, LowRank, Options};
 use candle_core::{DType, Device, Tensor};
 use std::sync::Arc;
 
@@ -38,6 +38,8 @@ struct Case {
     scale: f64,
     /// The first so many classes are likely, and the targets.
     likely: usize,
+    /// Of an adapter of the classifier; 0 for none.
+    rank: usize,
 }
 
 impl Case {
@@ -52,6 +54,7 @@ impl Case {
             ignore: Some(3),
             scale: 1.,
             likely: 301,
+            rank: 0,
         }
     }
 
@@ -83,6 +86,13 @@ impl Case {
             }
             let bias = Tensor::new(bias, &Device::Cpu).unwrap();
             options = options.bias(&bias.to_dtype(self.dtype).unwrap());
+        }
+        if self.rank > 0 {
+            let (a, b) = (
+                tensor(&[self.rank, self.hidden], 5, 0.5),
+                tensor(&[self.vocab, self.rank], 6, 0.5),
+            );
+            options = options.adapter(LowRank::new(&a, &b, 0.5));
         }
         Call::new(&e, &c, &targets, &options)
     }
@@ -127,7 +137,7 @@ fn backward(
         .unwrap();
     [
         (gradients.embeddings, Some(&call.matrices.embeddings)),
-        (gradients.classifier, Some(&call.matrices.classifier)),
+        (gradients.classifier, Some(call.matrices.trained())),
         (gradients.bias, call.matrices.bias.as_ref()),
     ]
     .into_iter()

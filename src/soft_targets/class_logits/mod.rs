@@ -71,6 +71,9 @@ pub fn class_logits(
     if options.vocab_parallel.is_some() {
         bail!("class_logits does not work with vocab_parallel: the classes are those of one rank")
     }
+    if options.adapter.is_some() {
+        bail!("class_logits takes no adapter: hand it the classifier with the adapter in it")
+    }
     // Embeddings, classifier and options are checked as those of a loss are.
     let targets = Tensor::zeros(lead, DType::U32, embeddings.device())?;
     let read = Options::default()
@@ -295,6 +298,7 @@ mod tests {
             let matrices = Matrices {
                 embeddings: &embeddings,
                 classifier: &classifier,
+                adapter: None,
                 bias: Some(&bias),
             };
             let classes: Vec<u32> = (0..rows * k).map(|i| (i * i % vocab) as u32).collect();
@@ -340,6 +344,7 @@ mod tests {
         let matrices = Matrices {
             embeddings: &embeddings,
             classifier: &classifier,
+            adapter: None,
             bias: None,
         };
         let classes = Tensor::new(&[3i64, 4, -1, i64::MAX], &Device::Cpu)?;
