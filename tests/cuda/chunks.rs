@@ -79,6 +79,68 @@ fn gradients_of_the_head_are_rounded_once() -> Result<()> {
     Ok(())
 }
 
+/// As the outliers among the features of real models.
+#[test]
+fn a_large_column_costs_the_others_no_digits() -> Result<()> {
+    let Some(device) = device() else {
+        return Ok(());
+    };
+    const LARGE: usize = 5;
+    let mut case = case();
+    let hidden = case.inputs.hidden;
+    for e in case
+        .inputs
+        .embeddings
+        .iter_mut()
+        .skip(LARGE)
+        .step_by(hidden)
+    {
+        *e *= 64.;
+    }
+    for c in case
+        .inputs
+        .classifier
+        .iter_mut()
+        .skip(LARGE)
+        .step_by(hidden)
+    {
+        *c /= 64.;
+    }
+    let tensors = case.tensors(&device)?;
+    let upstream = Upstream {
+        loss: Some(vec![1.]),
+        ..Default::default()
+    };
+    let want = Reference::new(case.inputs.clone()).gradients(&upstream, 0.);
+    let of_others = |values: &[f64]| -> Vec<f64> {
+        let others = values.iter().enumerate();
+        others
+            .filter(|(i, _)| i % hidden != LARGE)
+            .map(|(_, x)| *x)
+            .collect()
+    };
+    let want = of_others(&want.classifier.value);
+    let error = |options: Options| -> Result<f64> {
+        let options = case.options(options, &tensors);
+        let (e, c) = (&tensors.embeddings, &tensors.classifier);
+        let grads = linear_cross_entropy(e, c, &tensors.targets, &options)?
+            .loss
+            .backward()?;
+        let got = of_others(&numbers(grads.get(c).expect("a gradient"))?);
+        let off = norm(got.iter().zip(&want).map(|(got, want)| got - want));
+        Ok(off / norm(want.iter().copied()))
+    };
+    for (what, options) in many_chunks() {
+        let alone = error(options.clone().workspace(1 << 30))?;
+        let many = error(options)?;
+        assert!(
+            many < 1.1 * alone + 1e-4,
+            "{what}: off by {many:.2e}, in one chunk by {alone:.2e}"
+        );
+    }
+    Ok(())
+}
+
 #[test]
 fn many_chunks_give_the_same_bits_every_time() -> Result<()> {
     let Some(device) = device() else {
