@@ -47,7 +47,7 @@ template <typename T, int N> __device__ __forceinline__ void adapter_product(con
   // Tiles of G are written to their end: classes past the last are zeros, and so are rows.
   const T *g = (const T *)p.gradient + class_in_range + Classes::column();
   const T *u = (const T *)p.embeddings + column0 + Columns::column();
-  const int64_t left = p.rank - column0 - Columns::column();
+  const int64_t left = (int64_t)p.rank - column0 - Columns::column();
   const auto load = [&](int block) {
     const int stage = block % STAGES;
     const uint32_t row0 = block * BK<T>;

@@ -30,7 +30,7 @@ struct ForwardParams {
   uint32_t rows;              // rows of the group at most, and the leading dimension of the outputs
   uint32_t vocab;
   uint32_t hidden;
-  uint32_t adapter_column;    // from which on columns of the classifier are its adapter's, a multiple of 64; or hidden
+  uint32_t adapter_column;    // from which on columns of the classifier are its adapter's, a multiple of 64; or beyond all
   uint32_t splits;            // ceil(tiles of 192 classes / tiles_per_split)
   uint32_t tiles_per_split;   // even, so that a split starts at a multiple of 128 classes
   uint32_t raster;            // panels of 256 rows that walk the classes together

@@ -52,7 +52,7 @@ struct GradientParams {
   uint32_t rows;                // at most
   uint32_t vocab;             // all classes
   uint32_t hidden;
-  uint32_t adapter_column;      // from which on columns of the classifier are its adapter's, a multiple of 64; or hidden
+  uint32_t adapter_column;      // from which on columns of the classifier are its adapter's, a multiple of 64; or beyond all
   uint32_t first_class;         // of the range, a multiple of 128
   uint32_t range;               // classes of the range
   uint32_t gradient_stride;     // a multiple of 128, at least the range

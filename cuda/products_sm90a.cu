@@ -43,7 +43,7 @@ struct ProductParams {
   uint32_t rows;             // at most
   uint32_t vocab;          // all classes
   uint32_t hidden;
-  uint32_t adapter_column;   // dE: from which on columns of C are its adapter's, a multiple of 64; or hidden
+  uint32_t adapter_column;   // dE: from which on columns of C are its adapter's, a multiple of 64; or beyond all
   uint32_t first_class;      // of the range, a multiple of 128
   uint32_t range;            // classes of the range
   uint32_t class_tiles;      // ceil(vocab / 128)

@@ -64,17 +64,18 @@ fn loss(
     (ids, labels): &(Tensor, Tensor),
 ) -> Result<Tensor> {
     let hidden = student.hidden_states(ids)?;
+    // With its adapter in it, where it has one: distillation takes none beside the weight.
+    let weight = &student.head_weight()?;
     let head = student.head(&Options::default())?;
-    let (weight, options) = (head.weight(), head.options());
+    let options = &head.options().clone().adapter(None);
     let loss = match args.teacher {
         Says::TopK => {
             let few = likeliest(teacher, ids, args.k)?;
             top_k_divergence(&hidden, weight, labels, &few, options)?
         }
         Says::Whole => {
-            let of_teacher = teacher.head(&Options::default())?;
             let states = teacher.hidden_states(ids)?.detach();
-            let whole = Teacher::new(&states, &of_teacher.weight().detach());
+            let whole = Teacher::new(&states, &teacher.head_weight()?.detach());
             divergence(
                 &hidden,
                 weight,

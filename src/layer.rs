@@ -46,7 +46,7 @@ impl LinearCrossEntropy {
         Self::new(head.weight().clone(), head.bias().cloned(), options)
     }
 
-    /// The weight, `(V, D)`.
+    /// The weight, `(V, D)`, without the [adapter](Options::adapter) of the options.
     pub fn weight(&self) -> &Tensor {
         &self.weight
     }

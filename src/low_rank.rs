@@ -14,6 +14,7 @@
 
 use crate::devices::same_device;
 use crate::node::{attach, Node};
+use crate::op::contract::accumulator;
 use candle_core::{bail, DType, Result, Tensor, D};
 use std::fmt;
 use std::sync::Arc;
@@ -75,7 +76,7 @@ impl fmt::Debug for LowRank {
 }
 
 impl LowRank {
-    /// `A` `(r, D)` and `B` `(V, r)`, of any float dtypes, and what their product is multiplied by.
+    /// `A` `(r, D)` and `B` `(V, r)`, in bf16, f16, f32 or f64, and what their product is multiplied by.
     pub fn new(a: &Tensor, b: &Tensor, scale: f64) -> Self {
         Self {
             a: a.clone(),
@@ -86,7 +87,9 @@ impl LowRank {
     }
 
     /// What `A` multiplies instead of the embeddings, of their shape, which is `(rows, D)`, and dtype: a dropout of them,
-    /// say. Each call of the loss calls it once.
+    /// say. Each call of the loss calls it once, as does one of
+    /// [`LinearCrossEntropy::logits`](crate::LinearCrossEntropy::logits); on shards of the classes it must do the same on every
+    /// rank.
     pub fn input(
         mut self,
         input: impl Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
@@ -157,13 +160,15 @@ impl LowRank {
         Ok(())
     }
 
-    /// `scale A` and `B` in a dtype.
+    /// `scale A` and `B` in a dtype, contiguous.
     fn rounded(&self, dtype: DType) -> Result<(Tensor, Tensor)> {
         let a = match self.scale {
             1. => self.a.clone(),
-            scale => (&self.a * scale)?,
+            // Candle rounds the factor to the dtype of what it multiplies.
+            scale => (self.a.to_dtype(accumulator(self.a.dtype()))? * scale)?,
         };
-        Ok((a.to_dtype(dtype)?, self.b.to_dtype(dtype)?))
+        let (a, b) = (a.to_dtype(dtype)?, self.b.to_dtype(dtype)?);
+        Ok((a.contiguous()?, b.contiguous()?))
     }
 
     /// The embeddings `(rows, W)` and the adapter `(V, r)` as implementations take them, of contiguous embeddings

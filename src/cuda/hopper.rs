@@ -91,7 +91,7 @@ pub(super) fn forward(
         rows: plan.rows as u32,
         vocab: vocab as u32,
         hidden: hidden as u32,
-        adapter_column: operands.classifier.adapter_column as u32,
+        adapter_column: adapter_column(operands),
         splits: plan.splits as u32,
         tiles_per_split: plan.tiles_per_split as u32,
         raster: RASTER as u32,
@@ -223,7 +223,7 @@ pub(super) fn tiles(
         rows: tiles.rows as u32,
         vocab: vocab as u32,
         hidden: hidden as u32,
-        adapter_column: operands.classifier.adapter_column as u32,
+        adapter_column: adapter_column(operands),
         first_class: tiles.first_class as u32,
         range: tiles.range as u32,
         gradient_stride: tiles.stride as u32,
@@ -338,7 +338,7 @@ pub(super) fn products(
             rows: part.rows as u32,
             vocab: vocab as u32,
             hidden: hidden as u32,
-            adapter_column: operands.classifier.adapter_column as u32,
+            adapter_column: adapter_column(operands),
             first_class: part.first_class as u32,
             range: classes as u32,
             class_tiles: operands.class_tiles() as u32,
@@ -380,6 +380,14 @@ pub(super) fn products(
         adapter::product(gpu, operands, rows, scale, part)?;
     }
     Ok(())
+}
+
+/// From which column on the classifier is its adapter; beyond all where it has none.
+fn adapter_column(operands: Operands) -> u32 {
+    match operands.classifier.rank {
+        0 => u32::MAX,
+        _ => operands.classifier.adapter_column as u32,
+    }
 }
 
 /// The table of kept tiles from a row on; 0 where there is none.

@@ -79,9 +79,13 @@ impl CausalLm for Decoder {
         }
     }
 
+    /// With the head's adapter in its options, if it has one, and the dropout of that by the seed there is now.
     fn head(&self, options: &Options) -> Result<LinearCrossEntropy> {
         let mut options = head_options(options, self.softcap());
         if let Some(adapter) = &self.head_adapter {
+            if options.adapter.is_some() {
+                bail!("the head has an adapter already, and the options have another")
+            }
             options = options.adapter(adapter.low_rank(self.dropout_seed()));
         }
         Ok(LinearCrossEntropy::new(self.head.clone(), None, options))

@@ -115,7 +115,8 @@ impl Decoder {
     }
 
     /// Turns the dropout of adapters on, for forwards that train: which numbers are dropped follows from the seed, so give
-    /// each batch another. `None`, as at first, turns it off. A [`Decoder::frozen`] decoder has it off.
+    /// each batch another, before [`head`](super::CausalLm::head) is called for it. `None`, as at first, turns it off. A
+    /// [`Decoder::frozen`] decoder has it off.
     pub fn set_dropout_seed(&mut self, seed: Option<u64>) {
         self.dropout_seed = seed;
     }

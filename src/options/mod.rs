@@ -108,9 +108,11 @@ impl Options {
     /// gradient of the embeddings too, and that of `B` is a product of `r` columns. Takes a [`LowRank`] or an `Option`.
     /// Default: none.
     ///
-    /// Goes together with all other options. Nothing is filtered, whatever the filter. On a shard of the classes `B` is
-    /// the shard's, and `A` the same on every rank; its gradient is the same too. Each call keeps a copy of the embeddings
-    /// with `r` more columns until the backward. `A` multiplies every row of the embeddings: NaN or infinity in one that
+    /// Goes together with all other options; [`soft_targets`](crate::soft_targets) take none. Nothing is filtered, whatever the
+    /// filter. On a shard of the classes `B` is the shard's, and `A` the same on every rank; its gradient is summed where
+    /// that of the embeddings is, so without
+    /// [`reduce_e_grad`](crate::VocabParallel::reduce_e_grad) the caller sums both. Each call keeps a copy of the embeddings
+    /// with `r` more columns until the backward, after `D` rounded up to a multiple of 64. `A` multiplies every row of the embeddings: NaN or infinity in one that
     /// does not count makes the gradient of `A` NaN, though nothing else.
     ///
     /// # Errors

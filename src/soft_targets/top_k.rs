@@ -171,7 +171,7 @@ impl TopK {
 /// # Errors
 /// Those of `linear_cross_entropy` and `class_logits`; shapes, dtypes and devices of the teacher that do not match; a
 /// temperature that is not positive and finite; [`Options::z_loss_weight`], [`Options::label_smoothing`],
-/// [`Options::class_weights`] and [`Options::vocab_parallel`].
+/// [`Options::class_weights`], [`Options::adapter`] and [`Options::vocab_parallel`].
 ///
 /// Source: Hinton et al., *Distilling the Knowledge in a Neural Network*,
 /// [arXiv 1503.02531](https://arxiv.org/abs/1503.02531).

@@ -32,6 +32,29 @@ fn small() -> Result<(Case, [Tensor; 4], Tensor)> {
     Ok((case, matrices, tensors.targets))
 }
 
+/// 0.7 in bf16 is 0.69921875. And `A` may be a view.
+#[test]
+fn the_scale_is_not_rounded_to_the_dtype_of_a() -> Result<()> {
+    let (_, [embeddings, classifier, a, b], targets) = small()?;
+    let [embeddings, classifier, b] =
+        [embeddings, classifier, b].map(|tensor| tensor.to_dtype(DType::F32));
+    let (embeddings, classifier, b) = (embeddings?, classifier?, b?);
+    let a = (a.to_dtype(DType::BF16)? * 8.)?;
+    let beside = Tensor::cat(&[&a, &a], 1)?;
+    let losses = |a: &Tensor| -> Result<Vec<f64>> {
+        let options = exact().adapter(LowRank::new(a, &b, 0.7));
+        let output = linear_cross_entropy(&embeddings, &classifier, &targets, &options)?;
+        numbers(&output.lse)
+    };
+    let want = losses(&a.to_dtype(DType::F32)?)?;
+    for a in [&a, &beside.narrow(1, 0, 6)?] {
+        for (got, want) in losses(a)?.into_iter().zip(&want) {
+            assert!((got - want).abs() < 1e-5, "{got} {want}");
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn gradients_are_finite_differences() -> Result<()> {
     let (_, [embeddings, classifier, a, b], targets) = small()?;

@@ -47,8 +47,8 @@ use candle_core::{bail, DType, Device, Result, Tensor, D};
 /// ```
 ///
 /// # Errors
-/// Shapes, dtypes or devices that do not match, a head whose classes are sharded, and a class outside `[0, V)`: the first
-/// is named.
+/// Shapes, dtypes or devices that do not match, a head whose classes are sharded or that has an adapter, and a class outside
+/// `[0, V)`: the first is named.
 pub fn class_logits(
     embeddings: &Tensor,
     classifier: &Tensor,

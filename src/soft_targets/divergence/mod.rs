@@ -132,8 +132,8 @@ impl Teacher {
 /// # Errors
 /// Those of `linear_cross_entropy`, of the student or the teacher; numbers of classes that differ; a temperature that is
 /// not positive and finite; a `beta` that is not between 1e-6 and 1 - 1e-6; a target that is no class;
-/// [`Options::z_loss_weight`], [`Options::entropy_bonus`], [`Options::label_smoothing`], [`Options::class_weights`] and
-/// [`Options::vocab_parallel`].
+/// [`Options::z_loss_weight`], [`Options::entropy_bonus`], [`Options::label_smoothing`], [`Options::class_weights`],
+/// [`Options::adapter`] and [`Options::vocab_parallel`].
 ///
 /// Source: Agarwal et al., *On-Policy Distillation of Language Models* (GKD),
 /// [arXiv 2306.13649](https://arxiv.org/abs/2306.13649); `generalized_jsd_loss` of
