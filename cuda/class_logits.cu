@@ -225,3 +225,5 @@ FOR_DTYPES(class_sum_runs, sum_runs, ByClassParams, ROW_THREADS)
 OF_BIAS(bf16, __nv_bfloat16)
 OF_BIAS(f16, __half)
 OF_BIAS(f32, float)
+
+static_assert(PRODUCT_THREADS == 256 && ROW_THREADS == 256 && PRODUCTS == 4 && PIECE == 512, "the host mirrors these");

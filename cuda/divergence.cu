@@ -201,3 +201,5 @@ template <typename T, int KIND> __device__ void divergence(const DivergenceParam
 DIVERGENCE(forward_divergence, FORWARD)
 DIVERGENCE(reverse_divergence, REVERSE)
 DIVERGENCE(mixture_divergence, JENSEN_SHANNON)
+
+static_assert(THREADS == 512, "the host mirrors it");

@@ -324,3 +324,5 @@ template <typename T> __device__ void scale_gradient(const UpstreamParams &p) {
   }                                                                                                          \
   extern "C" __global__ void scale_gradient_##SUFFIX(const UpstreamParams p) { scale_gradient<T>(p); }
 FUSED(bf16, __nv_bfloat16)
+
+static_assert(ENTROPY_THREADS == 256 && ENTROPY_COLUMNS == 8192, "the host mirrors these");

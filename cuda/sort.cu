@@ -94,3 +94,5 @@ extern "C" __global__ void __launch_bounds__(SORT_THREADS) place(const SortParam
     p.sorted_values[at] = p.values[first + i * 32];
   }
 }
+
+static_assert(DIGIT_BITS == 9 && SORT_THREADS == 256 && SORT_TILE == 4096, "the host mirrors these");
