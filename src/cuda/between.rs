@@ -6,7 +6,7 @@ use super::operands::Operands;
 use super::outputs::Results;
 use candle_core::Result;
 
-/// dC itself lies in its place meanwhile, in 16 bits a number: see `Between` in `cuda/products_sm90a.cu`.
+/// dC itself lies in its place meanwhile, in 16 bits a number: see `cuda/between.cuh`.
 #[derive(Default)]
 pub(super) struct Between {
     exponents: Option<Buffer>,

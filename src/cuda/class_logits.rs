@@ -76,7 +76,7 @@ pub(crate) fn gradients(
     }
     let sums = match others {
         Some(others) => others.clone(),
-        None => zeros(matrices, wanted)?,
+        None => Gradients::zeros(matrices, wanted)?,
     };
     let call = Call {
         gpu,
@@ -124,18 +124,6 @@ pub(crate) fn add_rows(sums: &Tensor, ids: &Tensor, rows: &Tensor) -> Result<boo
     let ones = Tensor::ones((count, 1), DType::F32, ids.device())?;
     let classes = ids.reshape((count, 1))?;
     Ok(gradients(matrices, &classes, &ones, wanted, Some(&others))?.is_some())
-}
-
-fn zeros(matrices: Matrices<&Tensor>, wanted: Wanted) -> Result<Gradients> {
-    let zeros = |wanted: bool, of: Option<&Tensor>| match of {
-        Some(of) if wanted => of.zeros_like().map(Some),
-        _ => Ok(None),
-    };
-    Ok(Gradients {
-        embeddings: zeros(wanted.embeddings, Some(matrices.embeddings))?,
-        classifier: zeros(wanted.classifier, Some(matrices.classifier))?,
-        bias: zeros(wanted.bias, matrices.bias)?,
-    })
 }
 
 struct Call {

@@ -13,7 +13,7 @@ use super::operands::Operands;
 use super::params::classifier::ClassifierParams;
 use super::params::forward_sm90a::ForwardParams;
 use super::params::gradient_sm90a::GradientParams;
-use super::params::products_sm90a::ProductParams;
+use super::params::product_tiles_sm90a::ProductParams;
 use super::tensor_map::TensorMap;
 use crate::plan::{Groups, Path, PANEL, PARTIALS_BYTES, PIECE_ROWS, STRIP, TILE};
 use crate::problem::Settings;

@@ -38,6 +38,19 @@ pub(crate) struct Gradients {
 }
 
 impl Gradients {
+    /// Zeros, where wanted.
+    pub fn zeros(matrices: Matrices<&Tensor>, wanted: Wanted) -> Result<Self> {
+        let zeros = |wanted: bool, of: Option<&Tensor>| match of {
+            Some(of) if wanted => of.zeros_like().map(Some),
+            _ => Ok(None),
+        };
+        Ok(Self {
+            embeddings: zeros(wanted.embeddings, Some(matrices.embeddings))?,
+            classifier: zeros(wanted.classifier, Some(matrices.trained()))?,
+            bias: zeros(wanted.bias, matrices.bias)?,
+        })
+    }
+
     /// The sums of two that have the same.
     pub fn plus(self, other: Self) -> Result<Self> {
         let sum = |a: Option<Tensor>, b: Option<Tensor>| match (a, b) {

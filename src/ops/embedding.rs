@@ -4,7 +4,7 @@ use crate::by_class::ByClass;
 use crate::native::Element;
 use crate::node::{attach, Node};
 use crate::positions::to_i64;
-use candle_core::{bail, CpuStorage, InplaceOp1, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{bail, CpuStorage, DType, InplaceOp1, Layout, Result, Shape, Storage, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -33,7 +33,7 @@ use rayon::prelude::*;
 /// ```
 ///
 /// # Errors
-/// A table that is no matrix, tensors on two devices, ids that are no integers, and on the CPU an id outside `[0, V)`. Elsewhere
+/// A table that is no matrix or has no numbers, tensors on two devices, ids that are no integers, and on the CPU an id outside `[0, V)`. Elsewhere
 /// ids are not checked.
 pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     let Ok((vocab, columns)) = table.dims2() else {
@@ -42,11 +42,21 @@ pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
             table.dims()
         )
     };
-    if !table.dtype().is_float() {
+    if table.elem_count() == 0 {
+        bail!(
+            "embedding: no numbers in a table of shape {:?}",
+            table.dims()
+        )
+    }
+    let floats = [DType::BF16, DType::F16, DType::F32, DType::F64];
+    if !floats.contains(&table.dtype()) {
         bail!(
             "embedding: the table must be bf16, f16, f32 or f64, got {:?}",
             table.dtype()
         )
+    }
+    if !ids.dtype().is_int() {
+        bail!("embedding: ids must be integers, got {:?}", ids.dtype())
     }
     if !ids.device().same_device(table.device()) {
         bail!(
@@ -98,6 +108,9 @@ impl Node for Embedding {
 
 /// `sum` with these rows added where their ids say, in place but for dtypes and devices that only Candle knows.
 fn with_rows(sum: Tensor, ids: &Tensor, rows: &Tensor) -> Result<Tensor> {
+    if ids.elem_count() == 0 {
+        return Ok(sum);
+    }
     if sum.device().is_cpu() {
         let ids = ids.to_vec1::<i64>()?.into_iter().map(|id| id as u32);
         let by_id = ByClass::new(&ids.collect::<Vec<_>>(), sum.dim(0)?);

@@ -67,8 +67,21 @@ fn ids_that_name_no_row_are_errors() -> Result<()> {
         let error = embedding(&table, &ids).expect_err("an id that is not there");
         assert!(error.to_string().contains("outside [0, 3)"), "{error}");
     }
-    let error = embedding(&table.flatten_all()?, &Tensor::new(&[0u32], &Device::Cpu)?);
-    assert!(error.is_err_and(|error| error.to_string().contains("(V, D)")));
+    let id = Tensor::new(&[0u32], &Device::Cpu)?;
+    let fails = |table: &Tensor, ids: &Tensor, with: &str| {
+        let error = embedding(table, ids).expect_err(with).to_string();
+        assert!(error.contains(with), "{error}");
+    };
+    fails(&table.flatten_all()?, &id, "(V, D)");
+    fails(&table.narrow(1, 0, 0)?, &id, "no numbers");
+    fails(&table, &id.to_dtype(DType::F32)?, "integers");
+    let none = Tensor::zeros((2, 0), DType::U32, &Device::Cpu)?;
+    let table = Var::from_tensor(&table)?;
+    let rows = embedding(&table, &none)?;
+    assert_eq!(rows.dims(), [2, 0, 2]);
+    let gradients = (rows.sum_all()? + table.sum_all()?)?.backward()?;
+    let of_table = gradients.get(&table).expect("a gradient");
+    assert_eq!(of_table.to_vec2::<f32>()?, [[1., 1.]; 3]);
     Ok(())
 }
 

@@ -7,6 +7,17 @@ use crate::{device, DTYPES};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_cut_cross_entropy::ops::{self, AttentionOptions};
 
+/// The cases of an operation, for a dtype.
+type Cases = fn(DType) -> Vec<Box<dyn Operation>>;
+
+const OPERATIONS: [Cases; 5] = [
+    rows::norms,
+    rows::gated,
+    rows::ropes,
+    embedding::lookups,
+    attention::attentions,
+];
+
 fn check_all(cases: impl Fn(DType) -> Vec<Box<dyn Operation>>) {
     let Some(device) = device() else { return };
     for dtype in DTYPES {
@@ -49,13 +60,7 @@ fn attention_matches_the_formulas() {
 fn candle_operations_match_the_formulas() {
     // There are no kernels for f64.
     let Some(device) = device() else { return };
-    for cases in [
-        rows::norms,
-        rows::gated,
-        rows::ropes,
-        embedding::lookups,
-        attention::attentions,
-    ] {
+    for cases in OPERATIONS {
         check(&cases(DType::F64), &device);
     }
 }
@@ -66,13 +71,7 @@ fn every_run_gives_the_same_bits() -> Result<()> {
         return Ok(());
     };
     for dtype in DTYPES {
-        for cases in [
-            rows::norms,
-            rows::gated,
-            rows::ropes,
-            embedding::lookups,
-            attention::attentions,
-        ] {
+        for cases in OPERATIONS {
             check_repeats(&cases(dtype), &device)?;
         }
     }

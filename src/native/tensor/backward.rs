@@ -44,7 +44,7 @@ impl Backward for TensorBackward {
         let dtype = matrices.classifier.dtype();
         let n = self.rows.rows.len();
         if n == 0 {
-            return zeros(matrices, wanted);
+            return Gradients::zeros(matrices, wanted);
         }
         // Accumulating dE over blocks of classes takes a copy of it in f32 for half-precision inputs.
         let acc = accumulator(dtype);
@@ -73,19 +73,6 @@ impl Backward for TensorBackward {
         }
         self.gradients(matrices, &scales, wanted)
     }
-}
-
-/// The gradients where no position counts.
-fn zeros(matrices: Matrices<&Tensor>, wanted: Wanted) -> Result<Gradients> {
-    let zeros = |wanted: bool, of: Option<&Tensor>| match of {
-        Some(of) if wanted => of.zeros_like().map(Some),
-        _ => Ok(None),
-    };
-    Ok(Gradients {
-        embeddings: zeros(wanted.embeddings, Some(matrices.embeddings))?,
-        classifier: zeros(wanted.classifier, Some(matrices.trained()))?,
-        bias: zeros(wanted.bias, matrices.bias)?,
-    })
 }
 
 fn add(sum: Option<Tensor>, term: Tensor) -> Result<Option<Tensor>> {
