@@ -72,7 +72,11 @@ pub(crate) fn gradients(
     let (rows, k) = classes.dims2()?;
     let (vocab, hidden) = matrices.classifier.dims2()?;
     if rows * k > i32::MAX as usize {
-        bail!("{rows} positions of {k} classes are more gradients than can be sorted")
+        bail!(
+            "{rows} positions of {k} classes are {} gradients: at most {} can be sorted",
+            rows * k,
+            i32::MAX
+        )
     }
     let sums = match others {
         Some(others) => others.clone(),

@@ -84,7 +84,7 @@ impl CausalLm for Decoder {
         let mut options = head_options(options, self.softcap());
         if let Some(adapter) = &self.head_adapter {
             if options.adapter.is_some() {
-                bail!("the head has an adapter already, and the options have another")
+                bail!("the options have an adapter, and so has the head of this decoder: leave the options' out")
             }
             options = options.adapter(adapter.low_rank(self.dropout_seed()));
         }
