@@ -6,7 +6,7 @@ use std::process::Command;
 use std::{env, fs};
 
 /// Sources and the virtual architecture each is compiled for.
-const KERNELS: [(&str, &str); 30] = [
+const KERNELS: [(&str, &str); 32] = [
     ("rows", "compute_80"),
     ("loss", "compute_80"),
     ("fused", "compute_80"),
@@ -35,6 +35,8 @@ const KERNELS: [(&str, &str); 30] = [
     ("gradient_outputs_sm90a", "compute_90a"),
     ("logits_sm90a", "compute_90a"),
     ("products_sm90a", "compute_90a"),
+    ("products_mixed_sm90a", "compute_90a"),
+    ("products_ragged_sm90a", "compute_90a"),
     ("attention_sm90a_bf16", "compute_90a"),
     ("attention_sm90a_f16", "compute_90a"),
 ];

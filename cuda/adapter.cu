@@ -6,7 +6,7 @@
 #include "mainloop_sm80.cuh"
 
 struct AdapterParams {
-  const void *gradient;           // (rows of this launch, stride), column 0 of which is first_class
+  const void *gradient;           // (rows of this launch, gradient_stride), column 0 of which is first_class
   const void *embeddings;         // the adapter's columns, of rows embeddings_stride apart
   const uint32_t *row_embedding;  // of a row, or null: they lie in order from first_row on
   const uint32_t *count;
@@ -15,7 +15,7 @@ struct AdapterParams {
   const float *target_rows;       // (slots, rank)
   void *result;                   // (vocab, rank)
   float *sums;                    // (vocab, rank) what several chunks of rows leave for the next, or null
-  int64_t stride, embeddings_stride;
+  int64_t gradient_stride, embeddings_stride;
   int64_t vocab, first_class;
   uint32_t first_row, rows;       // of this launch
   uint32_t rank;                  // a multiple of 8
@@ -53,7 +53,7 @@ template <typename T, int N> __device__ __forceinline__ void adapter_product(con
     const uint32_t row0 = block * BK<T>;
     Classes::template load<true>(
         shared_address(shared.gradient[stage]),
-        [&](int i) { return g + (int64_t)(row0 + Classes::k(i)) * p.stride; }, PER_CHUNK<T>, ~0u);
+        [&](int i) { return g + (int64_t)(row0 + Classes::k(i)) * p.gradient_stride; }, PER_CHUNK<T>, ~0u);
     Columns::template load<true>(
         shared_address(shared.inner[stage]),
         [&](int i) {

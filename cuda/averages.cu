@@ -294,7 +294,8 @@ struct ListTargetsParams {
   void *combined;                 // out: (rows / 2, hidden) means, for f16 has no range for sums
   uint32_t *slots;                // (vocab) zero; out: 1 + the place of a class's first row; or null: no bias
   float *target_bias;             // out: (rows) at a class's first row, the sum of its entries
-  int64_t hidden;
+  int64_t hidden;                 // columns of combined, zeros from embedding_columns on
+  int64_t embedding_columns;
   uint32_t first_row, rows;
 };
 
@@ -327,7 +328,8 @@ template <typename T> __device__ void list_targets(const ListTargetsParams &p) {
 #pragma unroll 4
     for (uint32_t at = first; at < end; at++) {
       const uint32_t row = p.sorted_row[at];
-      of_rows += p.entry[row] * to_float(((const T *)p.embeddings)[p.row_embedding[row] * p.hidden + column]);
+      if (column < p.embedding_columns)
+        of_rows += p.entry[row] * to_float(((const T *)p.embeddings)[p.row_embedding[row] * p.embedding_columns + column]);
     }
     ((T *)p.combined)[first / 2 * p.hidden + column] = from_float<T>(of_rows / (float)found);
   }

@@ -67,8 +67,8 @@ struct FinishParams {
   const uint32_t *count;
   const float *scale;      // one number, or null: 1
   const float *row_scale;  // (rows of this launch), or null: 1
-  void *embeddings_grad;   // (.., hidden), zeroed
-  int64_t hidden;
+  void *embeddings_grad;   // (.., embedding_columns), zeroed
+  int64_t hidden, embedding_columns;
   uint32_t first_row;
 };
 
@@ -77,15 +77,15 @@ template <typename T, typename Out> __device__ void finish_embeddings(const Fini
   const uint32_t row = p.first_row + blockIdx.x;
   if (row >= *p.count) return;
   const float *from = p.sums + blockIdx.x * p.hidden;
-  Out *into = (Out *)p.embeddings_grad + p.row_embedding[row] * p.hidden;
+  Out *into = (Out *)p.embeddings_grad + p.row_embedding[row] * p.embedding_columns;
   const float on_all = p.scale ? *p.scale : 1.f, scale = on_all * (p.row_scale ? p.row_scale[blockIdx.x] : 1.f);
   if (!p.target_part) {
-    for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x) into[i] = from_float<Out>(scale * from[i]);
+    for (int64_t i = threadIdx.x; i < p.embedding_columns; i += blockDim.x) into[i] = from_float<Out>(scale * from[i]);
     return;
   }
   const float part = on_all * p.target_part[blockIdx.x];
   const int target = max(p.row_target[row], 0);
-  for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x)
+  for (int64_t i = threadIdx.x; i < p.embedding_columns; i += blockDim.x)
     into[i] = from_float<Out>(scale * from[i] + part * class_number<T>(p.classifier, target, i));
 }
 

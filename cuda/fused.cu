@@ -147,8 +147,8 @@ struct FactorParams {
   const int32_t *row_target;
   const uint32_t *count, *redo;
   float *factor, *target_part;  // out: (chunk_rows)
-  void *gathered;               // (chunk_rows, columns) of rows `stride` apart, in and out, or null
-  int64_t columns, stride;
+  void *gathered;               // (chunk_rows, columns), in and out, or null
+  int64_t columns, gathered_stride;  // of those to multiply; from one row to the next
   TermsParams terms;
   uint32_t first_row, positions, mean;
   float softcap, logit_scale;
@@ -224,7 +224,7 @@ template <typename T> __device__ void factor_rows(const FactorParams &p) {
   const float to_softmax = redone ? 1.f : of_row * expf(-log_sum) + (max - max);
   const float of_all = p.logit_scale * (p.mean ? 1.f / mean_divisor(p.terms, count) : 1.f), factor = of_all * to_softmax;
   if (p.gathered) {
-    T *e = (T *)p.gathered + blockIdx.x * p.stride;
+    T *e = (T *)p.gathered + blockIdx.x * p.gathered_stride;
     for (int64_t i = threadIdx.x; i < p.columns; i += blockDim.x) e[i] = from_float<T>(factor * to_float(e[i]));
   }
   if (threadIdx.x > 0) return;
@@ -249,9 +249,11 @@ struct TargetsParams {
   const int32_t *sorted_target;
   const uint32_t *count;
   uint32_t *slots;     // (vocab) zero; out: 1 + the slot of a class that is a target
-  float *target_rows;  // out: (slots, columns), or null
+  float *target_rows;  // out: (slots, target_columns), or null
   float *target_bias;  // out: (slots)
-  int64_t columns, stride;  // of the embeddings, and from one row of them to the next
+  int64_t columns;            // of the embeddings, those that the gradient has
+  int64_t embeddings_stride;  // from one row of the embeddings to the next
+  int64_t target_columns;     // of target_rows, zeros from `columns` on
   uint32_t first_row, rows;
 };
 
@@ -274,7 +276,7 @@ template <typename T> __device__ void sum_targets(const TargetsParams &p) {
 #pragma unroll 8
   for (uint32_t at = first; at < end; at++) {
     const uint32_t row = p.sorted_row[at];
-    const T *e = (const T *)p.embeddings + p.row_embedding[p.first_row + row] * p.stride;
+    const T *e = (const T *)p.embeddings + p.row_embedding[p.first_row + row] * p.embeddings_stride;
     const float part = p.target_part[row];
     of_bias += part;
 #pragma unroll
@@ -284,7 +286,8 @@ template <typename T> __device__ void sum_targets(const TargetsParams &p) {
   if (p.target_rows) {
 #pragma unroll
     for (int i = 0; i < TARGET_COLUMNS / TARGET_THREADS; i++)
-      if (column + i * TARGET_THREADS < p.columns) p.target_rows[first * p.columns + column + i * TARGET_THREADS] = sum[i];
+      if (column + i * TARGET_THREADS < p.target_columns)
+        p.target_rows[first * p.target_columns + column + i * TARGET_THREADS] = sum[i];
   }
   if (blockIdx.y == 0 && threadIdx.x == 0) p.slots[target] = first + 1, p.target_bias[first] = of_bias;
 }

@@ -39,17 +39,46 @@ __device__ __forceinline__ void stage_masses(float (&to)[TILE_N], const ProductP
 }
 
 // The exponents of a block's columns, which begin at `first_column`.
+template <bool MIXED>
 __device__ __forceinline__ uint8_t* exponents_of(const ProductParams& p, uint32_t first_column) {
+  if constexpr (MIXED) {
+    const uint32_t whole = p.wide * STRIP;
+    const uint32_t strip =
+        first_column < whole ? first_column / STRIP : p.wide + (first_column - whole) / (CLUSTER * NARROW);
+    return p.exponents + static_cast<size_t>(strip * CLUSTER + cluster_rank()) * p.vocab;
+  }
   return p.exponents + static_cast<size_t>(first_column / STRIP * CLUSTER + cluster_rank()) * p.vocab;
 }
 
-// dC: scaled; what earlier chunks of rows left is added; rounded by the last chunk, which may be the only one.
-template <typename T, bool AVERAGED, int R>
+// Two neighbouring numbers of a row of dC that begins on no more than a number, or, where rows are of pairs, on two. Those
+// from `end` on do not exist.
+template <typename T>
+__device__ __forceinline__ uint32_t load_pair(const T* row, uint32_t column, uint32_t end) {
+  if (column >= end) return 0;
+  if (end % 2 == 0) return *reinterpret_cast<const uint32_t*>(row + column);
+  const uint16_t* from = reinterpret_cast<const uint16_t*>(row + column);
+  return from[0] | (column + 1 < end ? uint32_t(from[1]) << 16 : 0);
+}
+template <typename T>
+__device__ __forceinline__ void store_pair(T* row, uint32_t column, uint32_t end, uint32_t pair) {
+  if (column >= end) return;
+  if (end % 2 == 0) {
+    *reinterpret_cast<uint32_t*>(row + column) = pair;
+    return;
+  }
+  uint16_t* to = reinterpret_cast<uint16_t*>(row + column);
+  to[0] = pair;
+  if (column + 1 < end) to[1] = pair >> 16;
+}
+
+// dC: scaled; what earlier chunks of rows left is added; rounded by the last chunk, which may be the only one. RAGGED: rows of
+// dC do not begin on 16 bytes.
+template <typename T, bool AVERAGED, bool MIXED, bool RAGGED, int R>
 __device__ __forceinline__ void write_classes(float (&product)[2][R], const ProductParams& p, const float* masses,
                                               uint32_t first_class, uint32_t first_column, uint32_t end_column) {
   const float scale = p.scale ? *p.scale : 1.0f;
   const uint32_t lane_column = first_column + 8 * (threadIdx.x % 4);
-  uint8_t* exponents = exponents_of(p, first_column);
+  uint8_t* exponents = exponents_of<MIXED>(p, first_column);
   uint32_t slot[4];
   float share[4];
   uint2 listed[4];
@@ -66,6 +95,8 @@ __device__ __forceinline__ void write_classes(float (&product)[2][R], const Prod
   for (int s = 0; s < 4; ++s) {
     const uint32_t row = first_class + s / 2 * 64 + s % 2 * 8;
     T* to = static_cast<T*>(p.out) + static_cast<size_t>(row) * p.hidden + lane_column;
+    T* ragged_row = static_cast<T*>(p.out) + static_cast<size_t>(row) * p.grad_columns;
+    const auto column_of = [&](int chunk) { return first_column + 8 * chunk + threadIdx.x % 4 * 2; };
     const float* more = target_row(p, slot[s]);
     const bool any_listed = AVERAGED && __any_sync(~0u, listed[s].x != 0);
     const T* target = nullptr;
@@ -75,18 +106,22 @@ __device__ __forceinline__ void write_classes(float (&product)[2][R], const Prod
     }
     const float unit = !p.overwrite && row < p.vocab ? Between::unit(exponents[row]) : 0.0f;
     // Each lane loads the 16 bytes that it will write, all before the first is needed; then they are dealt out as the
-    // product lies.
+    // product lies. Of a ragged row, as it lies.
     uint4 old[R / 16];
 #pragma unroll
     for (int first = 0; first < R / 4; first += 4) {
       old[first / 4] = make_uint4(0, 0, 0, 0);
-      if (!p.overwrite && row < p.vocab && lane_column + 8 * first < end_column)
+      if constexpr (RAGGED) {
+        const auto pair = [&](int chunk) { return load_pair(ragged_row, column_of(chunk), p.grad_columns); };
+        if (!p.overwrite && row < p.vocab)
+          old[first / 4] = make_uint4(pair(first), pair(first + 1), pair(first + 2), pair(first + 3));
+      } else if (!p.overwrite && row < p.vocab && lane_column + 8 * first < end_column)
         old[first / 4] = *reinterpret_cast<const uint4*>(to + 8 * first);
     }
     uint32_t largest = 0;  // of the absolute values, as bits
 #pragma unroll
     for (int first = 0; first < R / 4; first += 4) {
-      const uint4 dealt = p.overwrite ? old[first / 4] : deal_chunk(old[first / 4]);
+      const uint4 dealt = RAGGED || p.overwrite ? old[first / 4] : deal_chunk(old[first / 4]);
       const uint32_t before[4] = {dealt.x, dealt.y, dealt.z, dealt.w};
       uint32_t of_target[4] = {};
       if (AVERAGED && any_listed) {
@@ -128,8 +163,14 @@ __device__ __forceinline__ void write_classes(float (&product)[2][R], const Prod
           const int j = 4 * (first + i) + 2 * (s % 2);
           word[i] = word_of(product[s / 2][j], product[s / 2][j + 1]);
         }
-        const uint4 chunk = collect_chunk(word[0], word[1], word[2], word[3]);
-        if (row < p.vocab && lane_column + 8 * first < end_column) *reinterpret_cast<uint4*>(to + 8 * first) = chunk;
+        if constexpr (RAGGED) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (row < p.vocab) store_pair(ragged_row, column_of(first + i), p.grad_columns, word[i]);
+        } else {
+          const uint4 chunk = collect_chunk(word[0], word[1], word[2], word[3]);
+          if (row < p.vocab && lane_column + 8 * first < end_column) *reinterpret_cast<uint4*>(to + 8 * first) = chunk;
+        }
       }
     };
     if (p.last) {
@@ -146,7 +187,8 @@ __device__ __forceinline__ void write_classes(float (&product)[2][R], const Prod
 }
 
 // Of classes to which nothing was kept by the first of several chunks.
+template <bool MIXED>
 __device__ void clear_exponents(const ProductParams& p, uint32_t first_class, uint32_t first_column) {
   const uint32_t row = first_class + threadIdx.x % GROUP;
-  if (row < p.vocab) exponents_of(p, first_column)[row] = Between::LEAST;
+  if (row < p.vocab) exponents_of<MIXED>(p, first_column)[row] = Between::LEAST;
 }

@@ -5,7 +5,7 @@
 using namespace hopper;
 
 constexpr int TILE_N = 192;       // columns of an output tile, along the depth of E and C ...
-constexpr int NARROW = 128;       // ... or of one in the last strip, if that is enough
+constexpr int NARROW = 128;       // ... or of one in the last strip or the last two, if that is enough
 constexpr int KEEP = 128;         // rows and classes of a tile of the keep table
 constexpr int OUTER_MAX = 2048;   // row tiles (dE) or class tiles (dC) of a launch at most ...
 constexpr int WORDS_MAX = 4096;   // ... times the words of 32 tiles each of them is summed over
@@ -27,7 +27,7 @@ struct ProductParams {
   const uint32_t* count;     // [1] compacted rows
   const uint8_t* keep;       // [row tiles][class_tiles] bits of Keep; null: all kept
   const float* scale;        // [1] factor of dC, or null: 1 (dE: not read)
-  void* out;                 // dE: [rows][depth] f32. dC: [vocab][depth] T, all classes of C
+  void* out;                 // dE: [rows][depth] f32. dC: [vocab][grad_columns] T, all classes of C
   const uint32_t* slots;     // dC: [vocab] 1 + the row of target_rows to add, 0 for none; or null: none at all
   const float* target_rows;  // [slots][depth]
   // dC, what tiles that are not kept leave in each class (see filter.cu), before `scale`; or null: nothing.
@@ -40,7 +40,7 @@ struct ProductParams {
   uint32_t first_row;        // compacted row that row 0 of the gradient is
   uint32_t rows;             // at most
   uint32_t vocab;          // all classes
-  uint32_t hidden;
+  uint32_t hidden;           // columns of the matrices read, padded where those of dC are not a multiple of 8
   uint32_t adapter_column;   // dE: from which on columns of C are its adapter's, a multiple of 64; or beyond all
   uint32_t first_class;      // of the range, a multiple of 128
   uint32_t range;            // classes of the range
@@ -50,6 +50,8 @@ struct ProductParams {
   uint32_t last;             // dC: 1 for the last chunk of rows, which rounds to T
   uint32_t band;             // at least 1: strips of 384 columns that go through the output tiles together, so
                              // many that their part of C or E stays in L2
+  uint32_t grad_columns;     // columns of dC; those past them are computed and not written
+  uint32_t wide;             // where MIXED: strips of whole width, before the narrow ones
 };
 
 struct ProductPlan {
@@ -60,8 +62,9 @@ struct ProductPlan {
   alignas(16) float masses[CONSUMERS][TILE_N];  // the averages' part of each group's tile
 };
 
-// "Outer" tiles are those of the output (rows for dE, classes for dC), "inner" ones are summed over.
-template <bool CLASSIFIER>
+// "Outer" tiles are those of the output (rows for dE, classes for dC), "inner" ones are summed over. MIXED: of any number of
+// narrow strips, else of the last one at most.
+template <bool CLASSIFIER, bool MIXED>
 struct ProductTiles {
   uint32_t rows, outer, inner, words, strips, share, cluster, clusters;
 
@@ -84,11 +87,32 @@ struct ProductTiles {
   __device__ void decode(const ProductPlan& plan, const ProductParams& p, uint32_t n, uint32_t& tile,
                          uint32_t& column, bool& narrow) const {
     const uint32_t output = n * clusters + (n % 2 ? clusters - 1 - cluster : cluster);
+    if constexpr (MIXED) {
+      decode_mixed(plan, p, output, tile, column, narrow);
+      return;
+    }
     const uint32_t band = output / (p.band * outer), inside = output - band * p.band * outer;
     const uint32_t width = min(p.band, strips - band * p.band);
     tile = plan.order[inside / width];
     column = (band * p.band + inside % width) * STRIP;
     narrow = p.hidden - column <= CLUSTER * NARROW;
+    column += cluster_rank() * (narrow ? NARROW : TILE_N);
+  }
+  // Narrow outputs take two thirds of the time: of dE's, which are few, they come last; of dC's, each cluster gets both
+  // kinds in turn.
+  __device__ void decode_mixed(const ProductPlan& plan, const ProductParams& p, uint32_t output, uint32_t& tile,
+                               uint32_t& column, bool& narrow) const {
+    uint32_t from = 0, count = strips, place = output;
+    if constexpr (!CLASSIFIER) {
+      const bool late = output >= p.wide * outer;
+      from = late ? p.wide : 0, count = late ? strips - p.wide : p.wide, place = late ? output - p.wide * outer : output;
+    }
+    const uint32_t band = place / (p.band * outer), inside = place - band * p.band * outer;
+    const uint32_t width = min(p.band, count - band * p.band), at = inside / width;
+    const uint32_t strip = from + band * p.band + (CLASSIFIER ? (inside + 2 * at) % width : inside % width);
+    tile = plan.order[at];
+    narrow = strip >= p.wide;
+    column = strip * STRIP - (narrow ? (strip - p.wide) * (STRIP - CLUSTER * NARROW) : 0);
     column += cluster_rank() * (narrow ? NARROW : TILE_N);
   }
   __device__ bool kept(const ProductParams& p, uint32_t outer_tile, uint32_t inner_tile) const {
@@ -101,8 +125,8 @@ struct ProductTiles {
 };
 
 // All threads of the block: which tiles each output sums, how many, and the order to take the outputs in.
-template <bool CLASSIFIER>
-__device__ void list_outputs(ProductPlan& plan, const ProductTiles<CLASSIFIER>& tiles, const ProductParams& p) {
+template <bool CLASSIFIER, bool MIXED>
+__device__ void list_outputs(ProductPlan& plan, const ProductTiles<CLASSIFIER, MIXED>& tiles, const ProductParams& p) {
   const uint32_t lane = threadIdx.x % WARP;
   for (uint32_t tile = threadIdx.x / WARP; tile < tiles.outer; tile += THREADS / WARP) {
     uint32_t kept = 0;
@@ -125,9 +149,9 @@ __device__ void list_outputs(ProductPlan& plan, const ProductTiles<CLASSIFIER>& 
 }
 
 // One thread: the kept tiles of each output, in order.
-template <bool CLASSIFIER, typename Other>
+template <bool CLASSIFIER, bool MIXED, typename Other>
 __device__ void produce(ProductPlan& plan, const TensorMap* gradient, const Other& other, const ProductParams& p) {
-  ProductTiles<CLASSIFIER> tiles(p);
+  ProductTiles<CLASSIFIER, MIXED> tiles(p);
   Filler ring(plan.ring);
   for (uint32_t n = 0; n < tiles.share; ++n) {
     uint32_t tile, column;

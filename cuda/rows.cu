@@ -77,6 +77,36 @@ extern "C" __global__ void gather_rows(const GatherParams p) {
   for (int64_t i = threadIdx.x; i < p.chunks; i += blockDim.x) into[i] = exists ? from[i] : make_uint4(0, 0, 0, 0);
 }
 
+struct PadParams {
+  const void *matrix;             // (.., columns), half-precision numbers
+  const uint32_t *row_embedding;  // or null: row by row
+  const uint32_t *count;          // with row_embedding
+  void *padded;                   // out: (rows of this launch, padded_columns), zeros past the columns and for rows there are not
+  int64_t columns, padded_columns;
+  uint32_t first_row;
+  uint32_t pairs;                 // rows of the matrix are of whole words, and so is where it begins
+};
+
+template <typename Word> __device__ void pad_row(const PadParams &p, int64_t row, bool exists) {
+  constexpr int NUMBERS = sizeof(Word) / 2;
+  const int64_t columns = exists ? p.columns / NUMBERS : 0, padded = p.padded_columns / NUMBERS;
+  const Word *from = (const Word *)p.matrix + row * (p.columns / NUMBERS);
+  Word *into = (Word *)p.padded + blockIdx.x * padded;
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < padded; i += blockDim.x) into[i] = i < columns ? from[i] : Word(0);
+}
+
+// One block a row: rows that do not begin on 16 bytes, one after the other so that they do.
+extern "C" __global__ void pad_rows(const PadParams p) {
+  const uint32_t at = p.first_row + blockIdx.x;
+  const bool exists = !p.row_embedding || at < *p.count;
+  const int64_t row = p.row_embedding && exists ? p.row_embedding[at] : at;
+  if (p.pairs)
+    pad_row<uint32_t>(p, row, exists);
+  else
+    pad_row<uint16_t>(p, row, exists);
+}
+
 struct SortParams {
   const int32_t *row_target;
   const uint32_t *count;

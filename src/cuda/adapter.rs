@@ -49,7 +49,7 @@ pub(super) fn product(
         target_rows: part.target_rows,
         result: part.classifier_grad,
         sums: part.chunk.adapter_sums,
-        stride: part.stride as i64,
+        gradient_stride: part.stride as i64,
         embeddings_stride: hidden as i64,
         vocab: vocab as i64,
         first_class: part.first_class as i64,

@@ -211,6 +211,7 @@ impl Averages {
             slots: bias.as_ref().map_or(0, |(slots, _)| slots.address),
             target_bias: bias.as_ref().map_or(0, |(_, sums)| sums.address),
             hidden: operands.hidden as i64,
+            embedding_columns: operands.embedding_columns as i64,
             first_row: first_row as u32,
             rows: rows as u32,
         };
@@ -324,6 +325,8 @@ impl Masses<'_> {
                 ..self.call.operands.classifier
             },
             vocab: self.call.operands.class_tiles(),
+            // What is made of these is padded too.
+            embedding_columns: self.call.operands.hidden,
             ..self.call.operands
         };
         match self.gathered {

@@ -8,6 +8,7 @@ use super::launch::{Buffer, Gpu, Kernel, BACKWARD};
 use super::operands::Operands;
 use super::outputs::{Outputs, Results};
 use super::params::backward::{BiasParams, FinishParams, ScaleParams};
+use super::prepared::Prepared;
 use super::room::with_room;
 use super::rows::Rows;
 use super::terms::Terms;
@@ -92,10 +93,11 @@ impl Saved {
         })?;
         let (softcap, scale) = (self.settings.softcap, self.settings.logit_scale);
         Operands::read(gpu, matrices, softcap, scale, |operands| {
-            let path = hopper::path(gpu, operands, n, &self.settings)?;
+            let prepared = Prepared::new(gpu, operands, n, &self.settings)?;
+            let (path, operands) = (prepared.path, prepared.operands);
             let call = self.call(operands);
             let averaging = matches!(&self.filtered, Some(f) if f.masses.is_some());
-            with_room(self.settings.workspace, |workspace| {
+            with_room(prepared.workspace, |workspace| {
                 let sizes = operands.sizes();
                 let sweeps = sweeps(path, sizes, n, wanted, workspace, averaging);
                 let chunks = sweeps.iter().filter(|sweep| sweep.path == Path::Hopper);
@@ -269,6 +271,7 @@ impl Saved {
                 scale: scales.result.address,
                 embeddings_grad: results.embeddings,
                 hidden: hidden as i64,
+                embedding_columns: operands.embedding_columns as i64,
                 first_row: first_row as u32,
                 ..Default::default()
             };

@@ -4,12 +4,12 @@ use super::backward::Saved;
 use super::call::{Call, Statistics};
 use super::filter::Filter;
 use super::fused::{self, Fused};
-use super::hopper;
 use super::launch::{Gpu, Kernel, LOSS};
 use super::logits::logits;
 use super::operands::Operands;
 use super::outputs::Outputs;
 use super::params::loss::LossParams;
+use super::prepared::Prepared;
 use super::room::with_room;
 use super::rows::Rows;
 use super::terms::{Loss, Terms};
@@ -59,7 +59,8 @@ pub(crate) fn forward(
     };
     let (softcap, scale) = (settings.softcap, settings.logit_scale);
     let (filtered, formed, path) = Operands::read(&gpu, matrices, softcap, scale, |operands| {
-        let path = hopper::path(&gpu, operands, n, settings)?;
+        let prepared = Prepared::new(&gpu, operands, n, settings)?;
+        let (path, operands) = (prepared.path, prepared.operands);
         let filter = Filter::of(settings, wanted);
         let call = Call {
             gpu: &gpu,
@@ -67,7 +68,7 @@ pub(crate) fn forward(
             rows: &rows,
             statistics: &statistics,
         };
-        let formed = with_room(settings.workspace, |workspace| {
+        let formed = with_room(prepared.workspace, |workspace| {
             let filter = fused::filter(settings, operands, filter);
             let Some(plan) = fused::plan(path, call, loss, settings, (wanted, filter), workspace)
             else {

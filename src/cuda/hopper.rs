@@ -6,8 +6,8 @@
 use super::adapter::{self, EmbeddingRows};
 use super::call::{Call, Group, Range, Scales};
 use super::launch::{
-    Buffer, Gpu, Kernel, FORWARD_OUTPUTS_SM90A, FORWARD_SM90A, GRADIENT_OUTPUTS_SM90A,
-    GRADIENT_SM90A, LOGITS_SM90A, PRODUCTS_SM90A,
+    Buffer, Gpu, Kernel, Module, FORWARD_OUTPUTS_SM90A, FORWARD_SM90A, GRADIENT_OUTPUTS_SM90A,
+    GRADIENT_SM90A, LOGITS_SM90A, PRODUCTS_MIXED_SM90A, PRODUCTS_RAGGED_SM90A, PRODUCTS_SM90A,
 };
 use super::operands::Operands;
 use super::params::classifier::ClassifierParams;
@@ -15,9 +15,9 @@ use super::params::forward_sm90a::ForwardParams;
 use super::params::gradient_sm90a::GradientParams;
 use super::params::product_tiles_sm90a::ProductParams;
 use super::tensor_map::TensorMap;
-use crate::plan::{Groups, Path, PANEL, PARTIALS_BYTES, PIECE_ROWS, STRIP, TILE};
-use crate::problem::Settings;
-use crate::Implementation;
+use crate::plan::{
+    mixed_strips, wide_strips, Groups, PANEL, PARTIALS_BYTES, PIECE_ROWS, STRIP, TILE,
+};
 use candle_core::{DType, Result};
 
 const THREADS: u32 = 384;
@@ -43,17 +43,6 @@ pub(super) fn can_run(gpu: &Gpu, operands: Operands, rows: usize) -> Result<bool
         && half
         && operands.aligned
         && rows.div_ceil(TILE) <= MOST_ROW_TILES)
-}
-
-pub(super) fn path(
-    gpu: &Gpu,
-    operands: Operands,
-    rows: usize,
-    settings: &Settings,
-) -> Result<Path> {
-    let hopper =
-        settings.implementation != Implementation::CudaPortable && can_run(gpu, operands, rows)?;
-    Ok(if hopper { Path::Hopper } else { Path::Portable })
 }
 
 pub(super) fn forward(
@@ -129,7 +118,7 @@ fn classifier_maps(operands: Operands, box_rows: usize) -> Result<[TensorMap; 2]
     let ClassifierParams {
         own,
         adapter,
-        columns,
+        own_columns,
         rank,
         ..
     } = operands.classifier;
@@ -139,10 +128,10 @@ fn classifier_maps(operands: Operands, box_rows: usize) -> Result<[TensorMap; 2]
         TensorMap::new(address, dtype, (vocab, columns), columns, box_rows)
     };
     let of_adapter = match rank {
-        0 => map(own, columns)?,
+        0 => map(own, own_columns)?,
         rank => map(adapter, rank)?,
     };
-    Ok([map(own, columns)?, of_adapter])
+    Ok([map(own, own_columns)?, of_adapter])
 }
 
 /// Gradient tiles of rows and classes: addresses of what a kernel reads and writes of them, 0 for none.
@@ -300,6 +289,7 @@ pub(super) fn products(
 ) -> Result<()> {
     let Operands {
         hidden,
+        embedding_columns,
         vocab,
         kind,
         ..
@@ -316,7 +306,7 @@ pub(super) fn products(
         true => Some(gpu.buffer(blocks * PARTIALS_BYTES)?),
         false => None,
     };
-    let prepare = |name: &str, out: u64, inner: usize, overwrite: bool| {
+    let prepare = |(module, name): (Module, &str), out: u64, inner: usize, overwrite: bool| {
         let band = match part.keep {
             0 => hidden.div_ceil(STRIP),
             _ => (RESIDENT_BYTES / (inner * STRIP * kind.size)).max(1),
@@ -339,16 +329,18 @@ pub(super) fn products(
             vocab: vocab as u32,
             hidden: hidden as u32,
             adapter_column: adapter_column(operands),
+            grad_columns: embedding_columns as u32,
             first_class: part.first_class as u32,
             range: classes as u32,
             class_tiles: operands.class_tiles() as u32,
             overwrite: overwrite.into(),
             exponents: part.chunk.exponents,
             last: part.chunk.last.into(),
+            wide: wide_strips(hidden) as u32,
             band: band as u32,
         };
         let kernel = Kernel {
-            module: PRODUCTS_SM90A,
+            module,
             name: kind.kernel(name),
             grid: (blocks, 1),
             threads: THREADS,
@@ -357,18 +349,15 @@ pub(super) fn products(
         (kernel, params)
     };
     if part.sums != 0 {
-        let name = "embeddings_gradient_sm90a";
-        let (kernel, params) = prepare(name, part.sums, classes, !part.add_to_sums);
+        let kernel = embeddings_product(operands);
+        let (kernel, params) = prepare(kernel, part.sums, classes, !part.add_to_sums);
         let [classifier, adapter] = classifier_maps(operands, 64)?;
         gpu.launch_on_maps(&kernel, [&gradient, &classifier, &adapter], &params)?;
     }
     if of_classifier {
-        let name = match part.averages.shares {
-            0 => "classifier_gradient_sm90a",
-            _ => "averaged_classifier_gradient_sm90a",
-        };
+        let kernel = classifier_product(operands, part.averages.shares != 0);
         let first = part.chunk.first;
-        let (kernel, params) = prepare(name, part.classifier_grad, part.rows, first);
+        let (kernel, params) = prepare(kernel, part.classifier_grad, part.rows, first);
         let embeddings = map(gathered.address, hidden, hidden)?;
         gpu.launch_on_maps(&kernel, [&gradient, &embeddings], &params)?;
     } else if part.classifier_grad != 0 {
@@ -380,6 +369,37 @@ pub(super) fn products(
         adapter::product(gpu, operands, rows, scale, part)?;
     }
     Ok(())
+}
+
+fn embeddings_product(operands: Operands) -> (Module, &'static str) {
+    match mixed_strips(operands.sizes()) {
+        false => (PRODUCTS_SM90A, "embeddings_gradient_sm90a"),
+        true => (PRODUCTS_MIXED_SM90A, "mixed_embeddings_gradient_sm90a"),
+    }
+}
+
+/// `averaged`: with what stands in the place of tiles.
+fn classifier_product(operands: Operands, averaged: bool) -> (Module, &'static str) {
+    let (module, [plain, with_averages]) = if operands.embedding_columns < operands.hidden {
+        let names = [
+            "ragged_classifier_gradient_sm90a",
+            "ragged_averaged_classifier_gradient_sm90a",
+        ];
+        (PRODUCTS_RAGGED_SM90A, names)
+    } else if mixed_strips(operands.sizes()) {
+        let names = [
+            "mixed_classifier_gradient_sm90a",
+            "mixed_averaged_classifier_gradient_sm90a",
+        ];
+        (PRODUCTS_MIXED_SM90A, names)
+    } else {
+        let names = [
+            "classifier_gradient_sm90a",
+            "averaged_classifier_gradient_sm90a",
+        ];
+        (PRODUCTS_SM90A, names)
+    };
+    (module, if averaged { with_averages } else { plain })
 }
 
 /// From which column on the classifier is its adapter; beyond all where it has none.

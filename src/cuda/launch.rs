@@ -66,6 +66,8 @@ modules! {
     GRADIENT_OUTPUTS_SM90A = "gradient_outputs_sm90a";
     LOGITS_SM90A = "logits_sm90a";
     PRODUCTS_SM90A = "products_sm90a";
+    PRODUCTS_MIXED_SM90A = "products_mixed_sm90a";
+    PRODUCTS_RAGGED_SM90A = "products_ragged_sm90a";
     #[cfg(feature = "models")]
     OPTIMIZER = "optimizer";
     #[cfg(feature = "models")]

@@ -25,6 +25,7 @@ mod outputs;
 #[cfg_attr(not(feature = "models"), allow(dead_code))]
 mod params;
 mod portable;
+mod prepared;
 mod room;
 mod rows;
 pub(crate) mod scale;

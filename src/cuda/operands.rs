@@ -74,8 +74,10 @@ pub(super) struct Operands {
     pub embeddings: u64,
     pub classifier: ClassifierParams,
     pub bias: u64,
-    /// Columns of the embeddings.
+    /// Columns that the products have: of the classifier with its adapter, and of embeddings once they are gathered.
     pub hidden: usize,
+    /// Columns of the embeddings as they are given and of their gradient: fewer where the products' are padded.
+    pub embedding_columns: usize,
     pub vocab: usize,
     /// 0 for none. That of logits times their scale.
     pub softcap: f32,
@@ -95,7 +97,7 @@ impl Operands {
         logit_scale: f64,
         with: impl FnOnce(Operands) -> Result<R>,
     ) -> Result<R> {
-        let (vocab, columns) = matrices.classifier.dims2()?;
+        let (vocab, own_columns) = matrices.classifier.dims2()?;
         let hidden = matrices.embeddings.dims2()?.1;
         let rank = match matrices.adapter {
             None => 0,
@@ -112,12 +114,13 @@ impl Operands {
             classifier: ClassifierParams {
                 own: classifier,
                 adapter,
-                columns: columns as i64,
+                own_columns: own_columns as i64,
                 adapter_column: (hidden - rank) as i64,
                 rank: rank as i64,
             },
             bias,
             hidden,
+            embedding_columns: hidden,
             vocab,
             softcap: softcap.unwrap_or(0.) as f32,
             logit_scale: logit_scale as f32,
@@ -125,7 +128,7 @@ impl Operands {
             aligned: aligned(
                 kind,
                 &[embeddings, classifier, adapter],
-                &[hidden, columns, rank],
+                &[hidden, own_columns, rank],
             ),
             multiprocessors,
         })
@@ -139,8 +142,16 @@ impl Operands {
     /// The columns of the embeddings that the gradient of what is trained of the classifier has.
     pub fn trained(&self) -> std::ops::Range<usize> {
         match self.rank() {
-            0 => 0..self.hidden,
+            0 => 0..self.embedding_columns,
             rank => self.hidden - rank..self.hidden,
+        }
+    }
+
+    /// How many of these columns the products have, padded or not.
+    pub fn trained_padded(&self) -> usize {
+        match self.rank() {
+            0 => self.hidden,
+            rank => rank,
         }
     }
 

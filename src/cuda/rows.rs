@@ -2,7 +2,7 @@
 
 use super::launch::{Array, Buffer, Gpu, Kernel, ROWS};
 use super::operands::Operands;
-use super::params::rows::{GatherParams, PickParams, SortParams};
+use super::params::rows::{GatherParams, PadParams, PickParams, SortParams};
 use super::terms::Loss;
 use crate::problem::Problem;
 use candle_core::{bail, DType, Result};
@@ -79,7 +79,7 @@ impl Rows {
         Ok(rows)
     }
 
-    /// Copies these rows of the embeddings, one after the other, zeros where there are fewer.
+    /// Copies these rows of the embeddings, one after the other, zeros where there are fewer rows or columns.
     pub fn gather(
         &self,
         gpu: &Gpu,
@@ -88,6 +88,15 @@ impl Rows {
         rows: usize,
         into: &Buffer,
     ) -> Result<()> {
+        if operands.embedding_columns < operands.hidden || !operands.embeddings.is_multiple_of(16) {
+            let params = PadParams {
+                row_embedding: self.embedding.address,
+                count: self.count.address,
+                first_row: first_row as u32,
+                ..pad_params(operands, operands.embeddings, into)
+            };
+            return gpu.launch(&Kernel::new(ROWS, "pad_rows", (rows, 1), 128), &params);
+        }
         let params = GatherParams {
             embeddings: operands.embeddings,
             row_embedding: self.embedding.address,
@@ -97,6 +106,24 @@ impl Rows {
             first_row: first_row as u32,
         };
         gpu.launch(&Kernel::new(ROWS, "gather_rows", (rows, 1), 128), &params)
+    }
+}
+
+/// Copies the classifier to where every row begins on 16 bytes, of `operands.hidden` columns.
+pub(super) fn pad_classifier(gpu: &Gpu, operands: Operands, into: &Buffer) -> Result<()> {
+    let params = pad_params(operands, operands.classifier.own, into);
+    let kernel = Kernel::new(ROWS, "pad_rows", (operands.vocab, 1), 128);
+    gpu.launch(&kernel, &params)
+}
+
+fn pad_params(operands: Operands, matrix: u64, into: &Buffer) -> PadParams {
+    PadParams {
+        matrix,
+        padded: into.address,
+        columns: operands.embedding_columns as i64,
+        padded_columns: operands.hidden as i64,
+        pairs: u32::from(operands.embedding_columns.is_multiple_of(2) && matrix.is_multiple_of(4)),
+        ..Default::default()
     }
 }
 

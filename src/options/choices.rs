@@ -79,7 +79,9 @@ pub enum Implementation {
     /// products with the passes between them fused in.
     Native,
     /// The CUDA kernels, or an error that says why they cannot run. On compute capability 9.0 (H100, H200),
-    /// for bf16 and f16 inputs whose hidden size is a multiple of 8, these are kernels made for it.
+    /// for bf16 and f16 inputs, these are kernels made for it. Where the hidden size is not a multiple of 8, they take
+    /// a copy of the classifier, within the workspace if one is given: if that is less than twice as much, the kernels
+    /// for every GPU run.
     Cuda,
     /// The CUDA kernels for every GPU, on compute capability 9.0 too.
     CudaPortable,

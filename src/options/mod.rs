@@ -271,6 +271,9 @@ impl Options {
     /// The native implementation uses some 200 bytes a position and, for half-precision inputs, 2 KiB times the
     /// hidden size however small this is. Inputs that are not contiguous are copied, beyond this.
     ///
+    /// Where the kernels for compute capability 9.0 take a copy of the classifier ([`Implementation::Cuda`]), it is a part
+    /// of a workspace that is given, and comes on top of a default.
+    ///
     /// On CUDA, where the GPU has no room for a default, half of it is tried, and so on.
     pub fn workspace(mut self, bytes: usize) -> Self {
         self.workspace = Some(bytes);

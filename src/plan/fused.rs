@@ -1,7 +1,7 @@
 //! The chunks of rows whose gradients the forward forms.
 
 use super::forward::EVALUATION_BYTES;
-use super::hopper::{longest_range, PIECE_ROWS, ROWS_A_CHUNK, STRIP};
+use super::hopper::{longest_range, most_work, PIECE_ROWS, ROWS_A_CHUNK};
 use super::{Sizes, Workspace, TILE};
 
 /// Bytes of the workspace unless the user says otherwise.
@@ -101,11 +101,9 @@ pub(super) fn best_chunk(
     all_rows: usize,
     rows: std::ops::RangeInclusive<usize>,
 ) -> usize {
-    let (strips, clusters) = (sizes.hidden.div_ceil(STRIP), sizes.clusters());
     let cost = |chunk: usize| {
         let chunks = all_rows.div_ceil(chunk);
-        let rounds = (chunk / TILE * strips).div_ceil(clusters);
-        let embeddings = (rounds * clusters * TILE) as f64 / strips as f64;
+        let embeddings = most_work(sizes, chunk / TILE) * (sizes.clusters() * TILE) as f64;
         chunks as f64 * (embeddings + ROWS_A_CHUNK as f64)
     };
     let fewest = *rows.start();

@@ -14,7 +14,7 @@ const LAUNCH: usize = 1200;
 /// Rows of a cluster's panel.
 pub(crate) const PANEL: usize = 256;
 /// Rows whose part of dC the tensor cores sum at a time, and the bytes of a block that has to keep such parts: as
-/// `products_sm90a.cu` asserts.
+/// `products_sm90a.cuh` asserts.
 pub(crate) const PIECE_ROWS: usize = 128 * TILE;
 pub(crate) const PARTIALS_BYTES: usize = 2 * 192 * 128 * 4;
 /// Columns of a strip of the products: what a cluster computes side by side.
@@ -32,6 +32,43 @@ pub(crate) fn longest_range(sizes: Sizes, all_rows: usize) -> usize {
         .min(WORDS / rows * 32)
         .min(WORDS / rows.div_ceil(32));
     tiles.min(TILES) * TILE
+}
+
+/// Strips of whole width: all but the last one or two, where two thirds of a width each are enough for the columns left.
+pub(crate) fn wide_strips(hidden: usize) -> usize {
+    const NARROW: usize = STRIP / 3 * 2;
+    let strips = hidden.div_ceil(STRIP);
+    let columns = |narrow: usize| (strips - narrow) * STRIP + narrow * NARROW;
+    let narrow = (1..=strips.min(2)).take_while(|&narrow| columns(narrow) >= hidden);
+    strips - narrow.count()
+}
+
+/// Whether two strips are narrow: then outputs are dealt out by their widths. Where an adapter's columns are among them,
+/// at most the last strip is.
+pub(crate) fn mixed_strips(sizes: Sizes) -> bool {
+    sizes.rank == 0 && sizes.hidden.div_ceil(STRIP) - wide_strips(sizes.hidden) == 2
+}
+
+/// dE's work where so many row tiles are dealt out to clusters: that of the one with the most, in row tiles of all columns.
+pub(super) fn most_work(sizes: Sizes, row_tiles: usize) -> f64 {
+    let (strips, clusters) = (sizes.hidden.div_ceil(STRIP), sizes.clusters());
+    let all = row_tiles * strips;
+    if !mixed_strips(sizes) {
+        return all.div_ceil(clusters) as f64 / strips as f64;
+    }
+    // Round by round, forwards and backwards in turn; outputs of whole strips, of three thirds, before narrow ones, of two.
+    let share = |outputs: usize, cluster: usize| {
+        let (rounds, rest) = (outputs / clusters, outputs % clusters);
+        let at = match rounds % 2 {
+            0 => cluster,
+            _ => clusters - 1 - cluster,
+        };
+        rounds + usize::from(at < rest)
+    };
+    let wide = wide_strips(sizes.hidden);
+    let thirds = |cluster| share(row_tiles * wide, cluster) + 2 * share(all, cluster);
+    let most = (0..clusters).map(thirds).max().unwrap_or(0);
+    most as f64 / (wide + 2 * strips) as f64
 }
 
 /// Rows of a chunk and classes of a range of a backward: of what fits the workspace, where a row of a chunk takes

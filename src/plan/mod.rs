@@ -11,7 +11,9 @@ mod tests;
 pub(crate) use divergence::{divergence, Rounds, Side};
 pub(crate) use forward::{forward, Groups};
 pub(crate) use fused::{fused, gradient_stride, Chunks, Forming, OUTPUTS_BYTES};
-pub(crate) use hopper::{longest_range, PANEL, PARTIALS_BYTES, PIECE_ROWS, STRIP};
+pub(crate) use hopper::{
+    longest_range, mixed_strips, wide_strips, PANEL, PARTIALS_BYTES, PIECE_ROWS, STRIP,
+};
 pub(crate) use sweep::{sweeps, Sweep};
 
 /// Rows and classes of a tile of the gradient filter.

@@ -1,7 +1,7 @@
-use super::hopper::{longest_range, TILES};
+use super::hopper::{longest_range, most_work, TILES};
 use super::{
-    divergence, forward, fused, gradient_stride, sweeps, Forming, Path, Rounds, Side, Sizes,
-    Workspace, TILE,
+    divergence, forward, fused, gradient_stride, mixed_strips, sweeps, wide_strips, Forming, Path,
+    Rounds, Side, Sizes, Workspace, STRIP, TILE,
 };
 use crate::op::contract::Wanted;
 
@@ -226,4 +226,45 @@ fn usual_rounds_of_a_divergence() {
         let Rounds { chunk, block } = divergence(sides, 8192, DEFAULT).unwrap();
         assert_eq!((chunk, block), want);
     }
+}
+
+#[test]
+fn strips_hold_the_columns() {
+    for hidden in (8..6000usize).step_by(8) {
+        let strips = hidden.div_ceil(STRIP);
+        let (wide, narrow) = (wide_strips(hidden), strips - wide_strips(hidden));
+        let columns = |narrow: usize| (strips - narrow) * STRIP + narrow * (STRIP / 3 * 2);
+        assert!(wide + narrow == strips && narrow <= 2, "{hidden}");
+        assert!(columns(narrow) >= hidden, "{hidden}");
+        let more = narrow < strips.min(2) && columns(narrow + 1) >= hidden;
+        assert!(!more, "{hidden}: {narrow} narrow strips are too few");
+    }
+    let mixed = |hidden: usize| mixed_strips(half(hidden, 151_936));
+    assert!([896, 2048, 3584].map(mixed) == [true; 3]);
+    assert!([576, 2056, 2304, 4096].map(mixed) == [false; 4]);
+    let rank = Sizes {
+        rank: 64,
+        ..half(896, 151_936)
+    };
+    assert!(!mixed_strips(rank));
+}
+
+/// No cluster has less than its part of the work, and none more than a round of whole strips above it.
+#[test]
+fn work_is_dealt_out_evenly() {
+    for hidden in [64usize, 576, 896, 2048, 2304, 3584, 4096] {
+        let sizes = half(hidden, 151_936);
+        for row_tiles in 1..200 {
+            let most = most_work(sizes, row_tiles);
+            let part = row_tiles as f64 / sizes.clusters() as f64;
+            let round = 3. / (2 * hidden.div_ceil(STRIP) + wide_strips(hidden)) as f64;
+            assert!(
+                most >= part - 1e-9 && most <= part + 2. * round,
+                "{hidden} columns, {row_tiles} row tiles: {most}, {part}"
+            );
+        }
+    }
+    // 32 whole strips and 64 narrow ones for 66 clusters: some have two of the latter.
+    let most = most_work(half(896, 151_936), 32) * 7.;
+    assert!((most - 4.).abs() < 1e-9, "{most}");
 }

@@ -6,6 +6,7 @@ mod common;
 
 mod chunks;
 mod class_logits;
+mod columns;
 mod decoder;
 mod edges;
 mod filter;

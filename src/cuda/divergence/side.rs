@@ -142,6 +142,7 @@ impl Side {
                 count,
                 embeddings_grad: self.results.embeddings,
                 hidden: hidden as i64,
+                embedding_columns: self.operands.embedding_columns as i64,
                 first_row: first as u32,
                 ..Default::default()
             };

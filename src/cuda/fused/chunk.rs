@@ -254,7 +254,7 @@ impl Chunk<'_> {
                 _ => self.gathered.address + (trained.start * kind.size) as u64,
             },
             columns: trained.len() as i64,
-            stride: self.call.operands.hidden as i64,
+            gathered_stride: self.call.operands.hidden as i64,
             terms: self.loss.terms,
             first_row: first_row as u32,
             positions: self.call.rows.positions as u32,
@@ -317,6 +317,7 @@ impl Chunk<'_> {
         let gpu = self.call.gpu;
         let Operands {
             hidden,
+            embedding_columns,
             vocab,
             kind,
             ..
@@ -343,6 +344,7 @@ impl Chunk<'_> {
                 row_scale: self.factor.address,
                 embeddings_grad: self.results.embeddings,
                 hidden: hidden as i64,
+                embedding_columns: embedding_columns as i64,
                 first_row: first_row as u32,
                 ..Default::default()
             };

@@ -21,12 +21,13 @@ impl Chunk<'_> {
     pub(super) fn targets(&self, first_row: usize, rows: usize) -> Result<Targets> {
         let (gpu, count) = (self.call.gpu, self.call.rows.count.address);
         let Operands {
-            hidden,
+            embedding_columns,
             vocab,
             kind,
             ..
         } = self.call.operands;
         let trained = self.call.operands.trained();
+        let target_columns = self.call.operands.trained_padded();
         let targets = Targets {
             slots: gpu.zeros(vocab * 4)?,
             bias: gpu.buffer(rows * 4)?,
@@ -46,16 +47,17 @@ impl Chunk<'_> {
             },
             target_bias: targets.bias.address,
             columns: trained.len() as i64,
-            stride: hidden as i64,
+            embeddings_stride: embedding_columns as i64,
+            target_columns: target_columns as i64,
             first_row: first_row as u32,
             rows: rows as u32,
         };
-        let columns = match self.results.classifier {
+        let blocks = match self.results.classifier {
             0 => 1,
-            _ => trained.len().div_ceil(TARGET_COLUMNS),
+            _ => target_columns.div_ceil(TARGET_COLUMNS),
         };
         let kernel = kind.kernel("sum_targets");
-        gpu.launch(&Kernel::new(FUSED, kernel, (rows, columns), 256), &params)?;
+        gpu.launch(&Kernel::new(FUSED, kernel, (rows, blocks), 256), &params)?;
         Ok(targets)
     }
 }
