@@ -50,26 +50,30 @@ __device__ __forceinline__ uint8_t* exponents_of(const ProductParams& p, uint32_
   return p.exponents + static_cast<size_t>(first_column / STRIP * CLUSTER + cluster_rank()) * p.vocab;
 }
 
-// Two neighbouring numbers of a row of dC that begins on no more than a number, or, where rows are of pairs, on two. Those
-// from `end` on do not exist.
-template <typename T>
-__device__ __forceinline__ uint32_t load_pair(const T* row, uint32_t column, uint32_t end) {
-  if (column >= end) return 0;
-  if (end % 2 == 0) return *reinterpret_cast<const uint32_t*>(row + column);
-  const uint16_t* from = reinterpret_cast<const uint16_t*>(row + column);
-  return from[0] | (column + 1 < end ? uint32_t(from[1]) << 16 : 0);
-}
-template <typename T>
-__device__ __forceinline__ void store_pair(T* row, uint32_t column, uint32_t end, uint32_t pair) {
-  if (column >= end) return;
-  if (end % 2 == 0) {
-    *reinterpret_cast<uint32_t*>(row + column) = pair;
-    return;
+// What a lane has of a row of dC that does not begin on 16 bytes: two neighbouring numbers of every 8. A row of an even number
+// begins on two of them, else on one. No branch and no address of a pair's own: each would cost registers.
+struct RaggedRow {
+  uint16_t* first;  // of the lane's numbers
+  int even, odd;    // numbers from there on to the row's end, or none: in rows of an even number, and of an odd one
+
+  __device__ __forceinline__ RaggedRow(const ProductParams& p, uint32_t row, uint32_t column) {
+    first = static_cast<uint16_t*>(p.out) + static_cast<size_t>(row) * p.grad_columns + column;
+    const int left = row < p.vocab ? static_cast<int>(p.grad_columns) - static_cast<int>(column) : 0;
+    even = p.grad_columns % 2 ? 0 : left, odd = p.grad_columns % 2 ? left : 0;
   }
-  uint16_t* to = reinterpret_cast<uint16_t*>(row + column);
-  to[0] = pair;
-  if (column + 1 < end) to[1] = pair >> 16;
-}
+  __device__ __forceinline__ uint32_t load(int at) const {
+    uint32_t pair = 0, second = 0;
+    if (at < even) pair = *reinterpret_cast<const uint32_t*>(first + at);
+    if (at < odd) pair = first[at];
+    if (at + 1 < odd) second = first[at + 1];
+    return pair | second << 16;
+  }
+  __device__ __forceinline__ void store(int at, uint32_t pair) const {
+    if (at < even) *reinterpret_cast<uint32_t*>(first + at) = pair;
+    if (at < odd) first[at] = pair;
+    if (at + 1 < odd) first[at + 1] = pair >> 16;
+  }
+};
 
 // dC: scaled; what earlier chunks of rows left is added; rounded by the last chunk, which may be the only one. RAGGED: rows of
 // dC do not begin on 16 bytes.
@@ -95,8 +99,7 @@ __device__ __forceinline__ void write_classes(float (&product)[2][R], const Prod
   for (int s = 0; s < 4; ++s) {
     const uint32_t row = first_class + s / 2 * 64 + s % 2 * 8;
     T* to = static_cast<T*>(p.out) + static_cast<size_t>(row) * p.hidden + lane_column;
-    T* ragged_row = static_cast<T*>(p.out) + static_cast<size_t>(row) * p.grad_columns;
-    const auto column_of = [&](int chunk) { return first_column + 8 * chunk + threadIdx.x % 4 * 2; };
+    const RaggedRow ragged(p, row, first_column + threadIdx.x % 4 * 2);
     const float* more = target_row(p, slot[s]);
     const bool any_listed = AVERAGED && __any_sync(~0u, listed[s].x != 0);
     const T* target = nullptr;
@@ -112,9 +115,8 @@ __device__ __forceinline__ void write_classes(float (&product)[2][R], const Prod
     for (int first = 0; first < R / 4; first += 4) {
       old[first / 4] = make_uint4(0, 0, 0, 0);
       if constexpr (RAGGED) {
-        const auto pair = [&](int chunk) { return load_pair(ragged_row, column_of(chunk), p.grad_columns); };
-        if (!p.overwrite && row < p.vocab)
-          old[first / 4] = make_uint4(pair(first), pair(first + 1), pair(first + 2), pair(first + 3));
+        const auto pair = [&](int i) { return ragged.load(8 * (first + i)); };
+        if (!p.overwrite) old[first / 4] = make_uint4(pair(0), pair(1), pair(2), pair(3));
       } else if (!p.overwrite && row < p.vocab && lane_column + 8 * first < end_column)
         old[first / 4] = *reinterpret_cast<const uint4*>(to + 8 * first);
     }
@@ -165,8 +167,7 @@ __device__ __forceinline__ void write_classes(float (&product)[2][R], const Prod
         }
         if constexpr (RAGGED) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (row < p.vocab) store_pair(ragged_row, column_of(first + i), p.grad_columns, word[i]);
+          for (int i = 0; i < 4; ++i) ragged.store(8 * (first + i), word[i]);
         } else {
           const uint4 chunk = collect_chunk(word[0], word[1], word[2], word[3]);
           if (row < p.vocab && lane_column + 8 * first < end_column) *reinterpret_cast<uint4*>(to + 8 * first) = chunk;

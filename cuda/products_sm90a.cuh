@@ -165,3 +165,4 @@ __device__ __forceinline__ void product(const TensorMap* gradient, const Other& 
 static_assert(sizeof(ProductPlan) == 232448, "the host asks for as much shared memory");
 static_assert(PIECE * BLOCK_K == 128 * 128 && CONSUMERS * TILE_N * GROUP * sizeof(float) == 2 * 192 * 128 * 4,
               "the host mirrors the rows of a piece and the bytes of a block's partials");
+static_assert(STRIP == 384 && CLUSTER * NARROW == STRIP / 3 * 2, "the host mirrors the widths of strips");
