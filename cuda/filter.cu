@@ -144,3 +144,6 @@ PER_DTYPE(f32, float)
 extern "C" __global__ void __launch_bounds__(TILE) filter_probabilities_bf16(const ProbableParams p) {
   filter_probabilities<__nv_bfloat16>(p);
 }
+extern "C" __global__ void __launch_bounds__(TILE) filter_probabilities_f16(const ProbableParams p) {
+  filter_probabilities<__half>(p);
+}

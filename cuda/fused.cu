@@ -48,6 +48,7 @@ struct SumsParams {
   float *entropy;                // out: (positions), or null
   uint32_t *predicted;           // out: (positions), or null
   uint32_t *redo;                // zero; out: the count if a sum left the range, so that all must be done again
+  uint32_t *again;               // as RebaseParams, zero, or null: probabilities have the range of bf16
   TermsParams terms;
   uint32_t first_row, chunk_rows, class_tiles, positions;
 };
@@ -55,6 +56,9 @@ struct SumsParams {
 // exp(+-FAR) times any softmax that matters is a normal bf16 number, and f32 sums of them are finite.
 constexpr float FAR = 60.f;
 constexpr int SUM_ROWS = 32, SUM_PARTS = ONE_BLOCK / SUM_ROWS;
+
+// No number of a tile is above the sum of its row, and f16 ends at 65,504.
+constexpr float LARGEST_SUM = 60000.f;
 
 // The likeliest of some classes: the lowest of several.
 struct Best {
@@ -109,10 +113,16 @@ extern "C" __global__ void __launch_bounds__(ONE_BLOCK) merge_sums(const SumsPar
   const uint32_t x = threadIdx.x % SUM_ROWS, part = threadIdx.x / SUM_ROWS;
   const uint32_t in_chunk = blockIdx.x * SUM_ROWS + x, row = p.first_row + in_chunk;
   const bool exists = in_chunk < p.chunk_rows && row < *p.count;
-  float sum = 0.f;
+  float sum = 0.f, largest = 0.f;
   if (exists)
-    for (uint32_t tile = part; tile < p.class_tiles; tile += SUM_PARTS)
-      sum += p.sums[(int64_t)tile * p.chunk_rows + in_chunk];
+    for (uint32_t tile = part; tile < p.class_tiles; tile += SUM_PARTS) {
+      const float of_tile = p.sums[(int64_t)tile * p.chunk_rows + in_chunk];
+      sum += of_tile, largest = fmaxf(largest, of_tile);
+    }
+  if (p.again && largest > LARGEST_SUM) {
+    atomicMax(p.again, *p.count);
+    p.again[1 + in_chunk / TILE] = 1;
+  }
   parts[part][x] = sum;
   __syncthreads();
   float max = 0.f;
@@ -127,6 +137,80 @@ extern "C" __global__ void __launch_bounds__(ONE_BLOCK) merge_sums(const SumsPar
   if (!(fabsf(log_sum) < FAR)) atomicMax(p.redo, *p.count);
   const bool in_range = p.row_target[row] >= 0;
   write_row(p, row, max, log_sum, p.target_logit + row, entropy, in_range, in_range);
+}
+
+struct RebaseParams {
+  uint32_t *again;               // the count if a row tile is to be done again, else 0; then of each row tile whether it is
+  uint8_t *keep;                 // out: (row tiles, class tiles), what is done again
+  float *reference;              // (chunk_rows), and all rows' parts of lse: in and out
+  float *row_max, *row_log_sum;
+  const uint32_t *count;
+  uint32_t first_row, class_tiles;
+};
+
+// Probabilities that f16 has no room for are written again, measured from lse: the largest is then 2^10. One block a row
+// tile, a thread a row.
+constexpr float ABOVE_REFERENCE = 10.f / LOG2E;
+
+extern "C" __global__ void __launch_bounds__(TILE) rebase_rows(const RebaseParams p) {
+  if (*p.again == 0) return;
+  const uint32_t in_chunk = blockIdx.x * TILE + threadIdx.x, row = p.first_row + in_chunk;
+  const bool again = p.again[1 + blockIdx.x];
+  for (uint32_t tile = threadIdx.x; tile < p.class_tiles; tile += TILE) p.keep[blockIdx.x * p.class_tiles + tile] = again;
+  if (!again || row >= *p.count) return;
+  const float max = p.row_max[row], log_sum = p.row_log_sum[row], next = max + (log_sum - ABOVE_REFERENCE);
+  p.reference[in_chunk] = next, p.row_max[row] = next, p.row_log_sum[row] = log_sum - (next - max);
+}
+
+// What gradients in f16 are multiplied by until the backward asks for them, for they may lie below what f16 has before the
+// upstream gradient, a loss scale often, is known. Powers of two.
+struct UnitsParams {
+  const void *embeddings;
+  const uint32_t *row_embedding, *count;
+  uint32_t *largest;  // zero; out: the bits of the largest magnitude of an embedding
+  float *units;       // out: Units
+  int64_t columns, embeddings_stride;
+  TermsParams terms;
+  uint32_t mean;
+  float logit_scale;
+};
+
+struct Units {
+  float rows;                                  // of the rows of E that dC is summed from
+  float embeddings, classifier, target, bias;  // what finished sums, those of such rows and of targets are multiplied by
+  float of_embeddings, of_classifier, of_bias; // what then leads to the gradients: the inverses of their units
+};
+
+// One block a row.
+template <typename T> __device__ void largest_embedding(const UnitsParams &p) {
+  const uint32_t row = blockIdx.x;
+  if (row >= *p.count) return;
+  const T *e = (const T *)p.embeddings + p.row_embedding[row] * p.embeddings_stride;
+  float largest = 0.f;
+  for (int64_t i = threadIdx.x; i < p.columns; i += blockDim.x) {
+    const float size = fabsf(to_float(e[i]));
+    largest = size > largest || isnan(size) ? size : largest;
+  }
+  atomicMax(p.largest, __reduce_max_sync(0xffffffff, __float_as_uint(largest)));
+}
+
+// The largest power of two that is not above x.
+__device__ __forceinline__ float power_below(float x) { return ldexpf(1.f, ilogbf(x)); }
+
+extern "C" __global__ void gradient_units(const UnitsParams p) {
+  const float count = fmaxf(*p.count, 1.f), largest = __uint_as_float(*p.largest);
+  const float on_all = p.logit_scale * (p.mean ? 1.f / mean_divisor(p.terms, *p.count) : 1.f);
+  // No entry of the gradient of the logits is above 1 before `on_all`: so a row of dE is at most twice the largest class, and
+  // one of dC as many embeddings as there are rows.
+  const float of_all = fabsf(on_all), most = largest < INFINITY ? fmaxf(largest, 1e-6f) : 1.f;
+  Units units;
+  units.rows = power_below(32768.f / most);
+  const float de = power_below(0.25f / of_all), db = power_below(16384.f / (of_all * count));
+  const float dc = power_below(32768.f / (of_all * count * most));
+  units.embeddings = de * on_all, units.target = dc * on_all, units.bias = db * on_all;
+  units.classifier = units.target / units.rows;
+  units.of_embeddings = 1.f / de, units.of_classifier = 1.f / dc, units.of_bias = 1.f / db;
+  *(Units *)p.units = units;
 }
 
 struct SharesParams {
@@ -148,6 +232,7 @@ struct FactorParams {
   const uint32_t *count, *redo;
   float *factor, *target_part;  // out: (chunk_rows)
   void *gathered;               // (chunk_rows, columns), in and out, or null
+  const float *unit;            // of these, or null: 1
   int64_t columns, gathered_stride;  // of those to multiply; from one row to the next
   TermsParams terms;
   uint32_t first_row, positions, mean;
@@ -225,7 +310,8 @@ template <typename T> __device__ void factor_rows(const FactorParams &p) {
   const float of_all = p.logit_scale * (p.mean ? 1.f / mean_divisor(p.terms, count) : 1.f), factor = of_all * to_softmax;
   if (p.gathered) {
     T *e = (T *)p.gathered + blockIdx.x * p.gathered_stride;
-    for (int64_t i = threadIdx.x; i < p.columns; i += blockDim.x) e[i] = from_float<T>(factor * to_float(e[i]));
+    const float on_row = p.unit ? *p.unit * factor : factor;
+    for (int64_t i = threadIdx.x; i < p.columns; i += blockDim.x) e[i] = from_float<T>(on_row * to_float(e[i]));
   }
   if (threadIdx.x > 0) return;
   p.factor[blockIdx.x] = factor;
@@ -251,6 +337,7 @@ struct TargetsParams {
   uint32_t *slots;     // (vocab) zero; out: 1 + the slot of a class that is a target
   float *target_rows;  // out: (slots, target_columns), or null
   float *target_bias;  // out: (slots)
+  const float *unit;   // of target_rows, or null: 1
   int64_t columns;            // of the embeddings, those that the gradient has
   int64_t embeddings_stride;  // from one row of the embeddings to the next
   int64_t target_columns;     // of target_rows, zeros from `columns` on
@@ -284,23 +371,25 @@ template <typename T> __device__ void sum_targets(const TargetsParams &p) {
       if (column + i * TARGET_THREADS < p.columns) sum[i] += part * to_float(e[column + i * TARGET_THREADS]);
   }
   if (p.target_rows) {
+    const float unit = p.unit ? *p.unit : 1.f;
 #pragma unroll
     for (int i = 0; i < TARGET_COLUMNS / TARGET_THREADS; i++)
       if (column + i * TARGET_THREADS < p.target_columns)
-        p.target_rows[first * p.target_columns + column + i * TARGET_THREADS] = sum[i];
+        p.target_rows[first * p.target_columns + column + i * TARGET_THREADS] = unit * sum[i];
   }
   if (blockIdx.y == 0 && threadIdx.x == 0) p.slots[target] = first + 1, p.target_bias[first] = of_bias;
 }
 
 struct UpstreamParams {
   const float *upstream;  // one number
+  const float *unit;      // that the gradient is without, or null: 1
   void *gradient;         // in and out
   int64_t numbers;
 };
 
 // A gradient times the upstream gradient, which is 1 more often than not.
 template <typename T> __device__ void scale_gradient(const UpstreamParams &p) {
-  const float scale = *p.upstream;
+  const float scale = p.unit ? *p.upstream * *p.unit : *p.upstream;
   if (scale == 1.f) return;
   constexpr int WIDTH = 16 / sizeof(T);
   const auto times = [scale](T &x) { x = from_float<T>(scale * to_float(x)); };
@@ -322,10 +411,12 @@ template <typename T> __device__ void scale_gradient(const UpstreamParams &p) {
     add_entropy<T>(p);                                                                                       \
   }                                                                                                          \
   extern "C" __global__ void factor_rows_##SUFFIX(const FactorParams p) { factor_rows<T>(p); }              \
+  extern "C" __global__ void largest_embedding_##SUFFIX(const UnitsParams p) { largest_embedding<T>(p); }   \
   extern "C" __global__ void __launch_bounds__(TARGET_THREADS) sum_targets_##SUFFIX(const TargetsParams p) { \
     sum_targets<T>(p);                                                                                       \
   }                                                                                                          \
   extern "C" __global__ void scale_gradient_##SUFFIX(const UpstreamParams p) { scale_gradient<T>(p); }
 FUSED(bf16, __nv_bfloat16)
+FUSED(f16, __half)
 
-static_assert(ENTROPY_THREADS == 256 && ENTROPY_COLUMNS == 8192, "the host mirrors these");
+static_assert(ENTROPY_THREADS == 256 && ENTROPY_COLUMNS == 8192 && sizeof(Units) == 8 * 4, "the host mirrors these");

@@ -5,3 +5,4 @@
 GRADIENT(entropy_gradient_sm90a_bf16, __nv_bfloat16, Tile::EntropyGradient)
 GRADIENT(entropy_gradient_sm90a_f16, __half, Tile::EntropyGradient)
 GRADIENT(probabilities_outputs_sm90a_bf16, __nv_bfloat16, Tile::ProbabilitiesAndOutputs)
+GRADIENT(probabilities_outputs_sm90a_f16, __half, Tile::ProbabilitiesAndOutputs)

@@ -3,5 +3,5 @@
 
 GRADIENT(gradient_sm90a_bf16, __nv_bfloat16, Tile::Gradient)
 GRADIENT(gradient_sm90a_f16, __half, Tile::Gradient)
-// f16 has no range for what is measured from a logit that may be far from lse.
 GRADIENT(probabilities_sm90a_bf16, __nv_bfloat16, Tile::Probabilities)
+GRADIENT(probabilities_sm90a_f16, __half, Tile::Probabilities)

@@ -77,8 +77,8 @@ pub(crate) fn forward(
             let dtype = matrices.classifier.dtype();
             let formed = Outputs::new(&gpu, matrices, wanted, dtype)?;
             let mean = settings.reduction == Reduction::Mean;
-            let kept = fused::forward(call, loss, mean, filter, formed.results(), plan)?;
-            Ok(Some((formed, kept)))
+            let beside = fused::forward(call, loss, mean, filter, formed.results(), plan)?;
+            Ok(Some((formed, beside)))
         })?;
         if formed.is_some() {
             return Ok((None, formed, path));
@@ -120,8 +120,8 @@ pub(crate) fn forward(
     let left = op::Left {
         ran,
         predicted,
-        loss: formed.map(|(formed, kept)| {
-            let fused = Fused::new(saved.clone(), formed, kept);
+        loss: formed.map(|(formed, beside)| {
+            let fused = Fused::new(saved.clone(), formed, beside);
             let fused: Box<dyn op::Backward> = Box::new(fused);
             fused
         }),

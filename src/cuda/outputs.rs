@@ -39,10 +39,12 @@ impl Outputs {
         })
     }
 
-    pub fn iter(&self) -> impl Iterator<Item = &Unfinished> {
+    /// Those of embeddings (0), classifier (1) and bias (2) that are wanted.
+    pub fn iter(&self) -> impl Iterator<Item = (usize, &Unfinished)> {
         [&self.embeddings, &self.classifier, &self.bias]
             .into_iter()
-            .flatten()
+            .enumerate()
+            .filter_map(|(which, grad)| Some((which, grad.as_ref()?)))
     }
 
     pub fn results(&self) -> Results {

@@ -6,16 +6,18 @@ use super::params::fused::UpstreamParams;
 use super::write::write;
 use candle_core::{DType, Result, Tensor};
 
-/// `gradient` and `upstream` are addresses; the gradient begins on 16 bytes.
+/// `gradient`, `upstream` and `unit`, another number (0: 1), are addresses; the gradient begins on 16 bytes.
 pub(super) fn scale(
     gpu: &Gpu,
     kind: Kind,
     gradient: u64,
     numbers: usize,
     upstream: u64,
+    unit: u64,
 ) -> Result<()> {
     let params = UpstreamParams {
         upstream,
+        unit,
         gradient,
         numbers: numbers as i64,
     };
@@ -34,7 +36,7 @@ pub(crate) fn in_place(gradient: &Tensor, upstream: &Tensor) -> Result<bool> {
     if runs {
         gpu.read(&upstream.to_dtype(DType::F32)?, |upstream| {
             write(gradient, &|address| {
-                scale(&gpu, kind, address, gradient.elem_count(), upstream)
+                scale(&gpu, kind, address, gradient.elem_count(), upstream, 0)
             })
         })?;
     }

@@ -45,6 +45,12 @@ impl TermsParams {
         } = *self;
         self.of_positions == 0 && (nll, lse, square, entropy) == (1., 0., 0., 0.)
     }
+
+    /// Whether the gradient of a position's loss by its logits has no number above 1, but for rounding.
+    pub fn at_most_one(&self) -> bool {
+        let others = self.of_positions != 0 || self.square != 0. || self.entropy != 0.;
+        !others && self.nll.abs() + self.lse.abs() <= 1.001
+    }
 }
 
 /// The loss, where it goes and what is in it.

@@ -113,7 +113,8 @@ pub enum Strategy {
     ///
     /// This is `Recompute`, and [`Output::strategy`](crate::Output::strategy) says so, where it cannot be done: with
     /// reduction none, with a workspace too small for a block of rows with all classes, in Candle tensor operations, in CUDA
-    /// kernels other than those for bf16 on compute capability 9.0, there also with weights of classes or tokens and a filter that
+    /// kernels other than those for compute capability 9.0, there in f16 with weights, a z-loss, an entropy bonus or a filter that
+    /// averages, and in bf16 with weights of classes or tokens and a filter that
     /// averages, on a shard of the classes, on CUDA with an entropy that is differentiated or an
     /// [`entropy_bonus`](crate::Options::entropy_bonus) under a softcap, and where no gradient is wanted.
     ///

@@ -1,5 +1,6 @@
 //! A chunk of rows, from its logits to its part of the gradients.
 
+use super::units::Units;
 use crate::cuda::averages::{Averages, Masses};
 use crate::cuda::between::Between;
 use crate::cuda::call::{AverageAddresses, Call, Range};
@@ -26,6 +27,7 @@ pub(super) struct Chunk<'a> {
     pub call: Call<'a>,
     pub loss: Loss,
     pub mean: bool,
+    pub units: Units,
     pub filter: Option<Filter>,
     /// The table of kept tiles, of all rows.
     pub keep: Option<Buffer>,
@@ -117,7 +119,16 @@ impl Chunk<'_> {
         )?;
         // The count of rows where all must be done again, else 0.
         let redo = gpu.zeros(4)?;
-        self.merge(first_row, rows, redo.address)?;
+        // As `RebaseParams` has it.
+        let again = match self.units.is_some() {
+            true => Some(gpu.zeros((1 + rows / TILE) * 4)?),
+            false => None,
+        };
+        let of_again = again.as_ref().map_or(0, |again| again.address);
+        self.merge(first_row, rows, redo.address, of_again)?;
+        if let Some(again) = &again {
+            self.write_again(again, &tiles)?;
+        }
         self.do_again(first_row, rows, redo.address)?;
         self.add_entropy(first_row, rows, redo.address)?;
         self.finish_rows(first_row, rows, redo.address)?;
@@ -125,7 +136,7 @@ impl Chunk<'_> {
     }
 
     /// lse and nll, and whether all must be done again.
-    fn merge(&self, first_row: usize, rows: usize, redo: u64) -> Result<()> {
+    fn merge(&self, first_row: usize, rows: usize, redo: u64, again: u64) -> Result<()> {
         let row_entropy = &self.call.statistics.row_entropy;
         let params = SumsParams {
             reference: self.reference.address,
@@ -142,6 +153,7 @@ impl Chunk<'_> {
             entropy: self.loss.entropy,
             predicted: self.loss.predicted,
             redo,
+            again,
             terms: self.loss.terms,
             first_row: first_row as u32,
             chunk_rows: rows as u32,
@@ -238,6 +250,11 @@ impl Chunk<'_> {
     fn finish_rows(&self, first_row: usize, rows: usize, redo: u64) -> Result<()> {
         let (gpu, kind) = (self.call.gpu, self.call.operands.kind);
         let trained = self.call.operands.trained();
+        // Units have these in them.
+        let (mean, logit_scale) = match self.units.is_some() {
+            true => (false, 1.),
+            false => (self.mean, self.call.operands.logit_scale),
+        };
         let params = FactorParams {
             row_max: self.call.statistics.row_max.address,
             row_log_sum: self.call.statistics.row_log_sum.address,
@@ -253,14 +270,15 @@ impl Chunk<'_> {
                 0 if self.masses.is_none() => 0,
                 _ => self.gathered.address + (trained.start * kind.size) as u64,
             },
+            unit: self.units.rows(),
             columns: trained.len() as i64,
             gathered_stride: self.call.operands.hidden as i64,
             terms: self.loss.terms,
             first_row: first_row as u32,
             positions: self.call.rows.positions as u32,
-            mean: u32::from(self.mean),
+            mean: u32::from(mean),
             softcap: self.call.operands.softcap,
-            logit_scale: self.call.operands.logit_scale,
+            logit_scale,
         };
         gpu.launch(
             &Kernel::new(FUSED, kind.kernel("factor_rows"), (rows, 1), 128),
@@ -341,12 +359,12 @@ impl Chunk<'_> {
                 classifier: self.call.operands.classifier,
                 row_embedding: self.call.rows.embedding.address,
                 count,
+                scale: self.units.embeddings(),
                 row_scale: self.factor.address,
                 embeddings_grad: self.results.embeddings,
                 hidden: hidden as i64,
                 embedding_columns: embedding_columns as i64,
                 first_row: first_row as u32,
-                ..Default::default()
             };
             let kernel = Kernel::new(BACKWARD, kind.kernel("finish_embeddings"), (rows, 1), 256);
             gpu.launch(&kernel, &params)?;
@@ -372,6 +390,7 @@ impl Chunk<'_> {
                 gradient: self.gradient.address,
                 count,
                 keep: self.keep_table(),
+                scale: self.units.bias(),
                 row_scale: self.factor.address,
                 slots: targets.slots.address,
                 target_bias: targets.bias.address,
@@ -422,7 +441,7 @@ impl Chunk<'_> {
                 self.call.gpu,
                 self.call.operands,
                 count,
-                0,
+                self.units.classifier(),
                 part,
                 &self.gathered,
             )?;

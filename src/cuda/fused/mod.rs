@@ -1,4 +1,4 @@
-//! Gradients formed in the forward, on compute capability 9.0 and for bf16: three matrix products instead of four.
+//! Gradients formed in the forward, on compute capability 9.0: three matrix products instead of four.
 //!
 //! For a chunk of rows at a time the kernel `probabilities` leaves `exp(z - reference)` of every class in the
 //! workspace, the reference of a row being its target's logit. Once lse is known, the row lacks one factor and the
@@ -7,10 +7,13 @@
 //! upstream gradient.
 //!
 //! Should lse be so far from a reference that its row leaves the range of bf16, the device does the chunk again, as
-//! the backward would; otherwise the launches that would do so find no rows.
+//! the backward would; otherwise the launches that would do so find no rows. What f16 needs besides is in [`units`] and
+//! [`again`].
 
+mod again;
 mod chunk;
 mod targets;
+mod units;
 
 use super::backward::Saved;
 use super::between::Between;
@@ -28,6 +31,7 @@ use crate::{Entropy, Reduction, Strategy};
 use candle_core::{DType, Result, Tensor};
 use chunk::Chunk;
 use std::sync::{Arc, Mutex};
+use units::Units;
 
 /// Classes below which nearly every tile of a trained head matters: then forming the exact gradients takes less time than
 /// computing the logits twice.
@@ -55,7 +59,6 @@ pub(super) fn plan(
     // Of few tiles the logits cost less than to write them all.
     let pays = asked || (settings.strategy == Strategy::Auto && filter.is_none());
     let runs = path == Path::Hopper
-        && call.operands.kind.dtype == DType::BF16
         && settings.reduction != Reduction::None
         && settings.entropy != Entropy::Differentiable
         // The probabilities are stored times the softcap's slope: their logarithms are not known.
@@ -69,6 +72,10 @@ pub(super) fn plan(
     if averaging && loss.terms.of_positions != 0 {
         return None;
     }
+    // f16 has no room for the sums of such rows, and for others where the gradients of the logits are bounded.
+    if call.operands.kind.dtype == DType::F16 && (averaging || !loss.terms.at_most_one()) {
+        return None;
+    }
     let forming = Forming {
         averaging,
         asked,
@@ -78,7 +85,14 @@ pub(super) fn plan(
     plan::fused(sizes, call.rows.positions, forming, workspace)
 }
 
-/// Computes lse, nll and the gradients of the loss. Returns how many tiles were kept.
+/// What there is of the gradients beside themselves.
+pub(super) struct Beside {
+    /// How many tiles were kept.
+    kept: Tensor,
+    units: Units,
+}
+
+/// Computes lse, nll and the gradients of the loss, up to their units.
 pub(super) fn forward(
     call: Call<'_>,
     loss: Loss,
@@ -86,7 +100,7 @@ pub(super) fn forward(
     filter: Option<Filter>,
     results: Results,
     plan: Chunks,
-) -> Result<Tensor> {
+) -> Result<Beside> {
     let Call {
         gpu,
         operands,
@@ -103,6 +117,7 @@ pub(super) fn forward(
         call,
         loss,
         mean,
+        units: Units::new(call, loss, mean)?,
         keep: match filter {
             None => None,
             Some(_) => Some(gpu.buffer(all_rows / TILE * operands.class_tiles())?),
@@ -135,22 +150,25 @@ pub(super) fn forward(
     for first_row in (0..all_rows).step_by(plan.rows) {
         chunk.run(first_row, plan.rows.min(all_rows - first_row))?;
     }
-    count_kept(call, chunk.keep_table())
+    Ok(Beside {
+        kept: count_kept(call, chunk.keep_table())?,
+        units: chunk.units,
+    })
 }
 
 /// The gradients of the loss, until the backward asks for them.
 pub(super) struct Fused {
     saved: Arc<Saved>,
     formed: Mutex<Option<Outputs>>,
-    kept: Tensor,
+    beside: Beside,
 }
 
 impl Fused {
-    pub fn new(saved: Arc<Saved>, formed: Outputs, kept: Tensor) -> Self {
+    pub fn new(saved: Arc<Saved>, formed: Outputs, beside: Beside) -> Self {
         Self {
             saved,
             formed: Mutex::new(Some(formed)),
-            kept,
+            beside,
         }
     }
 }
@@ -176,12 +194,13 @@ impl op::Backward for Fused {
         };
         let kind = Kind::of(matrices.classifier.dtype())?;
         gpu.read(upstream, |upstream| {
-            for grad in formed.iter() {
-                scale(gpu, kind, grad.address, grad.elem_count(), upstream)?;
+            for (which, grad) in formed.iter() {
+                let unit = self.beside.units.of_gradient(which);
+                scale(gpu, kind, grad.address, grad.elem_count(), upstream, unit)?;
             }
             Ok(())
         })?;
-        self.saved.kept.set(self.kept.clone());
+        self.saved.kept.set(self.beside.kept.clone());
         Ok(formed.finish(gpu))
     }
 }

@@ -46,6 +46,7 @@ impl Chunk<'_> {
                 _ => self.wide.address,
             },
             target_bias: targets.bias.address,
+            unit: self.units.targets(),
             columns: trained.len() as i64,
             embeddings_stride: embedding_columns as i64,
             target_columns: target_columns as i64,
