@@ -94,19 +94,24 @@ impl Saved {
         let (softcap, scale) = (self.settings.softcap, self.settings.logit_scale);
         Operands::read(gpu, matrices, softcap, scale, |operands| {
             let prepared = Prepared::new(gpu, operands, n, &self.settings)?;
-            let (path, operands) = (prepared.path, prepared.operands);
-            let call = self.call(operands);
             let averaging = matches!(&self.filtered, Some(f) if f.masses.is_some());
             with_room(prepared.workspace, |workspace| {
-                let sizes = operands.sizes();
-                let sweeps = sweeps(path, sizes, n, wanted, workspace, averaging);
-                let chunks = sweeps.iter().filter(|sweep| sweep.path == Path::Hopper);
-                let between = Between::new(gpu, operands, results, chunks.count())?;
+                let sizes = prepared.operands.sizes();
+                let sweeps = sweeps(prepared.path, sizes, n, wanted, workspace, averaging);
+                let hopper = sweeps.iter().filter(|sweep| sweep.path == Path::Hopper);
+                let chunks = hopper.count();
+                // The portable kernels, which run where the others have no room, read the matrices as they are given.
+                let operands = match chunks {
+                    0 => operands,
+                    _ => prepared.operands,
+                };
+                let call = self.call(operands);
+                let between = Between::new(gpu, operands, results, chunks)?;
                 sweeps
                     .iter()
                     .try_for_each(|sweep| self.sweep(call, results, &scales, sweep, &between))
             })?;
-            self.kept.set(count_kept(call, self.keep())?);
+            self.kept.set(count_kept(self.call(operands), self.keep())?);
             Ok(())
         })?;
         Ok(outputs.finish(gpu))
