@@ -7,7 +7,7 @@
 
 // dE: f32, added to what earlier ranges left. Lanes swap halves in pairs to write 16 bytes each.
 template <int R>
-__device__ __forceinline__ void add_rows(const float (&product)[2][R], const ProductParams& p, bool overwrite,
+__device__ __forceinline__ void add_rows(const float (&product)[2][R], float* out, uint32_t stride, bool overwrite,
                                          uint32_t rows, uint32_t first_row, uint32_t first_column,
                                          uint32_t end_column) {
   const bool odd = threadIdx.x & 1;
@@ -15,7 +15,7 @@ __device__ __forceinline__ void add_rows(const float (&product)[2][R], const Pro
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
     const uint32_t row = first_row + s / 2 * 64 + s % 2 * 8;
-    float* to = static_cast<float*>(p.out) + static_cast<size_t>(row) * p.hidden + lane_column;
+    float* to = out + static_cast<size_t>(row) * stride + lane_column;
 #pragma unroll
     for (int i = 0; i < R / 4; i += 2) {  // two chunks of 8 columns: one for even lanes, one for odd
       const int even_chunk = 4 * i + 2 * (s % 2), odd_chunk = even_chunk + 4;
@@ -29,6 +29,11 @@ __device__ __forceinline__ void add_rows(const float (&product)[2][R], const Pro
       if (inside && !overwrite) add_in_memory(to + 8 * i, sum);
     }
   }
+}
+
+// What this block has of an output whose first part is another cluster's.
+__device__ __forceinline__ float* part_of(const ProductParams& p, uint32_t block) {
+  return p.parts + static_cast<size_t>(block) * KEEP * TILE_N;
 }
 
 // An output to which nothing was kept.
@@ -57,15 +62,17 @@ __device__ void write_zeros(const ProductParams& p, uint32_t end_row, uint32_t f
 template <typename T, bool CLASSIFIER, bool AVERAGED, bool MIXED, bool RAGGED>
 __device__ void consume(ProductPlan& plan, uint32_t group, const ProductParams& p) {
   ProductTiles<CLASSIFIER, MIXED> tiles(p);
+  tiles.take_parts(plan, p);
   Drainer ring(plan.ring);
   const uint32_t thread = threadIdx.x % GROUP;
   const uint32_t thread_row = thread / WARP * 16 + thread % WARP / 4;
 
   for (uint32_t n = 0; n < tiles.share; ++n) {
-    uint32_t tile, column;
+    uint32_t tile, column, first_tile, end_tile;
     bool narrow;
-    tiles.decode(plan, p, n, tile, column, narrow);
-    const uint32_t blocks = uniform(BLOCKS * plan.kept[tile]);
+    tiles.decode(plan, p, n, tile, column, narrow, first_tile, end_tile);
+    const bool sharing = !CLASSIFIER && p.parts, first_part = !sharing || first_tile == 0;
+    const uint32_t blocks = uniform(BLOCKS * (sharing ? end_tile - first_tile : plan.kept[tile]));
     if (n % CONSUMERS != group) {
       ring.at.skip(blocks);
       continue;
@@ -92,8 +99,11 @@ __device__ void consume(ProductPlan& plan, uint32_t group, const ProductParams& 
       if constexpr (CLASSIFIER) {
         if constexpr (AVERAGED) stage_masses<T>(plan.masses[group], p, group, p.first_class / KEEP + tile, column, end_column);
         write_classes<T, AVERAGED, MIXED, RAGGED>(product, p, plan.masses[group], p.first_class + row, column, end_column);
+      } else if (first_part) {
+        float* sums = static_cast<float*>(p.out);
+        add_rows(product, sums, p.hidden, first && p.overwrite, tiles.rows, row, column, end_column);
       } else {
-        add_rows(product, p, first && p.overwrite, tiles.rows, row, column, end_column);
+        add_rows(product, part_of(p, blockIdx.x), TILE_N, first, KEEP, thread_row, 0, end_column - min(column, end_column));
       }
     };
     auto compute = [&](auto& product) {
@@ -147,6 +157,41 @@ __device__ __forceinline__ void product(const TensorMap* gradient, const Other& 
   plan.ring.sync();
 }
 
+// Adds to the outputs of dE that clusters share their parts but the first, in order. A cluster does so for that of which it
+// has the first part: its last, if any.
+template <bool MIXED>
+__device__ __forceinline__ void add_parts(const ProductParams& p) {
+  __shared__ Parts parts;
+  const ProductTiles<false, MIXED> tiles(p);
+  auto list_parts = [&](uint32_t of_cluster) {
+    __syncthreads();
+    if (threadIdx.x < WARP) tiles.list_parts(p, of_cluster, parts);
+    __syncthreads();
+  };
+  list_parts(tiles.cluster);
+  if (parts.count == 0) return;
+  const Part part = parts.list[parts.count - 1];
+  if (part.first > 0) return;
+  uint32_t tile, column, done = part.end;
+  bool narrow;
+  tiles.place(p, part.output, tile, column, narrow);
+  const uint32_t end_column = min(column + (narrow ? NARROW : TILE_N), p.hidden);
+  const uint32_t columns = end_column - min(column, end_column), end_row = min(KEEP, tiles.rows - tile * KEEP);
+  for (uint32_t other = tiles.cluster + 1; done < tiles.inner && other < tiles.clusters; ++other) {
+    list_parts(other);
+    if (parts.count == 0) continue;
+    done = parts.list[0].end;
+    const float* from = part_of(p, other * CLUSTER + cluster_rank());
+    float* to = static_cast<float*>(p.out) + static_cast<size_t>(tile) * KEEP * p.hidden + column;
+    for (uint32_t i = threadIdx.x; i < end_row * (columns / 4); i += blockDim.x) {
+      const uint32_t row = i / (columns / 4), at = i % (columns / 4) * 4;
+      const float4 more = *reinterpret_cast<const float4*>(from + row * TILE_N + at);
+      auto& sum = *reinterpret_cast<float4*>(to + static_cast<size_t>(row) * p.hidden + at);
+      sum = make_float4(sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w);
+    }
+  }
+}
+
 // Rows of embeddings past the count, up to the next multiple of 128, must be finite: they meet zeros of G.
 #define EMBEDDINGS_PRODUCT(NAME, T, MIXED)                                                            \
   extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)            \
@@ -154,6 +199,11 @@ __device__ __forceinline__ void product(const TensorMap* gradient, const Other& 
            const __grid_constant__ TensorMap adapter, const __grid_constant__ ProductParams params) { \
     const JoinedMaps classes{&classifier, &adapter, params.adapter_column};                           \
     product<T, false, false, MIXED, false>(&gradient, classes, params);                               \
+  }
+#define EMBEDDINGS_PARTS(NAME, MIXED)                                                                 \
+  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(512)                   \
+      NAME(const __grid_constant__ ProductParams params) {                                            \
+    add_parts<MIXED>(params);                                                                         \
   }
 #define CLASSIFIER_PRODUCT(NAME, T, AVERAGED, MIXED, RAGGED)                                         \
   extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)           \
@@ -165,4 +215,5 @@ __device__ __forceinline__ void product(const TensorMap* gradient, const Other& 
 static_assert(sizeof(ProductPlan) == 232448, "the host asks for as much shared memory");
 static_assert(PIECE * BLOCK_K == 128 * 128 && CONSUMERS * TILE_N * GROUP * sizeof(float) == 2 * 192 * 128 * 4,
               "the host mirrors the rows of a piece and the bytes of a block's partials");
+static_assert(KEEP * TILE_N * sizeof(float) == 128 * 192 * 4, "the host mirrors the bytes of a block's part");
 static_assert(STRIP == 384 && CLUSTER * NARROW == STRIP / 3 * 2, "the host mirrors the widths of strips");

@@ -61,6 +61,8 @@ pub(super) struct Range {
     pub sums: u64,
     /// Whether the sums hold something already.
     pub add_to_sums: bool,
+    /// Whether there is room for what clusters have of outputs of dE that they share.
+    pub shared: bool,
     /// 0 where not wanted.
     pub classifier_grad: u64,
     pub chunk: RowChunk,

@@ -16,7 +16,8 @@ use super::params::gradient_sm90a::GradientParams;
 use super::params::product_tiles_sm90a::ProductParams;
 use super::tensor_map::TensorMap;
 use crate::plan::{
-    mixed_strips, wide_strips, Groups, PANEL, PARTIALS_BYTES, PIECE_ROWS, STRIP, TILE,
+    mixed_strips, shares_outputs, wide_strips, Groups, PANEL, PARTIALS_BYTES, PART_BYTES,
+    PIECE_ROWS, STRIP, TILE,
 };
 use candle_core::{DType, Result};
 
@@ -322,6 +323,7 @@ pub(super) fn products(
             mass_rows: part.averages.mass_rows,
             list: part.averages.list,
             combined: part.averages.combined,
+            parts: 0,
             partials: partials.as_ref().map_or(0, |partials| partials.address),
             embeddings: gathered.address,
             first_row: part.first_row as u32,
@@ -350,9 +352,20 @@ pub(super) fn products(
     };
     if part.sums != 0 {
         let kernel = embeddings_product(operands);
-        let (kernel, params) = prepare(kernel, part.sums, classes, !part.add_to_sums);
+        let (kernel, mut params) = prepare(kernel, part.sums, classes, !part.add_to_sums);
+        let shared =
+            part.shared && part.keep == 0 && shares_outputs(operands.sizes(), part.rows, classes);
+        let parts = match shared {
+            true => Some(gpu.buffer(blocks * PART_BYTES)?),
+            false => None,
+        };
+        params.parts = parts.as_ref().map_or(0, |parts| parts.address);
         let [classifier, adapter] = classifier_maps(operands, 64)?;
         gpu.launch_on_maps(&kernel, [&gradient, &classifier, &adapter], &params)?;
+        if parts.is_some() {
+            let (module, name) = embeddings_parts(operands);
+            gpu.launch(&Kernel::new(module, name, (blocks, 1), 512), &params)?;
+        }
     }
     if of_classifier {
         let kernel = classifier_product(operands, part.averages.shares != 0);
@@ -375,6 +388,14 @@ fn embeddings_product(operands: Operands) -> (Module, &'static str) {
     match mixed_strips(operands.sizes()) {
         false => (PRODUCTS_SM90A, "embeddings_gradient_sm90a"),
         true => (PRODUCTS_MIXED_SM90A, "mixed_embeddings_gradient_sm90a"),
+    }
+}
+
+/// The kernel that adds up what clusters have of the outputs that they share.
+fn embeddings_parts(operands: Operands) -> (Module, &'static str) {
+    match mixed_strips(operands.sizes()) {
+        false => (PRODUCTS_SM90A, "embeddings_parts_sm90a"),
+        true => (PRODUCTS_MIXED_SM90A, "mixed_embeddings_parts_sm90a"),
     }
 }
 

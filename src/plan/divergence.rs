@@ -1,7 +1,7 @@
 //! The chunks of rows of a divergence from a whole teacher.
 
 use super::fused::{best_chunk, gradient_stride, most_rows};
-use super::hopper::longest_range;
+use super::hopper::{longest_range, rows_as_dealt};
 use super::{Sizes, Workspace, TILE};
 
 /// Bytes of the workspace unless the user says otherwise.
@@ -61,7 +61,9 @@ pub(crate) fn divergence(sides: [Side; 2], rows: usize, workspace: Workspace) ->
         if most < least {
             continue;
         }
-        let chunk = best_chunk(first.sizes, all_rows, least..=most);
+        let chunk = best_chunk(all_rows, least..=most, |chunk| {
+            rows_as_dealt(first.sizes, chunk)
+        });
         if wanted().all(|side| longest_range(side.sizes, chunk) > 0) {
             return Some(Rounds { chunk, block });
         }

@@ -1,7 +1,7 @@
 //! The chunks of rows whose gradients the forward forms.
 
 use super::forward::EVALUATION_BYTES;
-use super::hopper::{longest_range, most_work, PIECE_ROWS, ROWS_A_CHUNK};
+use super::hopper::{longest_range, rows_as_dealt, shares_outputs, PIECE_ROWS, ROWS_A_CHUNK};
 use super::{Sizes, Workspace, TILE};
 
 /// Bytes of the workspace unless the user says otherwise.
@@ -70,7 +70,12 @@ pub(crate) fn fused(
     if most < least {
         return None;
     }
-    let rows = best_chunk(sizes, all_rows, least..=most);
+    // The room for what clusters share is that of the logits, which are computed before.
+    let work = |chunk: usize| match !averaging && shares_outputs(sizes, chunk, sizes.vocab) {
+        true => chunk as f64,
+        false => rows_as_dealt(sizes, chunk),
+    };
+    let rows = best_chunk(all_rows, least..=most, work);
     let range = longest_range(sizes, rows);
     (range > 0).then_some(Chunks { rows, range })
 }
@@ -95,16 +100,16 @@ pub(super) fn most_rows(
     }
 }
 
-/// The rows of a chunk that leave the fewest clusters idle in the product for dE and read dC least often.
+/// The rows of a chunk that leave the fewest clusters idle in the product for dE, which takes as long as `work` rows of each
+/// cluster do, and read dC least often.
 pub(super) fn best_chunk(
-    sizes: Sizes,
     all_rows: usize,
     rows: std::ops::RangeInclusive<usize>,
+    work: impl Fn(usize) -> f64,
 ) -> usize {
     let cost = |chunk: usize| {
         let chunks = all_rows.div_ceil(chunk);
-        let embeddings = most_work(sizes, chunk / TILE) * (sizes.clusters() * TILE) as f64;
-        chunks as f64 * (embeddings + ROWS_A_CHUNK as f64)
+        chunks as f64 * (work(chunk) + ROWS_A_CHUNK as f64)
     };
     let fewest = *rows.start();
     rows.step_by(TILE)

@@ -17,6 +17,11 @@ pub(crate) const PANEL: usize = 256;
 /// `products_sm90a.cuh` asserts.
 pub(crate) const PIECE_ROWS: usize = 128 * TILE;
 pub(crate) const PARTIALS_BYTES: usize = 2 * 192 * 128 * 4;
+/// Bytes of a block's part of an output of dE that clusters share, as `products_sm90a.cuh` asserts.
+pub(crate) const PART_BYTES: usize = 128 * 192 * 4;
+/// Clusters that the kernels' lists have room for, and tiles that an output must be summed over to be worth it.
+const LISTED_PARTS: usize = 127;
+const LEAST_SHARED: usize = 64;
 /// Columns of a strip of the products: what a cluster computes side by side.
 pub(crate) const STRIP: usize = 384;
 /// What the kernels' lists have room for: tiles along either side of a range, words of 32 tiles that an output is
@@ -49,6 +54,15 @@ pub(crate) fn mixed_strips(sizes: Sizes) -> bool {
     sizes.rank == 0 && sizes.hidden.div_ceil(STRIP) - wide_strips(sizes.hidden) == 2
 }
 
+/// Whether the outputs of dE that do not fill a round are shared out among all clusters, where all tiles are kept: where
+/// dealt out whole they would leave a tenth of the clusters idle. Clusters that share one are at different classes at a time,
+/// so that each reads its part of the classifier for itself.
+pub(crate) fn shares_outputs(sizes: Sizes, rows: usize, classes: usize) -> bool {
+    let rows = rows.next_multiple_of(TILE);
+    let idle = rows_as_dealt(sizes, rows) > 1.1 * rows as f64;
+    idle && sizes.clusters() <= LISTED_PARTS && classes / TILE >= LEAST_SHARED
+}
+
 /// dE's work where so many row tiles are dealt out to clusters: that of the one with the most, in row tiles of all columns.
 pub(super) fn most_work(sizes: Sizes, row_tiles: usize) -> f64 {
     let (strips, clusters) = (sizes.hidden.div_ceil(STRIP), sizes.clusters());
@@ -69,6 +83,11 @@ pub(super) fn most_work(sizes: Sizes, row_tiles: usize) -> f64 {
     let thirds = |cluster| share(row_tiles * wide, cluster) + 2 * share(all, cluster);
     let most = (0..clusters).map(thirds).max().unwrap_or(0);
     most as f64 / (wide + 2 * strips) as f64
+}
+
+/// As many rows as all clusters together go through in dE's product while the one with the most work goes through these.
+pub(super) fn rows_as_dealt(sizes: Sizes, rows: usize) -> f64 {
+    most_work(sizes, rows / TILE) * (sizes.clusters() * TILE) as f64
 }
 
 /// Rows of a chunk and classes of a range of a backward: of what fits the workspace, where a row of a chunk takes

@@ -12,7 +12,8 @@ pub(crate) use divergence::{divergence, Rounds, Side};
 pub(crate) use forward::{forward, Groups};
 pub(crate) use fused::{fused, gradient_stride, Chunks, Forming, OUTPUTS_BYTES};
 pub(crate) use hopper::{
-    longest_range, mixed_strips, wide_strips, PANEL, PARTIALS_BYTES, PIECE_ROWS, STRIP,
+    longest_range, mixed_strips, shares_outputs, wide_strips, PANEL, PARTIALS_BYTES, PART_BYTES,
+    PIECE_ROWS, STRIP,
 };
 pub(crate) use sweep::{sweeps, Sweep};
 

@@ -1,7 +1,8 @@
+use super::forward::EVALUATION_BYTES;
 use super::hopper::{longest_range, most_work, TILES};
 use super::{
-    divergence, forward, fused, gradient_stride, mixed_strips, sweeps, wide_strips, Forming, Path,
-    Rounds, Side, Sizes, Workspace, STRIP, TILE,
+    divergence, forward, fused, gradient_stride, mixed_strips, shares_outputs, sweeps, wide_strips,
+    Forming, Path, Rounds, Side, Sizes, Workspace, PART_BYTES, STRIP, TILE,
 };
 use crate::op::contract::Wanted;
 
@@ -247,6 +248,21 @@ fn strips_hold_the_columns() {
         ..half(896, 151_936)
     };
     assert!(!mixed_strips(rank));
+}
+
+/// Clusters share outputs where many of them would be idle: of 352 outputs for 66, of some narrow ones after wide ones, of few
+/// rows; not of two rounds, nor for little.
+#[test]
+fn outputs_are_shared_where_clusters_would_be_idle() {
+    let shared = |hidden, rows| shares_outputs(half(hidden, 128_256), rows, 128_256);
+    assert!(shared(4096, 4096) && shared(896, 4096) && shared(4096, 100));
+    assert!(!shared(2304, 2816) && !shared(2304, 2560) && !shared(2048, 4096));
+    assert!(!shares_outputs(half(4096, 128_256), 4096, 2048));
+    let parts = 132 * PART_BYTES;
+    assert!(
+        parts <= EVALUATION_BYTES,
+        "{parts} bytes of the room for logits"
+    );
 }
 
 /// No cluster has less than its part of the work, and none more than a round of whole strips above it.

@@ -5,7 +5,7 @@ use crate::common::{
     check, close, exact, gradient_close, gradient_tolerance, norm, numbers, weighted, Case,
 };
 use crate::{assert_nothing, device, filters, sizes, wrong, Computed, DTYPES, KERNELS};
-use candle_core::{DType, Result};
+use candle_core::{DType, Result, Tensor, Var};
 use candle_cut_cross_entropy::{
     linear_cross_entropy, objectives::squared_lse, Filter, Options, Strategy,
 };
@@ -298,6 +298,62 @@ fn a_vocabulary_of_several_ranges_is_right() {
     let upstream = case.upstream(1, true, false);
     let options = exact().strategy(Strategy::Fused);
     check(&case, options, &device, &upstream, (0., 0.)).unwrap_or_else(|e| panic!("{e}"));
+}
+
+/// Row tiles times strips of columns are no multiple of the clusters of any of these GPUs: these share what is left.
+#[test]
+fn gradients_that_clusters_share_are_right() -> Result<()> {
+    let Some(device) = device() else {
+        return Ok(());
+    };
+    // Strips of one width, of two, and fewer tiles than clusters; enough classes for it to be worth while.
+    for (rows, hidden, vocab) in [(1500, 2304, 8200), (3000, 896, 8200), (150, 264, 9000)] {
+        let e = Var::randn(0f32, 1., (rows, hidden), &device)?.to_dtype(DType::BF16)?;
+        let c = Tensor::randn(0f32, 2. / (hidden as f32).sqrt(), (vocab, hidden), &device)?;
+        let (e, c) = (
+            Var::from_tensor(&e)?,
+            Var::from_tensor(&c.to_dtype(DType::BF16)?)?,
+        );
+        let targets: Vec<i64> = (0..rows as i64)
+            .map(|row| row * 37 % vocab as i64)
+            .collect();
+        let targets = Tensor::new(targets, &device)?;
+        let formed = || {
+            let options = exact().strategy(Strategy::Fused);
+            let loss = linear_cross_entropy(&e, &c, &targets, &options)?.loss;
+            let grads = loss.backward()?;
+            let of = |var: &Var| grads.get(var).expect("a gradient").to_dtype(DType::F32);
+            Ok::<_, candle_core::Error>([of(&e)?, of(&c)?])
+        };
+        let (got, again) = (formed()?, formed()?);
+        let (e, c) = (
+            e.to_dtype(DType::F32)?.detach(),
+            c.to_dtype(DType::F32)?.detach(),
+        );
+        let softmax = candle_nn::ops::softmax(&e.matmul(&c.t()?)?, 1)?;
+        let ones = Tensor::full(-1f32, (rows, 1), &device)?;
+        let g = (softmax.scatter_add(&targets.unsqueeze(1)?, &ones, 1)? / rows as f64)?;
+        for (which, want) in [g.matmul(&c)?, g.t()?.matmul(&e)?].into_iter().enumerate() {
+            let squares = |x: &Tensor| x.sqr()?.sum(1)?.to_vec1::<f32>();
+            let errors = squares(&(&got[which] - &want)?)?;
+            for (row, (error, norm)) in errors.into_iter().zip(squares(&want)?).enumerate() {
+                let error = (error / norm).sqrt();
+                assert!(
+                    error < 8e-3,
+                    "{rows}, {hidden}: row {row} of gradient {which}: {error}"
+                );
+            }
+            let difference = (&got[which] - &again[which])?
+                .abs()?
+                .max_all()?
+                .to_scalar::<f32>()?;
+            assert_eq!(
+                difference, 0.,
+                "{rows}, {hidden}: gradient {which} of another run"
+            );
+        }
+    }
+    Ok(())
 }
 
 /// A tile is not kept for the targets in it: they are apart.

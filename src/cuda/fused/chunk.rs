@@ -350,6 +350,7 @@ impl Chunk<'_> {
             self.multiply(first_row, rows, |part| Range {
                 sums: self.wide.address,
                 add_to_sums: part.first_class > 0 || averages.is_some(),
+                shared: true,
                 ..part
             })?;
             let params = FinishParams {
