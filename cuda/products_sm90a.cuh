@@ -1,7 +1,8 @@
 // The backward's two products on Hopper, over kept tiles only: dE += G C and dC = scale G^T E for a range of
 // classes whose gradient tiles G lie in a workspace. Each output tile has one owner that walks its kept tiles in
 // order, so results repeat bit for bit and skipped tiles cost nothing. Blocks take the longest outputs first, in
-// a serpentine, so that all finish together although nobody but the device knows how many tiles were kept.
+// a serpentine, so that all finish together although nobody but the device knows how many tiles were kept. Of dE, where
+// all are kept, several clusters may have consecutive parts of an output, which `add_parts` then adds in order.
 #pragma once
 #include "product_classes_sm90a.cuh"
 

@@ -80,8 +80,8 @@ pub enum Implementation {
     Native,
     /// The CUDA kernels, or an error that says why they cannot run. On compute capability 9.0 (H100, H200),
     /// for bf16 and f16 inputs, these are kernels made for it. Where the hidden size is not a multiple of 8, they take
-    /// a copy of the classifier, within the workspace if one is given: if that is less than twice as much, the kernels
-    /// for every GPU run.
+    /// a copy of the classifier, within the workspace if one is given: if that is less than twice as much, or the
+    /// classifier has an adapter, the kernels for every GPU run.
     Cuda,
     /// The CUDA kernels for every GPU, on compute capability 9.0 too.
     CudaPortable,
@@ -113,9 +113,9 @@ pub enum Strategy {
     ///
     /// This is `Recompute`, and [`Output::strategy`](crate::Output::strategy) says so, where it cannot be done: with
     /// reduction none, with a workspace too small for a block of rows with all classes, in Candle tensor operations, in CUDA
-    /// kernels other than those for compute capability 9.0, there in f16 with weights, a z-loss, an entropy bonus or a filter that
-    /// averages, and in bf16 with weights of classes or tokens and a filter that
-    /// averages, on a shard of the classes, on CUDA with an entropy that is differentiated or an
+    /// kernels other than those for compute capability 9.0, there in f16 with weights of classes or tokens, a z-loss, an
+    /// entropy bonus or a filter that averages, and in bf16 with such weights together with such a filter, on a shard of the
+    /// classes, on CUDA with an entropy that is differentiated or an
     /// [`entropy_bonus`](crate::Options::entropy_bonus) under a softcap, and where no gradient is wanted.
     ///
     /// For any other upstream gradient (of lse or the entropy; on the CPU, for f16 a loss scale) or a second backward the

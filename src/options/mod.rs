@@ -173,7 +173,7 @@ impl Options {
     /// target's class weight, if there are any) over the positions that count, where that is not 0. With a
     /// [shift](Self::shift) a weight is that of the target it lies beside. A weight of 0 is no `ignore_index`: the position is
     /// computed, and a NaN there stays one. Unlike weights applied to the losses of [`Reduction::None`] these leave
-    /// [`Strategy::Fused`] possible. Takes a tensor or an `Option`. Default: none.
+    /// [`Strategy::Fused`] possible, except on CUDA in f16. Takes a tensor or an `Option`. Default: none.
     pub fn token_weights<'a>(mut self, weights: impl Into<Option<&'a Tensor>>) -> Self {
         self.token_weights = weights.into().cloned();
         self
@@ -182,7 +182,8 @@ impl Options {
     /// Adds `weight * lse_i^2` to the loss of every position that counts (z-loss, with `weight` around 1e-4):
     /// it keeps logits from drifting. [`Output::z_loss`](crate::Output::z_loss) is this part by itself. Unlike
     /// [`objectives::squared_lse`](crate::objectives::squared_lse), which is made of the outputs, it costs nothing, for
-    /// gradients formed in the forward ([`Strategy::Fused`]) hold it already. Default: 0, none.
+    /// gradients formed in the forward ([`Strategy::Fused`]) hold it already; only on CUDA in f16 they are then computed in
+    /// the backward. Default: 0, none.
     ///
     /// Source: Chowdhery et al., *PaLM*, [arXiv 2204.02311](https://arxiv.org/abs/2204.02311), section 5.
     pub fn z_loss_weight(mut self, weight: f64) -> Self {
@@ -192,8 +193,8 @@ impl Options {
 
     /// Subtracts `weight * H_i` from the loss of every position that counts, `H_i` its entropy: an entropy bonus, as of
     /// `loss - weight * entropy.mean()` in training by reinforcement, where the weight is known beforehand. Unlike a loss made
-    /// of a [differentiable entropy](Entropy::Differentiable) it leaves [`Strategy::Fused`] possible, except on CUDA with a
-    /// softcap. [`Output::entropy`](crate::Output::entropy) is then there, as a value at least. As with a differentiable
+    /// of a [differentiable entropy](Entropy::Differentiable) it leaves [`Strategy::Fused`] possible, except on CUDA in f16
+    /// or with a softcap. [`Output::entropy`](crate::Output::entropy) is then there, as a value at least. As with a differentiable
     /// entropy the gradients are exact: no filter is applied. A token's [weight](Self::token_weights) multiplies its bonus,
     /// its class's weight does not. Negative weights keep the entropy low. Default: 0, none.
     ///
