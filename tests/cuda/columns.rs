@@ -5,7 +5,9 @@ use crate::common::reference::{Reduced, Reference, CUDA_TILE};
 use crate::common::{check_against, exact, halving, Case};
 use crate::{assert_nothing, device, DTYPES, KERNELS};
 use candle_core::{DType, Result, Tensor, Var};
-use candle_cut_cross_entropy::{linear_cross_entropy, Entropy, Filter, Options, Strategy};
+use candle_cut_cross_entropy::{
+    linear_cross_entropy, Entropy, Filter, Implementation, Options, Strategy,
+};
 
 /// Of chunks, of pairs and of single numbers; in one strip of the products, two narrow ones, a wide and two narrow ones, and two
 /// wide ones.
@@ -80,6 +82,37 @@ fn columns_of_any_number_are_right() {
         }
     }
     assert_nothing(wrong);
+}
+
+/// What runs on this GPU for a D that is a multiple of 8 runs for any other, unless the workspace has no room for twice the copy
+/// of the classifier: otherwise the test above would compare the portable kernels alone.
+#[test]
+fn columns_of_any_number_take_the_same_kernels() -> Result<()> {
+    let Some(device) = device() else {
+        return Ok(());
+    };
+    let vocab = 520;
+    for dtype in [DType::BF16, DType::F16] {
+        let ran = |hidden: usize, options: Options| -> Result<_> {
+            let mut case = Case::random(1290, dtype, &[140], hidden, vocab);
+            case.inputs.reduction = Reduced::Mean;
+            let tensors = case.tensors(&device)?;
+            let (e, c) = (&tensors.embeddings, &tensors.classifier);
+            let options = case.options(options, &tensors);
+            let output = linear_cross_entropy(e, c, &tensors.targets, &options)?;
+            Ok((output.implementation, output.strategy))
+        };
+        let usual = ran(64, exact())?;
+        for hidden in [66, 67] {
+            assert_eq!(ran(hidden, exact())?, usual, "{dtype:?} D {hidden}");
+        }
+        let copy = vocab * 72 * 2;
+        let (kernels, _) = ran(67, exact().workspace(2 * copy))?;
+        assert_eq!(kernels, usual.0, "{dtype:?} in twice the copy");
+        let (kernels, _) = ran(67, exact().workspace(2 * copy - 1))?;
+        assert_eq!(kernels, Implementation::CudaPortable, "{dtype:?} in less");
+    }
+    Ok(())
 }
 
 /// What lies past the end of a matrix must not be read as its columns: there it is NaN.
