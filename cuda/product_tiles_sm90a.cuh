@@ -156,7 +156,7 @@ struct ProductTiles {
       return narrow ? 2u : 3u;
     };
     uint32_t total = 0;
-    for (uint32_t output = lane; output < all; output += WARP) total += cost(output);
+    for (uint32_t one = lane; one < all; one += WARP) total += cost(one);
     const uint32_t fair = (__reduce_add_sync(~0u, total) * inner + clusters - 1) / clusters;
     auto room = [&](uint32_t other) {
       uint32_t taken = 0;
