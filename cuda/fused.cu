@@ -57,8 +57,9 @@ struct SumsParams {
 constexpr float FAR = 60.f;
 constexpr int SUM_ROWS = 32, SUM_PARTS = ONE_BLOCK / SUM_ROWS;
 
-// No number of a tile is above the sum of its row, and f16 ends at 65,504.
-constexpr float LARGEST_SUM = 60000.f;
+// No number of a tile is above the sum of its row, and f16 ends at 65,504. A row's sum is 1 at least, but for rounding, where
+// its reference is its target's logit; else its factor may be more than f16 has.
+constexpr float LARGEST_SUM = 60000.f, LEAST_LOG_SUM = -0.5f;
 
 // The likeliest of some classes: the lowest of several.
 struct Best {
@@ -134,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(ONE_BLOCK) merge_sums(const SumsPar
   const float entropy = p.outputs ? merge_outputs(p, in_chunk, exists, sum) : 0.f;
   if (part > 0 || !exists) return;
   const float log_sum = logf(sum);
-  if (!(fabsf(log_sum) < FAR)) atomicMax(p.redo, *p.count);
+  if (!(fabsf(log_sum) < FAR) || (p.again && log_sum < LEAST_LOG_SUM)) atomicMax(p.redo, *p.count);
   const bool in_range = p.row_target[row] >= 0;
   write_row(p, row, max, log_sum, p.target_logit + row, entropy, in_range, in_range);
 }

@@ -11,6 +11,7 @@ mod decoder;
 mod edges;
 mod filter;
 mod fused;
+mod fused_f16;
 mod low_rank;
 mod memory;
 #[cfg(feature = "nccl")]
