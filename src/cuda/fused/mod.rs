@@ -12,6 +12,7 @@
 
 mod again;
 mod chunk;
+mod products;
 mod targets;
 mod units;
 
