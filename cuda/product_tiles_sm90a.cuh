@@ -18,7 +18,7 @@ constexpr uint32_t BLOCKS = KEEP / BLOCK_K;  // stages a kept tile is deep
 constexpr uint32_t PIECE = 128 * BLOCKS;
 static_assert(TILE_M == KEEP, "an output tile is as tall as a kept tile");
 
-constexpr uint32_t PARTS_MAX = 127;  // a cluster's parts of outputs; so many outputs do not fill a round at most
+constexpr uint32_t PARTS_MAX = 127;  // parts of outputs that a cluster may have: fewer are left than there are clusters
 
 constexpr uint32_t COMBINED = 1u << 31;  // of a TargetRow
 

@@ -130,7 +130,8 @@ impl Decoder {
     /// The weights are shared, not copied. [`Decoder::save`] saves them with the adapters merged.
     ///
     /// # Errors
-    /// A rank of 0; an alpha that is not finite; a dropout that is no share; a target that no module has; a decoder that has adapters already.
+    /// A rank of 0; an alpha that is not finite; a dropout that is no share; a target that no module has; a decoder that has
+    /// adapters already.
     pub fn with_lora(&self, lora: &Lora, vars: &VarMap) -> Result<Self> {
         if lora.rank == 0 {
             bail!("the rank of an adapter must be at least 1")

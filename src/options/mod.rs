@@ -112,8 +112,8 @@ impl Options {
     /// filter. On a shard of the classes `B` is the shard's, and `A` the same on every rank; its gradient is summed where
     /// that of the embeddings is, so without
     /// [`reduce_e_grad`](crate::VocabParallel::reduce_e_grad) the caller sums both. Each call keeps a copy of the embeddings
-    /// with `r` more columns until the backward, after `D` rounded up to a multiple of 64. `A` multiplies every row of the embeddings: NaN or infinity in one that
-    /// does not count makes the gradient of `A` NaN, though nothing else.
+    /// with `r` more columns until the backward, after `D` rounded up to a multiple of 64. `A` multiplies every row of the
+    /// embeddings: NaN or infinity in one that does not count makes the gradient of `A` NaN, though nothing else.
     ///
     /// # Errors
     /// Of the call: shapes that do not match, a scale that is not finite, a classifier that is tracked.

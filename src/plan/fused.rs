@@ -70,7 +70,6 @@ pub(crate) fn fused(
     if most < least {
         return None;
     }
-    // The room for what clusters share is that of the logits, which are computed before.
     let work = |chunk: usize| match !averaging && shares_outputs(sizes, chunk, sizes.vocab) {
         true => chunk as f64,
         false => rows_as_dealt(sizes, chunk),

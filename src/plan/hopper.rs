@@ -1,5 +1,6 @@
 //! The backward's chunks of rows and ranges of classes on compute capability 9.0.
 
+use super::forward::EVALUATION_BYTES;
 use super::{Sizes, TILE};
 
 /// Classes of a range that a backward must have room for to be worth these kernels ...
@@ -19,8 +20,7 @@ pub(crate) const PIECE_ROWS: usize = 128 * TILE;
 pub(crate) const PARTIALS_BYTES: usize = 2 * 192 * 128 * 4;
 /// Bytes of a block's part of an output of dE that clusters share, as `products_sm90a.cuh` asserts.
 pub(crate) const PART_BYTES: usize = 128 * 192 * 4;
-/// Clusters that the kernels' lists have room for, and tiles that an output must be summed over to be worth it.
-const LISTED_PARTS: usize = 127;
+/// Tiles that an output must be summed over to be worth sharing.
 const LEAST_SHARED: usize = 64;
 /// Columns of a strip of the products: what a cluster computes side by side.
 pub(crate) const STRIP: usize = 384;
@@ -56,11 +56,13 @@ pub(crate) fn mixed_strips(sizes: Sizes) -> bool {
 
 /// Whether the outputs of dE that do not fill a round are shared out among all clusters, where all tiles are kept: where
 /// dealt out whole they would leave a tenth of the clusters idle. Clusters that share one are at different classes at a time,
-/// so that each reads its part of the classifier for itself.
+/// so that each reads its part of the classifier for itself. What they share takes the room of the logits, which have been
+/// computed by then: in it there are fewer clusters than the kernels' lists (`PARTS_MAX`) hold.
 pub(crate) fn shares_outputs(sizes: Sizes, rows: usize, classes: usize) -> bool {
     let rows = rows.next_multiple_of(TILE);
     let idle = rows_as_dealt(sizes, rows) > 1.1 * rows as f64;
-    idle && sizes.clusters() <= LISTED_PARTS && classes / TILE >= LEAST_SHARED
+    let room = sizes.clusters() * 2 * PART_BYTES <= EVALUATION_BYTES;
+    idle && room && classes / TILE >= LEAST_SHARED
 }
 
 /// dE's work where so many row tiles are dealt out to clusters: that of the one with the most, in row tiles of all columns.

@@ -1,8 +1,7 @@
-use super::forward::EVALUATION_BYTES;
 use super::hopper::{longest_range, most_work, TILES};
 use super::{
     divergence, forward, fused, gradient_stride, mixed_strips, shares_outputs, sweeps, wide_strips,
-    Forming, Path, Rounds, Side, Sizes, Workspace, PART_BYTES, STRIP, TILE,
+    Forming, Path, Rounds, Side, Sizes, Workspace, STRIP, TILE,
 };
 use crate::op::contract::Wanted;
 
@@ -258,11 +257,11 @@ fn outputs_are_shared_where_clusters_would_be_idle() {
     assert!(shared(4096, 4096) && shared(896, 4096) && shared(4096, 100));
     assert!(!shared(2304, 2816) && !shared(2304, 2560) && !shared(2048, 4096));
     assert!(!shares_outputs(half(4096, 128_256), 4096, 2048));
-    let parts = 132 * PART_BYTES;
-    assert!(
-        parts <= EVALUATION_BYTES,
-        "{parts} bytes of the room for logits"
-    );
+    let many = Sizes {
+        multiprocessors: 200,
+        ..half(4096, 128_256)
+    };
+    assert!(!shares_outputs(many, 4096, 128_256), "no room for parts");
 }
 
 /// No cluster has less than its part of the work, and none more than a round of whole strips above it.
