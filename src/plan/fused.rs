@@ -1,7 +1,8 @@
 //! The chunks of rows whose gradients the forward forms.
 
 use super::forward::EVALUATION_BYTES;
-use super::hopper::{longest_range, rows_as_dealt, shares_outputs, PIECE_ROWS, ROWS_A_CHUNK};
+use super::hopper::{longest_range, rows_as_dealt, PIECE_ROWS, ROWS_A_CHUNK};
+use super::sharing::shares_outputs;
 use super::{Sizes, Workspace, TILE};
 
 /// Bytes of the workspace unless the user says otherwise.

@@ -1,6 +1,5 @@
 //! The backward's chunks of rows and ranges of classes on compute capability 9.0.
 
-use super::forward::EVALUATION_BYTES;
 use super::{Sizes, TILE};
 
 /// Classes of a range that a backward must have room for to be worth these kernels ...
@@ -18,10 +17,6 @@ pub(crate) const PANEL: usize = 256;
 /// `products_sm90a.cuh` asserts.
 pub(crate) const PIECE_ROWS: usize = 128 * TILE;
 pub(crate) const PARTIALS_BYTES: usize = 2 * 192 * 128 * 4;
-/// Bytes of a block's part of an output of dE that clusters share, as `products_sm90a.cuh` asserts.
-pub(crate) const PART_BYTES: usize = 128 * 192 * 4;
-/// Tiles that an output must be summed over to be worth sharing.
-const LEAST_SHARED: usize = 64;
 /// Columns of a strip of the products: what a cluster computes side by side.
 pub(crate) const STRIP: usize = 384;
 /// What the kernels' lists have room for: tiles along either side of a range, words of 32 tiles that an output is
@@ -52,17 +47,6 @@ pub(crate) fn wide_strips(hidden: usize) -> usize {
 /// at most the last strip is.
 pub(crate) fn mixed_strips(sizes: Sizes) -> bool {
     sizes.rank == 0 && sizes.hidden.div_ceil(STRIP) - wide_strips(sizes.hidden) == 2
-}
-
-/// Whether the outputs of dE that do not fill a round are shared out among all clusters, where all tiles are kept: where
-/// dealt out whole they would leave a tenth of the clusters idle. Clusters that share one are at different classes at a time,
-/// so that each reads its part of the classifier for itself. What they share takes the room of the logits, which have been
-/// computed by then: in it there are fewer clusters than the kernels' lists (`PARTS_MAX`) hold.
-pub(crate) fn shares_outputs(sizes: Sizes, rows: usize, classes: usize) -> bool {
-    let rows = rows.next_multiple_of(TILE);
-    let idle = rows_as_dealt(sizes, rows) > 1.1 * rows as f64;
-    let room = sizes.clusters() * 2 * PART_BYTES <= EVALUATION_BYTES;
-    idle && room && classes / TILE >= LEAST_SHARED
 }
 
 /// dE's work where so many row tiles are dealt out to clusters: that of the one with the most, in row tiles of all columns.

@@ -4,6 +4,7 @@ mod divergence;
 mod forward;
 mod fused;
 mod hopper;
+mod sharing;
 mod sweep;
 #[cfg(test)]
 mod tests;
@@ -12,9 +13,9 @@ pub(crate) use divergence::{divergence, Rounds, Side};
 pub(crate) use forward::{forward, Groups};
 pub(crate) use fused::{fused, gradient_stride, Chunks, Forming, OUTPUTS_BYTES};
 pub(crate) use hopper::{
-    longest_range, mixed_strips, shares_outputs, wide_strips, PANEL, PARTIALS_BYTES, PART_BYTES,
-    PIECE_ROWS, STRIP,
+    longest_range, mixed_strips, wide_strips, PANEL, PARTIALS_BYTES, PIECE_ROWS, STRIP,
 };
+pub(crate) use sharing::{shares_outputs, PART_BYTES};
 pub(crate) use sweep::{sweeps, Sweep};
 
 /// Rows and classes of a tile of the gradient filter.
